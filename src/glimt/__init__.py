@@ -1,0 +1,1 @@
+"""glimt runs the GLM vision-language models from their original checkpoints."""

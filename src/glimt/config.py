@@ -1,0 +1,69 @@
+"""EngineConfig: every choice made once at start, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from glimt.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROTARY_TABLES = ("auto", "hub_fp16", "fp32_product")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """What a picture may be; everything is checked from its header, before decoding."""
+
+    max_bytes: int = 32 * 2**20  # of the encoded file: a 100-megapixel JPEG is about this large
+    max_pixels: int = 100_000_000  # 300 MB once decoded
+    max_aspect: float = 200.0  # long side over short side; beyond it the squash leaves nothing
+    min_side: int = 2  # pixels; a 1-pixel side is ambiguous as a shape and holds no picture
+    max_images: int = 64  # per request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Raises ConfigError listing every impossible value.
+    """
+
+    model: str  # folder with config.json, weights and tokenizer
+    device: str = "cpu"  # a file in devices/
+    dtype: str = "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
+    rotary_table: str = "auto"  # VisualGLM only; auto: hub_fp16 for float16, else fp32_product
+    max_model_len: int | None = None  # tokens, pictures expanded; None: what the checkpoint says
+    max_num_batched_tokens: int = 2048  # per step: bounds activations and how long a decode waits
+    max_num_seqs: int = 64  # sequences running at once
+    block_size: int = 32  # tokens per cache block: a multiple of 32 suits the packed CPU kernels
+    num_blocks: int | None = None  # None: from kv_bytes
+    kv_bytes: int | None = None  # of the KV cache; None: what max_num_seqs could use, at most
+    #                              a quarter of the free memory
+    feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit
+    tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
+    enable_prefix_cache: bool = True
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}; it must be at least 1"
+            for name in (
+                "max_model_len",
+                "max_num_batched_tokens",
+                "max_num_seqs",
+                "block_size",
+                "num_blocks",
+                "kv_bytes",
+                "tower_patches",
+            )
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if self.feature_cache_bytes < 0:
+            problems.append(f"feature_cache_bytes is {self.feature_cache_bytes}; use 0 to turn it off")
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.rotary_table not in ROTARY_TABLES:
+            options = ", ".join(ROTARY_TABLES)
+            problems.append(f"rotary_table {self.rotary_table!r} is unknown; choose one of {options}")
+        if problems:
+            raise ConfigError("engine options", problems)

@@ -1,0 +1,1 @@
+"""Arithmetic, one file per device."""

@@ -1,0 +1,1 @@
+"""Stage 1: a request becomes token ids and pixels."""

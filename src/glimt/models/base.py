@@ -1,0 +1,417 @@
+"""What every model family promises, and what families share. Knows no family by name.
+
+A family is one file in this folder ending in a `FAMILY` object; `find_family` scans the folder
+and asks each file whether it claims a config.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glimt.errors import ConfigError
+from glimt.types import EncodedPrompt, ImageInput, Message, SamplingDefaults
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from glimt.devices.base import AttentionBatch, Device, KVCache
+
+PromptAttention = Literal["causal", "bidirectional"]
+
+
+# --- text ------------------------------------------------------------------------------------
+
+
+class TokenDecoder(Protocol):
+    """Turns one answer's token ids into text, token by token, never half a character."""
+
+    def feed(self, token_id: int) -> str:
+        """Text that became certain with this token; may be empty."""
+
+    def finish(self) -> str:
+        """What was still held back, broken characters as U+FFFD."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Special strings inside text stay text."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the special tokens by name, such as `<|user|>` or `[gMASK]`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special token."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out."""
+
+    def decoder(self) -> TokenDecoder:
+        """A fresh incremental decoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """Which tokenizer file a family has and how it is read (see inputs/tokenizer.py).
+
+    kind: "tiktoken" or "sentencepiece"
+    file: its name in the model folder
+    pattern: the regular expression that splits text before merging (tiktoken only)
+    special_names: special tokens in id order, for a tokenizer_config.json that does not list
+        them: they follow the ranks (tiktoken only)
+    """
+
+    kind: Literal["tiktoken", "sentencepiece"]
+    file: str
+    pattern: str = ""
+    special_names: tuple[str, ...] = ()
+
+
+# --- the family ------------------------------------------------------------------------------
+
+
+class FamilyConfig(Protocol):
+    """A checkpoint's geometry, read from config.json alone."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> FamilyConfig:
+        """Read a parsed config.json; raise ConfigError listing all that is missing or wrong."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence the checkpoint was made for, in tokens."""
+
+    @property
+    def max_positions(self) -> int:
+        """Rotary positions that exist: every channel's position must be below."""
+
+    @property
+    def torch_dtype(self) -> str:
+        """Dtype the checkpoint declares: float32, float16 or bfloat16."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and of the logits, padding rows included."""
+
+
+class Processor(Protocol):
+    """Makes token ids and pixels from messages and pictures, as the original does.
+
+    Built once from the model folder; holds no request's state.
+    """
+
+    tokenizer: Tokenizer
+    stop_token_ids: frozenset[int]
+    sampling_defaults: SamplingDefaults
+    takes_images: bool
+    image_settings: str
+    """Names the preprocessing; enters every picture's digest."""
+
+    def image_cost(self, width: int, height: int) -> int:
+        """Places that a picture of this size takes in the prompt, before it is decoded."""
+
+    def prepare_image(self, image: Image, digest: bytes) -> ImageInput:
+        """Resize a decoded RGB picture as the tower wants it."""
+
+    def encode_chat(
+        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+    ) -> EncodedPrompt:
+        """Encode a conversation that ends where the assistant must speak.
+
+        image_costs: places per picture, in reading order over all messages
+        language:    "auto", "zh" or "en": the template, where a family has one per language
+        """
+
+    def encode_text(self, text: str) -> EncodedPrompt:
+        """Encode a bare text to be continued, without a template."""
+
+    def finish_text(self, raw: str) -> str:
+        """The reply as the original shows it: stripped, punctuation mended."""
+
+    def stable_length(self, raw: str) -> int:
+        """Length of the prefix of `raw` whose finished form no later text can change.
+
+        For any continuation: finish_text(raw + more) starts with finish_text(raw[:length]).
+        """
+
+
+class Model(nn.Module, ABC):
+    """Weights and arithmetic of one family. Keeps nothing of a request."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    weight_table: WeightTable
+
+    def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """Run the tower: one tensor [image.num_tokens, hidden_size] per picture."""
+        raise TypeError(f"{type(self).__name__} takes no pictures")
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[num_tokens] int64 -> [num_tokens, hidden_size]."""
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[KVCache],
+    ) -> Tensor:
+        """[num_tokens, hidden_size], positions [channels, num_tokens] -> hidden states.
+
+        Writes keys and values of these tokens into `caches`, one per layer.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, hidden_size] -> [num_rows, vocab_size], in the dtype of the weights."""
+
+    def after_load(self) -> None:
+        """Build what is computed rather than loaded (rotary tables)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What a model needs besides its config.
+
+    rotary_table: "auto", "hub_fp16" or "fp32_product" (VisualGLM)
+    max_positions: rows of rotary tables to build
+    """
+
+    device: Device
+    dtype: torch.dtype
+    max_positions: int
+    rotary_table: str = "auto"
+
+
+C = TypeVar("C", bound=FamilyConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily(Generic[C]):
+    """One family of checkpoints and how to run it.
+
+    claims:    whether a parsed config.json is of this family
+    tokenizer: its tokenizer file
+    processor: (model folder, config, tokenizer) -> Processor
+    build:     (config, context) -> Model with parameters on the meta device
+    prompt_attention: "bidirectional" means that a prompt's tokens see later ones, so it is
+        neither chunked nor shared in part
+    """
+
+    name: str
+    claims: Callable[[Mapping[str, Any]], bool]
+    config: type[C]
+    tokenizer: TokenizerSpec
+    processor: Callable[[Path, C, Tokenizer], Processor]
+    build: Callable[[C, BuildContext], Model]
+    prompt_attention: PromptAttention
+
+
+def find_family(raw: Mapping[str, Any], where: str) -> ModelFamily[Any]:
+    """The family that claims this config.json. Raises ConfigError if none or several do."""
+    claimed = [family for family in all_families() if family.claims(raw)]
+    if len(claimed) == 1:
+        return claimed[0]
+    names = ", ".join(family.name for family in all_families())
+    said = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')!r}"
+    if claimed:
+        both = " and ".join(family.name for family in claimed)
+        raise ConfigError(where, [f"both {both} claim this checkpoint ({said})"])
+    raise ConfigError(where, [f"no model family claims this checkpoint ({said}); known: {names}"])
+
+
+@lru_cache(maxsize=1)
+def all_families() -> tuple[ModelFamily[Any], ...]:
+    """Every family in this folder, by name; a module without FAMILY is no family."""
+    package = importlib.import_module("glimt.models")
+    modules = [
+        importlib.import_module(f"glimt.models.{info.name}")
+        for info in pkgutil.iter_modules(package.__path__)
+    ]
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ConfigError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(str(path.parent), [f"{path.name} is missing"]) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [f"is not readable as JSON: {error}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [f"holds a {type(raw).__name__}, not an object"])
+    return raw
+
+
+class ConfigReader:
+    """Reads typed values from a parsed config.json and remembers everything that is wrong.
+
+    Read all values, then call `check()`: it raises one ConfigError naming each problem. A value
+    that is wrong is returned as a harmless stand-in until then.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.raw = raw
+        self.where = where
+        self.prefix = prefix
+        self.problems: list[str] = []
+
+    def section(self, name: str) -> ConfigReader:
+        """A reader of a nested object; its problems join this reader's."""
+        inner = self.raw.get(name)
+        if not isinstance(inner, Mapping):
+            self._problem(name, "is missing" if inner is None else "is not an object")
+            inner = {}
+        reader = ConfigReader(inner, self.where, f"{self.prefix}{name}.")
+        reader.problems = self.problems
+        return reader
+
+    def integer(self, name: str, low: int = 1, default: int | None = None) -> int:
+        """A whole number of at least `low`."""
+        value = self.raw.get(name, default)
+        if value is None:
+            return int(self._problem(name, "is missing", low))
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            return int(self._problem(name, f"is {value!r}; a whole number >= {low} is needed", low))
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.raw.get(name, default)
+        if value is None:
+            return float(self._problem(name, "is missing", 1.0))
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < float("inf"):
+            return float(self._problem(name, f"is {value!r}; a number above 0 is needed", 1.0))
+        return float(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self.raw.get(name, default)
+        if not isinstance(value, bool):
+            said = "is missing" if value is None else f"is {value!r}; true or false is needed"
+            return bool(self._problem(name, said, False))
+        return value
+
+    def must_be(self, name: str, only: Any) -> None:
+        """A setting that may be absent, but has only one value that this family computes."""
+        if (value := self.raw.get(name, only)) != only:
+            self._problem(name, f"is {value!r}; only {only!r} is supported")
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string."""
+        value = self.raw.get(name, default)
+        if not isinstance(value, str):
+            return str(self._problem(name, "is missing" if value is None else f"is {value!r}", ""))
+        return value
+
+    def dtype(self) -> str:
+        """torch_dtype (or dtype), float32 when absent."""
+        value = self.raw.get("torch_dtype", self.raw.get("dtype", "float32"))
+        if value not in ("float32", "float16", "bfloat16"):
+            self._problem("torch_dtype", f"is {value!r}; float32, float16 or bfloat16 is needed")
+            return "float32"
+        return str(value)
+
+    def divides(self, whole: str, size: int, part: str, count: int) -> None:
+        """Remember a problem when `count` parts do not divide `size`."""
+        if size % count:
+            self._problem(whole, f"is {size}, which {part} ({count}) does not divide")
+
+    def _problem(self, name: str, said: str, stand_in: Any = None) -> Any:
+        self.problems.append(f"{self.prefix}{name} {said}")
+        return stand_in
+
+    def check(self) -> None:
+        """Raise ConfigError if anything was wrong."""
+        if self.problems:
+            raise ConfigError(self.where, self.problems)
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One line of a family's weight table: checkpoint tensors that become parameters.
+
+    sources: names in the checkpoint; `{i}` stands for a number and is the same on both sides
+    targets: parameter names in the model
+    convert: all sources -> all targets, for a layout that must be split, fused or reshaped;
+             None when the one source is the one target as it stands
+    source_shapes: target shapes -> source shapes, with `convert` only
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    convert: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    source_shapes: (
+        Callable[[Sequence[tuple[int, ...]]], Sequence[tuple[int, ...]]] | None
+    ) = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTable:
+    """How a family's checkpoint names map to its parameters.
+
+    ignored: names (fnmatch patterns) that may be present and are not read
+    """
+
+    weights: tuple[Weight, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def renamed(pairs: Mapping[str, str]) -> tuple[Weight, ...]:
+    """Weight lines that only change the name: {checkpoint name: parameter name}."""
+    return tuple(Weight((source,), (target,)) for source, target in pairs.items())
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def squash(image: Image, height: int, width: int) -> np.ndarray:
+    """Resize to exactly this size, bicubic with antialiasing, aspect ratio not kept.
+
+    Returns [height, width, 3] uint8. Both originals do this with Pillow; a tensor library's
+    bicubic without antialiasing gives other pixels.
+    """
+    from PIL.Image import Resampling
+
+    resized = image.convert("RGB").resize((width, height), Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[height, width, 3] uint8 -> [3, height, width] float32, (x / 255 - mean) / std."""
+    x = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1) / 255
+    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """[channels, height, width] -> [rows * columns, channels * patch_size**2], row-major.
+
+    A patch's values are in (channel, y, x) order, which is a convolution weight's own order, so
+    that a convolution with stride = kernel size is one matrix product.
+    """
+    channels, height, width = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = image.reshape(channels, rows, patch_size, columns, patch_size)
+    return x.permute(1, 3, 0, 2, 4).reshape(rows * columns, channels * patch_size**2)

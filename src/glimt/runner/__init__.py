@@ -1,0 +1,1 @@
+"""Stage 3: a step's plan becomes logits."""

@@ -1,0 +1,436 @@
+"""The plain data that the stages hand to each other. No torch, no logic beyond checking itself.
+
+A request is read from left to right:
+
+    Message -> EncodedPrompt + ImageInput -> Request -> StepPlan -> SampledToken -> StepOutput
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from glimt.errors import RequestError
+
+Role = Literal["system", "user", "assistant", "observation"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+# --- what the caller says -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A run of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A picture inside a message.
+
+    source: a path, encoded bytes, base64 text, a data URL, or a PIL image. Which of these are
+    allowed is decided where the picture is read (`inputs.image`).
+    """
+
+    source: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: text and pictures in the order the caller gave them."""
+
+    role: Role
+    parts: tuple[TextPart | ImagePart, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by line feeds."""
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures the message holds."""
+        return sum(isinstance(part, ImagePart) for part in self.parts)
+
+
+_MAX_N = 64
+_MAX_STOP_STRINGS = 64
+_MAX_TOP_LOGPROBS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. None means the family's default; temperature 0 means plain argmax.
+
+    With temperature 0 the family's default penalties and minimum length do not apply either:
+    only those that are given here do.
+    Raises RequestError, naming the field and its limits, for a value out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None  # 0 or -1: no limit
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None  # over prompt and output, multiplicative
+    presence_penalty: float | None = None  # over the output, once per distinct token
+    frequency_penalty: float | None = None  # over the output, per occurrence
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None  # None: up to the end of the context
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_k", self.top_k, -1, 2**31 - 1, integer=True)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _check_range("seed", self.seed, -(2**63), 2**64 - 1, integer=True)
+        _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1, integer=True)
+        _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, integer=True)
+        _check_range("logprobs", self.logprobs, 0, _MAX_TOP_LOGPROBS, integer=True)
+        _check_range("n", self.n, 1, _MAX_N, integer=True)
+        for token_id, bias in self.logit_bias.items():
+            _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise RequestError(
+                "min_tokens", f"is {self.min_tokens} but max_tokens is {self.max_tokens}"
+            )
+        if len(self.stop) > _MAX_STOP_STRINGS:
+            raise RequestError("stop", f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS}")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError("stop", "every stop string must be a text of at least 1 character")
+
+    def with_defaults(self, defaults: SamplingDefaults, prompt_tokens: int) -> SamplingParams:
+        """Fill every None but seed, max_tokens and logprobs from the family's defaults.
+
+        prompt_tokens: length of the prompt as the original counts it, which its minimum length
+        includes.
+        """
+        temperature = defaults.temperature if self.temperature is None else self.temperature
+        family = defaults if temperature > 0 else SamplingDefaults(temperature=0.0)
+        filled: dict[str, Any] = {
+            name: getattr(family, name)
+            for name in ("top_k", "top_p", "min_p", "repetition_penalty")
+            if getattr(self, name) is None
+        }
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self, name) is None:
+                filled[name] = 0.0
+        if self.min_tokens is None:
+            least = max(0, family.min_length - prompt_tokens)
+            filled["min_tokens"] = least if self.max_tokens is None else min(least, self.max_tokens)
+        return replace(self, temperature=temperature, **filled)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a family samples with when the request does not say."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_length: int = 0  # tokens, prompt included, before a stop id may be chosen
+
+
+def _check_range(
+    name: str,
+    value: float | None,
+    low: float,
+    high: float,
+    *,
+    integer: bool = False,
+    open_low: bool = False,
+) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise RequestError(name, f"must be {'an integer' if integer else 'a number'}, not {value!r}")
+    below = value <= low if open_low else value < low
+    if math.isnan(value) or below or value > high:
+        sign = "above" if open_low else "at least"
+        raise RequestError(name, f"is {value}; it must be {sign} {low} and at most {high}")
+
+
+# --- what the inputs stage makes of it -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """One picture, resized as its family wants it and ready for the tower.
+
+    digest:     SHA-256 of the decoded picture, its mode and size, and the preprocessing settings
+    num_tokens: places the picture takes in the prompt, which are as many rows of features
+    grid:       patches as (rows, columns)
+    pixels:     [height, width, 3] uint8, RGB, after the family's resize; kept as bytes because a
+                preempted request needs them again and float pixels are four times larger
+    """
+
+    digest: bytes
+    num_tokens: int
+    grid: tuple[int, int]
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where picture number `image` of a request stands: token_ids[start : start + length]."""
+
+    start: int
+    length: int
+    image: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPrompt:
+    """A prompt as the model will see it.
+
+    token_ids:          one per cache slot; pictures expanded to their full length
+    original_token_ids: the same prompt as the original implementation writes it
+    spans:              the pictures' places, in order, not overlapping
+    positions:          [channels, len(token_ids)] int64 rotary positions
+    decode_start, decode_step: the k-th output token (k = 0, 1, …) stands at rotary position
+                        decode_start[c] + k * decode_step[c] in channel c
+    bidirectional_len:  tokens 0 … bidirectional_len-1 all see each other; 0 in a causal model
+    """
+
+    token_ids: tuple[int, ...]
+    original_token_ids: tuple[int, ...]
+    spans: tuple[ImageSpan, ...]
+    positions: np.ndarray
+    decode_start: tuple[int, ...]
+    decode_step: tuple[int, ...]
+    bidirectional_len: int = 0
+
+    def positions_between(self, start: int, stop: int) -> np.ndarray:
+        """Rotary positions [channels, stop - start] of prompt and output tokens alike.
+
+        The one place that knows the decode rule, so that a recomputed token stands exactly
+        where it stood before.
+        """
+        num_prompt = self.positions.shape[1]
+        if stop <= num_prompt:
+            return self.positions[:, start:stop]
+        outputs = np.arange(max(start - num_prompt, 0), stop - num_prompt, dtype=np.int64)
+        decoded = np.array(self.decode_start)[:, None] + np.outer(self.decode_step, outputs)
+        return np.concatenate([self.positions[:, start:num_prompt], decoded], axis=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A request that passed every check and waits for the scheduler.
+
+    sampling:       every default filled in
+    stop_token_ids: the family's and the request's own
+    seeds:          one per choice (sampling.n)
+    cache_salt:     requests share cached prefixes only with requests of the same salt
+    """
+
+    request_id: str
+    prompt: EncodedPrompt
+    images: tuple[ImageInput, ...]
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    seeds: tuple[int, ...]
+    max_tokens: int
+    arrival_s: float
+    cache_salt: str = ""
+
+
+# --- one step --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageSlice:
+    """Rows feature_start … feature_start+length-1 of a picture, at token `offset` of the row."""
+
+    image: ImageInput
+    offset: int
+    feature_start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRow:
+    """What one sequence does in one step: compute `token_ids` at cache indices start, start+1, …
+
+    positions:   [channels, len(token_ids)] int64
+    block_table: cache blocks of the sequence, covering at least start + len(token_ids) tokens
+    samples:     the last token's logits are wanted, because it is the last one known
+    prompt_ids, output_ids: all ids so far (prompt as the original writes it), for penalties
+    """
+
+    sequence_id: int
+    token_ids: Sequence[int]
+    positions: np.ndarray
+    start: int
+    block_table: Sequence[int]
+    bidirectional_len: int
+    images: tuple[ImageSlice, ...]
+    samples: bool
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    seed: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+    @property
+    def is_decode(self) -> bool:
+        """One new token on top of a cached context."""
+        return len(self.token_ids) == 1 and self.start > 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """Which tokens of which sequences run now; rows that decode come first."""
+
+    rows: tuple[StepRow, ...]
+
+    @property
+    def sampled_rows(self) -> list[StepRow]:
+        """The rows whose logits are wanted, in the order the runner returns them."""
+        return [row for row in self.rows if row.samples]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log-probability under the model, before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token chosen for one sequence, or why none could be chosen.
+
+    logprob, top_logprobs: only when the request asked for them
+    error: set when the logits were not finite; token_id is then -1
+    """
+
+    sequence_id: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
+
+
+# --- what comes back -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a request. prompt_tokens counts pictures at their full length."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens whose keys and values were already in the cache
+    image_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in seconds.
+
+    image_s:   in the vision tower; 0 when every picture's features were cached
+    prefill_s: from the first step to the first token, without image_s
+    decode_s:  from the first token to the last
+    ttft_s:    from arrival to the first token, waiting included
+    """
+
+    image_s: float
+    prefill_s: float
+    decode_s: float
+    ttft_s: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The four figures by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one choice of one request gained in one step.
+
+    text:  the new text; may be empty while a character or a stop string is incomplete
+    finish_reason: set exactly once, in the last output of the choice
+    stop_reason:   the stop string or stop id that ended it, if one did
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[SampledToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished choice of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    error: str | None = None
+    logprobs: tuple[SampledToken, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished request: its choices, counts and times.
+
+    prompt_token_ids: the prompt as the original implementation writes it
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    usage: Usage
+    timings: Timings
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The first choice's token ids."""
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first choice ended."""
+        return self.completions[0].finish_reason

@@ -30,7 +30,9 @@ class EngineConfig:
 
     model: str  # folder with config.json, weights and tokenizer
     device: str = "cpu"  # a file in devices/
-    dtype: str = "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
+    dtype: str = (
+        "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
+    )
     rotary_table: str = "auto"  # VisualGLM only; auto: hub_fp16 for float16, else fp32_product
     max_model_len: int | None = None  # tokens, pictures expanded; None: what the checkpoint says
     max_num_batched_tokens: int = 2048  # per step: bounds activations and how long a decode waits
@@ -59,11 +61,15 @@ class EngineConfig:
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if self.feature_cache_bytes < 0:
-            problems.append(f"feature_cache_bytes is {self.feature_cache_bytes}; use 0 to turn it off")
+            problems.append(
+                f"feature_cache_bytes is {self.feature_cache_bytes}; use 0 to turn it off"
+            )
         if self.dtype not in DTYPES:
             problems.append(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         if self.rotary_table not in ROTARY_TABLES:
             options = ", ".join(ROTARY_TABLES)
-            problems.append(f"rotary_table {self.rotary_table!r} is unknown; choose one of {options}")
+            problems.append(
+                f"rotary_table {self.rotary_table!r} is unknown; choose one of {options}"
+            )
         if problems:
             raise ConfigError("engine options", problems)

@@ -160,7 +160,9 @@ def _check_range(
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise RequestError(name, f"must be {'an integer' if integer else 'a number'}, not {value!r}")
+        raise RequestError(
+            name, f"must be {'an integer' if integer else 'a number'}, not {value!r}"
+        )
     below = value <= low if open_low else value < low
     if math.isnan(value) or below or value > high:
         sign = "above" if open_low else "at least"
@@ -269,6 +271,7 @@ class ImageSlice:
 class StepRow:
     """What one sequence does in one step: compute `token_ids` at cache indices start, start+1, …
 
+    index:       which of the request's choices this is
     positions:   [channels, len(token_ids)] int64
     block_table: cache blocks of the sequence, covering at least start + len(token_ids) tokens
     samples:     the last token's logits are wanted, because it is the last one known
@@ -276,6 +279,8 @@ class StepRow:
     """
 
     sequence_id: int
+    request_id: str
+    index: int
     token_ids: Sequence[int]
     positions: np.ndarray
     start: int
@@ -333,6 +338,21 @@ class SampledToken:
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutcome:
+    """What the scheduler made of a sampled token.
+
+    is_text: false for a stop id, which is counted but not shown
+    """
+
+    request_id: str
+    index: int
+    sampled: SampledToken
+    is_text: bool
+    finish_reason: FinishReason | None
+    stop_reason: int | None
 
 
 # --- what comes back -------------------------------------------------------------------------

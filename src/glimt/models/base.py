@@ -179,9 +179,6 @@ class Model(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_rows, hidden_size] -> [num_rows, vocab_size], in the dtype of the weights."""
 
-    def after_load(self) -> None:
-        """Build what is computed rather than loaded (rotary tables)."""
-
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
@@ -320,6 +317,24 @@ class ConfigReader:
             return str(self._problem(name, "is missing" if value is None else f"is {value!r}", ""))
         return value
 
+    def size(self, name: str) -> tuple[int, int]:
+        """[height, width]."""
+        value = self.raw.get(name)
+        sides = value if isinstance(value, list) and len(value) == 2 else [None, None]
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            said = "is missing" if value is None else f"is {value!r}; [height, width] is needed"
+            return self._problem(name, said, (1, 1))  # type: ignore[no-any-return]
+        return sides[0], sides[1]
+
+    def flags(self, name: str, count: int) -> tuple[bool, ...]:
+        """A list of `count` true or false."""
+        value = self.raw.get(name)
+        is_list = isinstance(value, list) and all(isinstance(flag, bool) for flag in value)
+        if not is_list or len(value or ()) != count:
+            said = "is missing" if value is None else f"is {value!r}; {count} flags are needed"
+            return self._problem(name, said, (False,) * count)  # type: ignore[no-any-return]
+        return tuple(value or ())
+
     def dtype(self) -> str:
         """torch_dtype (or dtype), float32 when absent."""
         value = self.raw.get("torch_dtype", self.raw.get("dtype", "float32"))
@@ -360,9 +375,7 @@ class Weight:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     convert: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
-    source_shapes: (
-        Callable[[Sequence[tuple[int, ...]]], Sequence[tuple[int, ...]]] | None
-    ) = None
+    source_shapes: Callable[[Sequence[tuple[int, ...]]], Sequence[tuple[int, ...]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +392,13 @@ class WeightTable:
 def renamed(pairs: Mapping[str, str]) -> tuple[Weight, ...]:
     """Weight lines that only change the name: {checkpoint name: parameter name}."""
     return tuple(Weight((source,), (target,)) for source, target in pairs.items())
+
+
+def special_id(ids: Mapping[str, int], name: str) -> int:
+    """Id of a special token. Raises ConfigError naming it when the tokenizer has none."""
+    if name not in ids:
+        raise ConfigError("tokenizer", [f"has no special token {name!r}"])
+    return ids[name]
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""What a model folder holds and what running it takes, from headers and config.json alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from glimt.devices.base import open_device
+from glimt.errors import CheckpointError
+from glimt.models.base import BuildContext, FamilyConfig, Model, find_family, read_json
+from glimt.weights import WEIGHT_DTYPES, Checkpoint, LoadPlan, open_checkpoint, plan_weights
+
+GroupName = Literal["language", "vision", "other"]
+# First parts of the parameter names of everything that only pictures pass through.
+_VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Checkpoint tensors of one purpose; "other" are those that no parameter takes."""
+
+    name: GroupName
+    num_tensors: int
+    num_elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """A model folder in numbers.
+
+    files:              bytes by file name
+    dtypes:             tensors by dtype
+    num_parameters:     of the model, whatever the files hold
+    weight_bytes:       memory for the parameters, by the dtype they are loaded in
+    kv_bytes_per_token: memory for one cached token, by dtype
+    problems:           why the weights cannot be loaded; empty if they can
+    """
+
+    folder: str
+    family: str
+    declared_dtype: str
+    context_tokens: int
+    vocab_size: int
+    num_parameters: int
+    files: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    groups: tuple[TensorGroup, ...]
+    weight_bytes: Mapping[str, int]
+    kv_bytes_per_token: Mapping[str, int]
+    problems: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+
+def describe(folder: Path) -> CheckpointSummary:
+    """Summarise a model folder and check its weight files against its config.json.
+
+    Raises ConfigError if config.json is missing, wrong or of no family that is known; what is
+    wrong with the weights is listed in `problems` instead.
+    """
+    raw = read_json(folder / "config.json")
+    family = find_family(raw, str(folder))
+    config = family.config.from_json(raw, str(folder))
+    context = BuildContext(open_device("cpu"), torch.float32, config.max_positions)
+    model = family.build(config, context)
+    try:
+        checkpoint, problems = open_checkpoint(folder), ()
+    except CheckpointError as error:
+        checkpoint, problems = Checkpoint(folder, (), {}), error.problems
+    plan = plan_weights(checkpoint, model)
+    return _summary(family.name, config, model, checkpoint, plan, problems or plan.problems)
+
+
+def _summary(
+    family: str,
+    config: FamilyConfig,
+    model: Model,
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    problems: Sequence[str],
+) -> CheckpointSummary:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
+    dtypes = Counter(_name(info.dtype) for info in checkpoint.tensors.values())
+    return CheckpointSummary(
+        folder=str(checkpoint.folder),
+        family=family,
+        declared_dtype=config.torch_dtype,
+        context_tokens=config.context_tokens,
+        vocab_size=config.vocab_size,
+        num_parameters=num_parameters,
+        files={file.name: file.stat().st_size for file in checkpoint.files},
+        dtypes=dict(sorted(dtypes.items())),
+        groups=_groups(checkpoint, plan),
+        weight_bytes=_by_dtype(num_parameters),
+        kv_bytes_per_token=_by_dtype(num_cached),
+        problems=tuple(problems),
+    )
+
+
+def _groups(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[TensorGroup, ...]:
+    module_of = {
+        source: step.targets[0].partition(".")[0] for step in plan.steps for source in step.sources
+    }
+    members: dict[GroupName, list[str]] = {"language": [], "vision": [], "other": []}
+    for name in checkpoint.tensors:
+        members[_group_of(module_of.get(name))].append(name)
+    return tuple(_group(name, members[name], checkpoint) for name in members)
+
+
+def _group_of(module: str | None) -> GroupName:
+    if module is None:
+        return "other"
+    return "vision" if module in _VISION_MODULES else "language"
+
+
+def _group(name: GroupName, members: Sequence[str], checkpoint: Checkpoint) -> TensorGroup:
+    tensors = [checkpoint.tensors[member] for member in members]
+    nbytes = sum(info.nbytes for info in tensors)
+    elements = sum(info.nbytes // info.dtype.itemsize for info in tensors)
+    return TensorGroup(name, len(tensors), elements, nbytes)
+
+
+def _by_dtype(num_elements: int) -> dict[str, int]:
+    return {_name(dtype): num_elements * dtype.itemsize for dtype in WEIGHT_DTYPES}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The two small trained models and what they are made with."""

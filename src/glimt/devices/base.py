@@ -1,0 +1,282 @@
+"""Device: every arithmetic operation the models need, in plain torch.
+
+A new device subclasses Device in its own file and overrides only what it does better; what it
+leaves alone is slow but right. Knows shapes and caches, no model and no request.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glimt.errors import ConfigError
+
+RotaryStyle = Literal["interleaved", "half"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """One layer's keys and values: two tensors [num_blocks, block_size, num_kv_heads, head_dim].
+
+    A token's slot is block * block_size + offset. Source: PagedAttention, arXiv 2309.06180.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.key.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionBatch:
+    """Which cached tokens each token of a flattened step may see; the same for every layer.
+
+    The first num_decodes rows have one token each; the others are prefill chunks.
+
+    query_starts:  num_rows + 1 offsets into the flattened tokens
+    context_lens:  per row, tokens in the cache once this step is written
+    slots:         [num_tokens] int64, where each token's key and value go
+    block_tables:  [num_rows, max_blocks] int64, padded with block 0
+    decode_mask:   [num_decodes, 1, 1, max_blocks * block_size], 0 or -inf; None without decodes
+    prefill_masks: per prefill row [chunk, context], 0 or -inf; None where plain causal is meant
+    """
+
+    num_decodes: int
+    query_starts: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    slots: Tensor
+    block_tables: Tensor
+    decode_mask: Tensor | None
+    prefill_masks: tuple[Tensor | None, ...]
+
+
+class Device:
+    """The operations in plain torch, on any torch device."""
+
+    name = "base"
+
+    def __init__(self, torch_device: str = "cpu") -> None:
+        self.torch_device = torch.device(torch_device)
+
+    # --- the machine ---
+
+    @classmethod
+    def unavailable_reason(cls) -> str | None:
+        """Why this device cannot be used here, and what to do; None when it can."""
+        return None
+
+    def preferred_dtype(self, declared: torch.dtype) -> torch.dtype:
+        """The dtype to compute in when the user leaves it to the checkpoint."""
+        return declared
+
+    def free_bytes(self) -> int:
+        """Memory that could still be allocated, in bytes."""
+        return _host_free_bytes()
+
+    # --- elementwise and small ---
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """[n] int64, [vocab_size, hidden_size] -> [n, hidden_size]."""
+        return F.embedding(token_ids, table)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[…, in], [out, in], [out] -> […, out]."""
+        return F.linear(x, weight, bias)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Over the last axis; statistics in float32 whatever the dtype."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Over the last axis, with one cast at the end.
+
+        The product with the weight is taken in float32, as GLM-4's own code does; LLaMA's casts
+        before it. Source: the hub's modeling_chatglm.py of GLM-4, class RMSNorm.
+        """
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight.float()).to(x.dtype)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """GELU in its tanh form."""
+        return F.gelu(x, approximate="tanh")
+
+    def gelu_erf(self, x: Tensor) -> Tensor:
+        """GELU in its exact form."""
+        return F.gelu(x)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, of equal shapes."""
+        return F.silu(gate) * up
+
+    def rotate(
+        self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
+    ) -> Tensor:
+        """Rotate the first 2 * num_pairs dims of every head; the rest passes through.
+
+        x: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, num_pairs], dtype of x.
+        "interleaved": pair i is dims (2i, 2i+1). "half": within each of num_segments equal
+        segments of width w, pair i is dims (i, i + w/2).
+        Source: RoFormer, arXiv 2104.09864, section 3.4.2.
+        """
+        tokens, heads, _ = x.shape
+        num_pairs = cos.shape[-1]
+        turned, rest = x[..., : 2 * num_pairs], x[..., 2 * num_pairs :]
+        pair_axis = -1 if style == "interleaved" else -2
+        shape = (num_segments, num_pairs // num_segments)
+        pairs = (*shape, 2) if style == "interleaved" else (shape[0], 2, shape[1])
+        a, b = turned.reshape(tokens, heads, *pairs).unbind(pair_axis)
+        c, s = cos.view(tokens, 1, *shape), sin.view(tokens, 1, *shape)
+        rotated = torch.stack((a * c - b * s, b * c + a * s), dim=pair_axis)
+        return torch.cat((rotated.reshape(tokens, heads, 2 * num_pairs), rest), dim=-1)
+
+    # --- attention ---
+
+    def varlen_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: Sequence[int],
+        key_starts: Sequence[int],
+        scale: float,
+    ) -> Tensor:
+        """Full attention inside each of several packed sequences (`cu_seqlens`).
+
+        query: [num_queries, num_heads, head_dim]; key, value: [num_keys, num_heads, head_dim];
+        sequence s owns rows starts[s] … starts[s+1]-1. Returns the shape of query.
+        """
+        out = torch.empty_like(query)
+        for s in range(len(query_starts) - 1):
+            q0, q1 = query_starts[s], query_starts[s + 1]
+            k0, k1 = key_starts[s], key_starts[s + 1]
+            out[q0:q1] = _attend(query[q0:q1], key[k0:k1], value[k0:k1], scale)
+        return out
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Copy one step's keys and values into their cache slots, in place.
+
+        key, value: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64.
+        """
+        cache.key.flatten(0, 1).index_copy_(0, slots, key)
+        cache.value.flatten(0, 1).index_copy_(0, slots, value)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scale: float,
+    ) -> Tensor:
+        """Attention of one step's tokens over their cached contexts, which hold them already.
+
+        query: [num_tokens, num_heads, head_dim]; key, value: this step's own, as written to the
+        cache, so that a first chunk need not read them back. Query head j uses KV head
+        j // (num_heads / num_kv_heads). Returns the shape of query.
+        """
+        out = torch.empty_like(query)
+        if batch.num_decodes:
+            out[: batch.num_decodes] = self.decode_attention(query, cache, batch, scale)
+        for row in range(batch.num_decodes, len(batch.context_lens)):
+            start, stop = batch.query_starts[row], batch.query_starts[row + 1]
+            keys, values = key[start:stop], value[start:stop]
+            if batch.context_lens[row] > stop - start:
+                keys, values = _gather(cache, batch.block_tables[row], batch.context_lens[row])
+            mask = batch.prefill_masks[row - batch.num_decodes]
+            out[start:stop] = _attend(query[start:stop], keys, values, scale, mask, mask is None)
+        return out
+
+    def decode_attention(
+        self, query: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """One query per row over its whole context, all rows at once.
+
+        Returns [num_decodes, num_heads, head_dim].
+        """
+        rows, (_, heads, dim) = batch.num_decodes, query.shape
+        tables = batch.block_tables[:rows]
+        kv_heads = cache.key.shape[2]
+        keys = cache.key[tables].flatten(1, 2).transpose(1, 2)
+        values = cache.value[tables].flatten(1, 2).transpose(1, 2)
+        grouped = query[:rows].reshape(rows, kv_heads, heads // kv_heads, dim)
+        out = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=batch.decode_mask, scale=scale
+        )
+        return out.reshape(rows, heads, dim)
+
+
+def _gather(cache: KVCache, table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """A row's keys and values in order, each [context_len, num_kv_heads, head_dim]."""
+    blocks = table[: -(-context_len // cache.block_size)]
+    return (
+        cache.key[blocks].flatten(0, 1)[:context_len],
+        cache.value[blocks].flatten(0, 1)[:context_len],
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attention of one sequence: [q, heads, dim] over [k, kv_heads, dim]."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1)
+
+
+def _host_free_bytes() -> int:
+    """MemAvailable of /proc/meminfo; 4 GiB where there is no such file."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            lines = dict(line.split(":", 1) for line in meminfo)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 * 2**30
+
+
+def all_devices() -> dict[str, type[Device]]:
+    """Every device class in this folder, by name; a module without DEVICE is none."""
+    package = importlib.import_module("glimt.devices")
+    found: dict[str, type[Device]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"glimt.devices.{info.name}")
+        if hasattr(module, "DEVICE"):
+            found[module.DEVICE.name] = module.DEVICE
+    return found
+
+
+def open_device(name: str) -> Device:
+    """The device of that name. Raises ConfigError if it is unknown or not usable here."""
+    devices = all_devices()
+    if name not in devices:
+        known = ", ".join(sorted(devices))
+        raise ConfigError("device", [f"{name!r} is unknown; choose one of {known}"])
+    reason = devices[name].unavailable_reason()
+    if reason:
+        raise ConfigError("device", [f"{name} cannot be used here: {reason}"])
+    return devices[name]()

@@ -1,0 +1,212 @@
+"""Engine: the one place where the stages meet. Synchronous; not to be shared between threads.
+
+    request -> inputs -> scheduler -> runner -> sampling -> outputs -> text
+
+`prepare_chat` and `prepare_text` only read and may be called from any thread; everything else
+belongs to the thread that calls `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from glimt.config import EngineConfig
+from glimt.errors import ConfigError, RequestError
+from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
+from glimt.loader import OpenedModel, open_model
+from glimt.outputs.collector import OutputCollector
+from glimt.runner.feature_cache import FeatureCache
+from glimt.runner.kv_cache import allocate_kv, kv_bytes_per_token
+from glimt.runner.model_runner import ModelRunner
+from glimt.sampling import Sampler
+from glimt.scheduler.scheduler import Scheduler
+from glimt.types import FinishReason, Message, Request, SamplingParams, StepOutput, StepPlan
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_OPTIONS = RequestOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since start and the state now; tokens, events, blocks and seconds."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    tower_images: int
+    feature_hits: int
+    tower_s: float
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name."""
+        return asdict(self)
+
+
+class Engine:
+    """Runs requests on one loaded model."""
+
+    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
+        """Build every stage around a model whose weights are loaded."""
+        self.config = _fitted_config(config, opened)
+        self.opened = opened
+        num_blocks = _num_blocks(self.config, opened)
+        limits = RequestLimits(
+            max_model_len=min(opened.max_model_len, num_blocks * config.block_size),
+            max_positions=opened.config.max_positions,
+            vocab_size=opened.config.vocab_size,
+        )
+        self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
+        self.scheduler = Scheduler(self.config, num_blocks)
+        self.runner = _build_runner(self.config, opened, num_blocks)
+        self.sampler = Sampler(opened.config.vocab_size)
+        self.outputs = OutputCollector(opened.processor, time.monotonic)
+
+    @classmethod
+    def load(cls, config: EngineConfig, on_tensor: Callable[[int], None] | None = None) -> Engine:
+        """Open a model folder, load it and build the engine. on_tensor: bytes of each tensor."""
+        opened = open_model(config)
+        opened.load(on_tensor)
+        return cls(opened, config)
+
+    # --- requests ---
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions = _DEFAULT_OPTIONS,
+    ) -> Request:
+        """Encode a conversation. Raises RequestError naming the field. Any thread."""
+        return self.inputs.from_chat(messages, sampling or SamplingParams(), options)
+
+    def prepare_text(
+        self,
+        text: str,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions = _DEFAULT_OPTIONS,
+    ) -> Request:
+        """Encode a bare text to be continued. Raises RequestError. Any thread."""
+        return self.inputs.from_text(text, sampling or SamplingParams(), options)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a prepared request. Raises RequestError when its id is in use."""
+        if request.request_id in self.outputs:
+            raise RequestError("request_id", f"{request.request_id!r} is already running")
+        self.outputs.add(request)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[StepOutput]:
+        """End a request now and free its blocks; its unfinished choices finish as "abort"."""
+        return [
+            self._end(sequence.id, "abort") for sequence in self.scheduler.sequences_of(request_id)
+        ]
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is not finished."""
+        return self.scheduler.has_work
+
+    # --- one step ---
+
+    def step(self) -> list[StepOutput]:
+        """Run one step: every running sequence goes on by a chunk or a token."""
+        began_s = time.monotonic()
+        plan = self.scheduler.plan_step()
+        if not plan.rows:
+            return []
+        try:
+            logits = self.runner.run(plan)
+            tokens = self.sampler.sample(logits.logits, plan)
+        except Exception as error:  # whatever it is, the other requests must go on
+            return self._fail(plan, error)
+        self.outputs.note_step(plan, logits.image_s, began_s)
+        outcomes = self.scheduler.commit(plan, tokens)
+        outputs = self.outputs.collect(outcomes)
+        self._settle(plan, outputs)
+        return outputs
+
+    def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
+        """Tell the scheduler what only the text showed: stop strings; clean up after errors."""
+        sampled = zip(plan.sampled_rows, outputs, strict=True)
+        for row, output in sampled:
+            if output.finish_reason and self.scheduler.is_open(row.sequence_id):
+                self.scheduler.finish(row.sequence_id)
+            if output.finish_reason == "error":
+                self.runner.drop_features([part.image for part in row.images])
+        self.runner.clear_blocks(self.scheduler.take_poisoned())
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        """The step itself failed: its requests end with an error, the others go on."""
+        log.exception("a step of %d sequences failed", len(plan.rows))
+        said = f"the engine failed: {type(error).__name__}: {error}"
+        outputs = [self._end(row.sequence_id, "error", said) for row in plan.rows]
+        self.runner.clear_blocks(self.scheduler.take_poisoned())
+        return outputs
+
+    def _end(self, sequence_id: int, reason: FinishReason, error: str | None = None) -> StepOutput:
+        sequence = self.scheduler.finish(sequence_id, is_poisoned=reason == "error")
+        request_id = sequence.request.request_id
+        return self.outputs.finish(request_id, sequence.index, reason, error=error)
+
+    # --- what it is doing ---
+
+    def stats(self) -> EngineStats:
+        """Counters and state, for timings, tests and metrics."""
+        scheduler, runner = self.scheduler, self.runner
+        return EngineStats(
+            **asdict(scheduler.counters),
+            **asdict(runner.counters),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+        )
+
+
+def _fitted_config(config: EngineConfig, opened: OpenedModel) -> EngineConfig:
+    """A bidirectional prompt runs in one step, so the budget must hold the longest one."""
+    least = opened.max_model_len + config.max_num_seqs
+    if opened.family.prompt_attention == "causal" or config.max_num_batched_tokens >= least:
+        return config
+    log.info("max_num_batched_tokens raised to %d: prompts of this family run whole", least)
+    return replace(config, max_num_batched_tokens=least)
+
+
+_MAX_DEFAULT_KV_BYTES = 8 * 2**30
+
+
+def _num_blocks(config: EngineConfig, opened: OpenedModel) -> int:
+    """Blocks of the KV cache. Raises ConfigError when not even one would fit."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    per_block = kv_bytes_per_token(opened.model, opened.dtype) * config.block_size
+    wanted = -(-opened.max_model_len // config.block_size) * config.max_num_seqs
+    kv_bytes = config.kv_bytes
+    if kv_bytes is None:
+        kv_bytes = min(opened.device.free_bytes() // 4, _MAX_DEFAULT_KV_BYTES)
+    num_blocks = min(kv_bytes // per_block, wanted)
+    if num_blocks < 1:
+        raise ConfigError(
+            "kv_bytes", [f"is {kv_bytes} but one cache block takes {per_block} bytes; raise it"]
+        )
+    return num_blocks
+
+
+def _build_runner(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> ModelRunner:
+    device, dtype = opened.device.torch_device, opened.dtype
+    caches = allocate_kv(opened.model, num_blocks, config.block_size, dtype, device)
+    row_bytes = opened.model.embed(torch.zeros(1, dtype=torch.int64, device=device)).nbytes
+    features = FeatureCache(config.feature_cache_bytes // row_bytes)
+    return ModelRunner(opened.model, caches, features, opened.device, dtype, config.tower_patches)

@@ -1,0 +1,170 @@
+"""RequestFactory: what a caller wants -> a Request that is known to fit. Thread-safe."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glimt.config import ImageLimits
+from glimt.errors import PromptTooLong, RequestError
+from glimt.inputs.chat import parse_messages
+from glimt.inputs.image import OpenedImage, decode_image, open_image
+from glimt.models.base import Processor
+from glimt.types import EncodedPrompt, ImageInput, ImagePart, Message, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What any request must fit.
+
+    max_model_len: cache slots of one sequence, in tokens with pictures expanded
+    max_positions: rotary positions that exist
+    """
+
+    max_model_len: int
+    max_positions: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What a caller may say besides the prompt and the sampling.
+
+    request_id:  None makes one up
+    language:    "auto", "zh" or "en": the prompt template, where a family has one per language
+    cache_salt:  cached prefixes are shared only between equal salts
+    allow_files: whether text may name a file on this machine
+    """
+
+    request_id: str | None = None
+    language: str = "auto"
+    cache_salt: str = ""
+    allow_files: bool = True
+
+
+class RequestFactory:
+    """Encodes prompts and pictures with one family's processor and checks every limit."""
+
+    def __init__(
+        self, processor: Processor, limits: RequestLimits, image_limits: ImageLimits
+    ) -> None:
+        self.processor = processor
+        self.limits = limits
+        self.image_limits = image_limits
+
+    def from_chat(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        sampling: SamplingParams,
+        options: RequestOptions,
+    ) -> Request:
+        """Encode a conversation. Pictures are decoded only once the prompt is known to fit."""
+        arrival_s = time.monotonic()
+        parsed = parse_messages(messages, self.image_limits)
+        opened = self._open_images(parsed, options.allow_files)
+        costs = [self.processor.image_cost(image.width, image.height) for image in opened]
+        prompt = self.processor.encode_chat(parsed, costs, options.language)
+        max_tokens = self._check_fit(prompt, sampling)
+        images = tuple(self._prepare(image) for image in opened)
+        return self._request(prompt, images, sampling, max_tokens, arrival_s, options)
+
+    def from_text(self, text: str, sampling: SamplingParams, options: RequestOptions) -> Request:
+        """Encode a bare text to be continued."""
+        arrival_s = time.monotonic()
+        prompt = self.processor.encode_text(text)
+        max_tokens = self._check_fit(prompt, sampling)
+        return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
+
+    def _open_images(self, messages: Sequence[Message], allow_files: bool) -> list[OpenedImage]:
+        return [
+            open_image(
+                part.source,
+                self.image_limits,
+                allow_files=allow_files,
+                field=f"messages[{m}].content[{p}]",
+            )
+            for m, message in enumerate(messages)
+            for p, part in enumerate(message.parts)
+            if isinstance(part, ImagePart)
+        ]
+
+    def _prepare(self, opened: OpenedImage) -> ImageInput:
+        decoded = decode_image(opened)
+        digest = decoded.digest(self.processor.image_settings)
+        return self.processor.prepare_image(decoded.rgb, digest)
+
+    def _check_fit(self, prompt: EncodedPrompt, sampling: SamplingParams) -> int:
+        """How many tokens may be generated. Raises PromptTooLong, with the numbers."""
+        num_prompt = len(prompt.token_ids)
+        room = min(self.limits.max_model_len - num_prompt, self._position_room(prompt))
+        if num_prompt == 0:
+            raise RequestError("prompt", "is empty")
+        if room < 1:
+            raise PromptTooLong("prompt", f"{self._describe(prompt)}; {self._advice()}")
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
+            raise PromptTooLong(
+                "max_tokens",
+                f"is {sampling.max_tokens} but only {room} fit: {self._describe(prompt)}; "
+                f"{self._advice()}",
+            )
+        return sampling.max_tokens or room
+
+    def _position_room(self, prompt: EncodedPrompt) -> int:
+        """Output tokens whose rotary positions still exist."""
+        rooms = [
+            (self.limits.max_positions - start) // step
+            for start, step in zip(prompt.decode_start, prompt.decode_step, strict=True)
+            if step
+        ]
+        is_inside = int(prompt.positions.max(initial=0)) < self.limits.max_positions
+        return min(rooms, default=self.limits.max_positions) if is_inside else 0
+
+    def _describe(self, prompt: EncodedPrompt) -> str:
+        pictures = sum(span.length for span in prompt.spans)
+        return (
+            f"the prompt is {len(prompt.token_ids)} tokens ({pictures} of them "
+            f"{len(prompt.spans)} pictures) and reaches position "
+            f"{int(prompt.positions.max(initial=0))}, but the context holds "
+            f"{self.limits.max_model_len} tokens and {self.limits.max_positions} positions"
+        )
+
+    def _advice(self) -> str:
+        return "shorten the conversation, ask for fewer tokens, or raise --max-model-len"
+
+    def _request(
+        self,
+        prompt: EncodedPrompt,
+        images: tuple[ImageInput, ...],
+        sampling: SamplingParams,
+        max_tokens: int,
+        arrival_s: float,
+        options: RequestOptions,
+    ) -> Request:
+        self._check_ids("logit_bias", sampling.logit_bias)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        filled = sampling.with_defaults(
+            self.processor.sampling_defaults, len(prompt.original_token_ids)
+        )
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        return Request(
+            request_id=options.request_id or uuid.uuid4().hex,
+            prompt=prompt,
+            images=images,
+            sampling=filled,
+            stop_token_ids=self.processor.stop_token_ids | set(sampling.stop_token_ids),
+            seeds=tuple((seed + index) % 2**64 for index in range(sampling.n)),
+            max_tokens=max_tokens,
+            arrival_s=arrival_s,
+            cache_salt=options.cache_salt,
+        )
+
+    def _check_ids(self, field: str, token_ids: Any) -> None:
+        """An id outside the vocabulary would index another row's logits."""
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < self.limits.vocab_size:
+                last = self.limits.vocab_size - 1
+                raise RequestError(field, f"token id {token_id!r} is not between 0 and {last}")

@@ -1,0 +1,38 @@
+"""Normalisation over the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glimt.devices.base import Device
+from glimt.layers.linear import empty_parameter
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with gain and bias."""
+
+    def __init__(self, size: int, eps: float, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.device = device
+        self.eps = eps
+        self.weight = empty_parameter(size, dtype=dtype)
+        self.bias = empty_parameter(size, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, size] -> […, size]."""
+        return self.device.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with gain."""
+
+    def __init__(self, size: int, eps: float, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.device = device
+        self.eps = eps
+        self.weight = empty_parameter(size, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, size] -> […, size]."""
+        return self.device.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,624 @@
+"""GLM-4v-9B: EVA2-CLIP-E tower, convolution and GLU adapter, GLM-4 language model.
+
+Also GLM-4-9B text checkpoints, which are the same without `vision_config`. Sources: the hub's
+modeling_chatglm.py and visual.py of glm-4v-9b (June 2024); shapes proved by its parameter count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glimt.devices.base import AttentionBatch, Device, KVCache
+from glimt.errors import ConfigError, RequestError
+from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
+from glimt.layers.embedding import Embedding
+from glimt.layers.linear import Linear, PatchLinear, empty_parameter
+from glimt.layers.norm import LayerNorm, RMSNorm
+from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
+from glimt.models.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    BuildContext,
+    ConfigReader,
+    Model,
+    ModelFamily,
+    Tokenizer,
+    TokenizerSpec,
+    WeightTable,
+    normalise,
+    patchify,
+    read_json,
+    renamed,
+    special_id,
+    squash,
+)
+from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+# --- config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """`vision_config` of config.json."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int
+    in_channels: int
+    num_positions: int
+    layer_norm_eps: float
+    scaling_factor: float
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Rows that enter the language model: 2x2 patches merged, plus begin and end."""
+        return (self.grid // 2) ** 2 + 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glm4vConfig:
+    """config.json of GLM-4v-9B, or of a GLM-4-9B text model (vision is None)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    layernorm_epsilon: float
+    qkv_bias: bool
+    linear_bias: bool
+    interleaved_rotary: bool
+    rope_ratio: float
+    seq_length: int
+    torch_dtype: str
+    eos_token_ids: tuple[int, ...]
+    boi_token_id: int
+    eoi_token_id: int
+    vision: VisionConfig | None
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the checkpoint was trained for."""
+        return self.seq_length
+
+    @property
+    def max_positions(self) -> int:
+        """A picture's patches share one position, so this is not the cache's limit."""
+        return self.seq_length
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> Glm4vConfig:
+        """Read a parsed config.json; ConfigError lists everything missing or unsupported."""
+        r = ConfigReader(raw, where)
+        for name, only in _ONLY.items():
+            r.must_be(name, only)
+        vision = _read_vision(r.section("vision_config")) if "vision_config" in raw else None
+        heads = r.integer("num_attention_heads")
+        grouped = r.flag("multi_query_attention", default=False)
+        config = cls(
+            num_layers=r.integer("num_layers"),
+            hidden_size=r.integer("hidden_size"),
+            num_heads=heads,
+            num_kv_heads=r.integer("multi_query_group_num") if grouped else heads,
+            head_dim=r.integer("kv_channels"),
+            ffn_hidden_size=r.integer("ffn_hidden_size"),
+            vocab_size=r.integer("padded_vocab_size"),
+            layernorm_epsilon=r.number("layernorm_epsilon"),
+            qkv_bias=r.flag("add_qkv_bias"),
+            linear_bias=r.flag("add_bias_linear"),
+            interleaved_rotary=r.flag("original_rope", default=True),
+            rope_ratio=r.number("rope_ratio", default=1.0),
+            seq_length=r.integer("seq_length"),
+            torch_dtype=r.dtype(),
+            eos_token_ids=_read_ids(raw.get("eos_token_id")),
+            boi_token_id=r.integer("boi_token_id", low=0) if vision else -1,
+            eoi_token_id=r.integer("eoi_token_id", low=0) if vision else -1,
+            vision=vision,
+        )
+        r.divides("num_attention_heads", heads, "multi_query_group_num", config.num_kv_heads)
+        r.divides("kv_channels", config.head_dim, "rotary pairs of two halves", 4)
+        r.check()
+        return config
+
+
+# What the published checkpoints say and the only thing that is computed here.
+_ONLY: dict[str, Any] = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False,
+    "tie_word_embeddings": False,
+    "pre_seq_len": None,
+}
+
+
+def _read_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
+
+
+def _read_vision(r: ConfigReader) -> VisionConfig:
+    r.must_be("hidden_act", "gelu")
+    config = VisionConfig(
+        num_layers=r.integer("num_hidden_layers"),
+        hidden_size=r.integer("hidden_size"),
+        num_heads=r.integer("num_heads"),
+        intermediate_size=r.integer("intermediate_size"),
+        patch_size=r.integer("patch_size"),
+        image_size=r.integer("image_size"),
+        in_channels=r.integer("in_channels"),
+        num_positions=r.integer("num_positions"),
+        layer_norm_eps=r.number("layer_norm_eps"),
+        scaling_factor=r.number("scaling_factor"),
+    )
+    r.divides("hidden_size", config.hidden_size, "num_heads", config.num_heads)
+    r.divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
+    r.must_be("in_channels", 3)
+    r.must_be("num_positions", config.grid**2 + 1)
+    return config
+
+
+# --- prompt and picture ----------------------------------------------------------------------
+
+_SPECIALS = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
+    "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>",
+    "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+
+TOKENIZER = TokenizerSpec(
+    kind="tiktoken",
+    file="tokenizer.model",
+    pattern=(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    special_names=_SPECIALS,
+)
+
+
+class Glm4vProcessor:
+    """Messages to ids: `[gMASK]<sop>`, then per message `<|role|>\\n`, its pictures, its text."""
+
+    def __init__(self, folder: Path, config: Glm4vConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        ids = tokenizer.special_ids
+        self._prefix = [special_id(ids, "[gMASK]"), special_id(ids, "<sop>")]
+        self._roles = {
+            role: special_id(ids, f"<|{role}|>")
+            for role in ("system", "user", "assistant", "observation")
+        }
+        self._newline = tokenizer.encode("\n")
+        self._filler = special_id(ids, "<|endoftext|>")
+        self._check_image_ids(folder)
+        generation = _generation_config(folder)
+        stops = config.eos_token_ids or _read_ids(generation.get("eos_token_id"))
+        named = (self._filler, self._roles["user"], self._roles["observation"])
+        self.stop_token_ids = frozenset(stops or named)
+        self.sampling_defaults = _sampling_defaults(generation)
+        self.takes_images = config.vision is not None
+        self.image_settings = (
+            f"glm4v_9b bicubic squash {config.vision and config.vision.image_size}"
+        )
+
+    def _check_image_ids(self, folder: Path) -> None:
+        if self.config.vision is None:
+            return
+        ids = self.tokenizer.special_ids
+        named = special_id(ids, "<|begin_of_image|>"), special_id(ids, "<|end_of_image|>")
+        said = self.config.boi_token_id, self.config.eoi_token_id
+        if named != said:
+            raise ConfigError(
+                str(folder),
+                [f"boi_token_id, eoi_token_id are {said} but the tokenizer's ids are {named}"],
+            )
+
+    def _vision(self) -> VisionConfig:
+        if self.config.vision is None:
+            raise RequestError("image", "this is a text model; send the request without pictures")
+        return self.config.vision
+
+    def image_cost(self, width: int, height: int) -> int:
+        """The same for every picture: all are squashed to one size."""
+        return self._vision().num_image_tokens
+
+    def prepare_image(self, image: Image, digest: bytes) -> ImageInput:
+        """Squash to the tower's square."""
+        vision = self._vision()
+        pixels = squash(image, vision.image_size, vision.image_size)
+        grid = (vision.grid, vision.grid)
+        return ImageInput(digest, vision.num_image_tokens, grid, pixels)
+
+    def encode_chat(
+        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+    ) -> EncodedPrompt:
+        """Encode a conversation; a message with neither text nor picture emits nothing."""
+        prompt = _PromptBuilder(self._prefix)
+        costs = iter(image_costs)
+        for message in messages:
+            if not message.text and not message.num_images:
+                continue
+            prompt.add_text([self._roles[message.role], *self._newline])
+            for _ in range(message.num_images):
+                ids = (self.config.boi_token_id, self._filler, self.config.eoi_token_id)
+                prompt.add_image(ids, next(costs))
+            prompt.add_text(self.tokenizer.encode(message.text))
+        prompt.add_text([self._roles["assistant"]])
+        return prompt.build()
+
+    def encode_text(self, text: str) -> EncodedPrompt:
+        """`[gMASK]<sop>` and the text."""
+        prompt = _PromptBuilder(self._prefix)
+        prompt.add_text(self.tokenizer.encode(text))
+        return prompt.build()
+
+    def finish_text(self, raw: str) -> str:
+        """Replies usually begin with a line feed, which the original strips."""
+        return raw.strip()
+
+    def stable_length(self, raw: str) -> int:
+        """Everything but trailing blanks, which are stripped if nothing follows."""
+        return len(raw.rstrip())
+
+
+class _PromptBuilder:
+    """Collects ids, spans and positions.
+
+    begin p | patches, all p+1 | end p+2 | text p+3 …: a picture moves the position on by 3,
+    whatever its length, and the cache by its full length.
+    """
+
+    def __init__(self, prefix: Sequence[int]) -> None:
+        self._original: list[int] = []
+        self._expanded: list[int] = []
+        self._positions: list[int] = []
+        self._spans: list[ImageSpan] = []
+        self.add_text(prefix)
+
+    def add_text(self, ids: Sequence[int]) -> None:
+        start = len(self._original)
+        self._original += ids
+        self._expanded += ids
+        self._positions += range(start, start + len(ids))
+
+    def add_image(self, ids: tuple[int, int, int], cost: int) -> None:
+        begin, filler, end = ids
+        at, patches = len(self._original), cost - 2
+        self._spans.append(ImageSpan(len(self._expanded), cost, len(self._spans)))
+        self._original += ids
+        self._expanded += [begin, *[filler] * patches, end]
+        self._positions += [at, *[at + 1] * patches, at + 2]
+
+    def build(self) -> EncodedPrompt:
+        return EncodedPrompt(
+            token_ids=tuple(self._expanded),
+            original_token_ids=tuple(self._original),
+            spans=tuple(self._spans),
+            positions=np.array([self._positions], dtype=np.int64),
+            decode_start=(len(self._original),),
+            decode_step=(1,),
+        )
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+    """Temperature 0.8 and top-p 0.8 are the original chat()'s own, used when the file is absent."""
+    r = ConfigReader(generation, "generation_config.json")
+    defaults = SamplingDefaults(
+        temperature=r.number("temperature", default=0.8) if r.flag("do_sample", True) else 0.0,
+        top_p=r.number("top_p", default=0.8),
+        top_k=r.integer("top_k", low=0, default=0),
+        repetition_penalty=r.number("repetition_penalty", default=1.0),
+    )
+    r.check()
+    return defaults
+
+
+# --- tower and adapter -----------------------------------------------------------------------
+
+
+class VisionBlock(nn.Module):
+    """The norms act on the branch outputs, whatever the checkpoint calls them."""
+
+    def __init__(self, shape: BlockShape, eps: float, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = shape.hidden_size
+        self.attention = TowerAttention(shape, device, dtype)
+        self.attention_norm = LayerNorm(size, eps, device, dtype)
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+        self.mlp_norm = LayerNorm(size, eps, device, dtype)
+
+    def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+        """[num_tokens, hidden_size] -> the same."""
+        x = x + self.attention_norm(self.attention(x, cu_seqlens))
+        return x + self.mlp_norm(self.mlp(x))
+
+
+class VisionTower(nn.Module):
+    """EVA2-CLIP-E: a class token and all patches, full attention, no final norm."""
+
+    def __init__(self, config: VisionConfig, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = config.hidden_size
+        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+        self.patch = PatchLinear(config.in_channels, size, config.patch_size, device, dtype)
+        self.cls = empty_parameter(1, size, dtype=dtype)
+        self.position = empty_parameter(config.num_positions, size, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            VisionBlock(shape, config.layer_norm_eps, device, dtype)
+            for _ in range(config.num_layers)
+        )
+
+    def forward(self, patches: Sequence[Tensor]) -> list[Tensor]:
+        """Patches of each picture [num_patches, values] -> states [1 + num_patches, hidden]."""
+        lengths = [len(picture) + 1 for picture in patches]
+        cu_seqlens = [0, *accumulate(lengths)]
+        x = torch.cat(
+            [torch.cat((self.cls, self.patch(picture))) + self.position for picture in patches]
+        )
+        for block in self.blocks:
+            x = block(x, cu_seqlens)
+        return list(x.split(lengths))
+
+
+class Adapter(nn.Module):
+    """2x2 convolution, projection, GLU; then begin and end vectors, all divided by a constant."""
+
+    def __init__(
+        self, config: Glm4vConfig, vision: VisionConfig, device: Device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.ffn_hidden_size
+        self.device = device
+        self.scaling_factor = vision.scaling_factor
+        self.merge = PatchLinear(vision.hidden_size, size, 2, device, dtype)
+        self.project = Linear(size, size, False, device, dtype)
+        self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, not layer_norm_eps
+        self.gate = Linear(size, inner, False, device, dtype)
+        self.up = Linear(size, inner, False, device, dtype)
+        self.down = Linear(inner, size, False, device, dtype)
+        self.begin = empty_parameter(1, 1, size, dtype=dtype)
+        self.end = empty_parameter(1, 1, size, dtype=dtype)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """One picture's patches [rows * columns, vision hidden] -> [num_image_tokens, hidden]."""
+        image = x.unflatten(0, grid).permute(2, 0, 1)
+        x = self.project(self.merge(patchify(image, 2)))
+        x = self.device.gelu_erf(self.norm(x))
+        x = self.down(self.device.silu_mul(self.gate(x), self.up(x)))
+        return torch.cat((self.begin[0], x, self.end[0])) / self.scaling_factor
+
+
+# --- language model --------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; only the first half of each head is rotated."""
+
+    def __init__(self, config: Glm4vConfig, rotary: Rotary, context: BuildContext) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.device = context.device
+        self.rotary = rotary
+        self.split = (heads, kv_heads, kv_heads)
+        bias = config.qkv_bias or config.linear_bias
+        size, width = config.hidden_size, (heads + 2 * kv_heads) * dim
+        self.qkv = Linear(size, width, bias, context.device, context.dtype)
+        self.dense = Linear(heads * dim, size, config.linear_bias, context.device, context.dtype)
+
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        """[num_tokens, hidden_size] -> the same; stores keys and values."""
+        q, k, v = self.qkv(x).unflatten(-1, (sum(self.split), -1)).split(self.split, dim=1)
+        q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
+        return self.dense(cached_attention(self.device, q, k, v, cache, batch))
+
+
+class Mlp(nn.Module):
+    """SwiGLU with gate and up fused, gate first."""
+
+    def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
+        super().__init__()
+        self.device = context.device
+        size, inner, bias = config.hidden_size, config.ffn_hidden_size, config.linear_bias
+        self.gate_up = Linear(size, 2 * inner, bias, context.device, context.dtype)
+        self.down = Linear(inner, size, bias, context.device, context.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[num_tokens, hidden_size] -> the same."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.device.silu_mul(gate, up))
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block."""
+
+    def __init__(self, config: Glm4vConfig, rotary: Rotary, context: BuildContext) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        self.attention_norm = RMSNorm(size, eps, context.device, context.dtype)
+        self.attention = Attention(config, rotary, context)
+        self.mlp_norm = RMSNorm(size, eps, context.device, context.dtype)
+        self.mlp = Mlp(config, context)
+
+    def forward(
+        self, h: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        """[num_tokens, hidden_size] -> the same."""
+        h = h + self.attention(self.attention_norm(h), turn, batch, cache)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class Glm4vModel(Model):
+    """Tower, adapter and language model; the first two are absent in a text model."""
+
+    def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
+        super().__init__()
+        device, dtype = context.device, context.dtype
+        self.num_layers = config.num_layers
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.device, self.dtype, self.vision = device, dtype, config.vision
+        self.weight_table = WEIGHTS
+        self.rotary = Rotary(_rotary_spec(config), context.max_positions, device, dtype)
+        if config.vision:
+            self.tower = VisionTower(config.vision, device, dtype)
+            self.adapter = Adapter(config, config.vision, device, dtype)
+        size = config.hidden_size
+        self.embedding = Embedding(config.vocab_size, size, device, dtype)
+        self.blocks = nn.ModuleList(
+            Block(config, self.rotary, context) for _ in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(size, config.layernorm_epsilon, device, dtype)
+        self.head = Linear(size, config.vocab_size, False, device, dtype)
+
+    def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """One [num_image_tokens, hidden_size] per picture."""
+        assert self.vision, "the processor refuses pictures for a text model"
+        patches = [self._patches(image, self.vision.patch_size) for image in images]
+        states = self.tower(patches)
+        return [
+            self.adapter(state[1:], image.grid) for state, image in zip(states, images, strict=True)
+        ]
+
+    def _patches(self, image: ImageInput, patch_size: int) -> Tensor:
+        pixels = normalise(image.pixels, CLIP_MEAN, CLIP_STD)
+        pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
+        return patchify(pixels, patch_size)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings as they stand: no scale, no norm."""
+        return self.embedding(token_ids)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[KVCache],
+    ) -> Tensor:
+        """[num_tokens, hidden_size], [1, num_tokens] -> normalised hidden states."""
+        turn = self.rotary.at(positions)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            hidden = block(hidden, turn, batch, cache)
+        return self.final_norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        return self.head(hidden)
+
+
+def _rotary_spec(config: Glm4vConfig) -> RotarySpec:
+    """Half of the head is rotated; rope_ratio multiplies the base."""
+    width = config.head_dim // 2
+    return RotarySpec(
+        style="interleaved" if config.interleaved_rotary else "half",
+        inv_freq=inverse_frequencies(width, 10000.0 * config.rope_ratio),
+        channels=repeated((0,), width // 2),
+    )
+
+
+# --- weight names ----------------------------------------------------------------------------
+
+_VISION = "transformer.vision."
+_VISION_LAYER = "transformer.vision.transformer.layers.{i}."
+_LAYER = "transformer.encoder.layers.{i}."
+
+WEIGHTS = WeightTable(
+    weights=renamed(
+        {
+            "transformer.embedding.word_embeddings.weight": "embedding.weight",
+            _LAYER + "input_layernorm.weight": "blocks.{i}.attention_norm.weight",
+            _LAYER + "self_attention.query_key_value.weight": "blocks.{i}.attention.qkv.weight",
+            _LAYER + "self_attention.query_key_value.bias": "blocks.{i}.attention.qkv.bias",
+            _LAYER + "self_attention.dense.weight": "blocks.{i}.attention.dense.weight",
+            _LAYER + "self_attention.dense.bias": "blocks.{i}.attention.dense.bias",
+            _LAYER + "post_attention_layernorm.weight": "blocks.{i}.mlp_norm.weight",
+            _LAYER + "mlp.dense_h_to_4h.weight": "blocks.{i}.mlp.gate_up.weight",
+            _LAYER + "mlp.dense_h_to_4h.bias": "blocks.{i}.mlp.gate_up.bias",
+            _LAYER + "mlp.dense_4h_to_h.weight": "blocks.{i}.mlp.down.weight",
+            _LAYER + "mlp.dense_4h_to_h.bias": "blocks.{i}.mlp.down.bias",
+            "transformer.encoder.final_layernorm.weight": "final_norm.weight",
+            "transformer.output_layer.weight": "head.weight",
+            _VISION + "patch_embedding.proj.weight": "tower.patch.weight",
+            _VISION + "patch_embedding.proj.bias": "tower.patch.bias",
+            _VISION + "patch_embedding.cls_embedding": "tower.cls",
+            _VISION + "patch_embedding.position_embedding.weight": "tower.position",
+            _VISION_LAYER + "input_layernorm.weight": "tower.blocks.{i}.attention_norm.weight",
+            _VISION_LAYER + "input_layernorm.bias": "tower.blocks.{i}.attention_norm.bias",
+            _VISION_LAYER + "attention.query_key_value.weight": (
+                "tower.blocks.{i}.attention.qkv.weight"
+            ),
+            _VISION_LAYER + "attention.query_key_value.bias": (
+                "tower.blocks.{i}.attention.qkv.bias"
+            ),
+            _VISION_LAYER + "attention.dense.weight": "tower.blocks.{i}.attention.dense.weight",
+            _VISION_LAYER + "attention.dense.bias": "tower.blocks.{i}.attention.dense.bias",
+            _VISION_LAYER + "mlp.fc1.weight": "tower.blocks.{i}.mlp.up.weight",
+            _VISION_LAYER + "mlp.fc1.bias": "tower.blocks.{i}.mlp.up.bias",
+            _VISION_LAYER + "mlp.fc2.weight": "tower.blocks.{i}.mlp.down.weight",
+            _VISION_LAYER + "mlp.fc2.bias": "tower.blocks.{i}.mlp.down.bias",
+            _VISION_LAYER + "post_attention_layernorm.weight": "tower.blocks.{i}.mlp_norm.weight",
+            _VISION_LAYER + "post_attention_layernorm.bias": "tower.blocks.{i}.mlp_norm.bias",
+            _VISION + "conv.weight": "adapter.merge.weight",
+            _VISION + "conv.bias": "adapter.merge.bias",
+            _VISION + "linear_proj.linear_proj.weight": "adapter.project.weight",
+            _VISION + "linear_proj.norm1.weight": "adapter.norm.weight",
+            _VISION + "linear_proj.norm1.bias": "adapter.norm.bias",
+            _VISION + "linear_proj.gate_proj.weight": "adapter.gate.weight",
+            _VISION + "linear_proj.dense_h_to_4h.weight": "adapter.up.weight",
+            _VISION + "linear_proj.dense_4h_to_h.weight": "adapter.down.weight",
+            _VISION + "boi": "adapter.begin",
+            _VISION + "eoi": "adapter.end",
+        }
+    ),
+    # Computed without rope_ratio by the original, and never read by it.
+    ignored=("transformer.rotary_pos_emb.inv_freq",),
+)
+
+
+def _claims(raw: Mapping[str, Any]) -> bool:
+    """The text models share the class names, so their vocabulary size tells them apart."""
+    has_vision = "vision_config" in raw and "padded_vocab_size" in raw
+    return raw.get("model_type") == "chatglm" and (
+        has_vision or raw.get("padded_vocab_size") == 151552
+    )
+
+
+FAMILY = ModelFamily(
+    name="glm4v_9b",
+    claims=_claims,
+    config=Glm4vConfig,
+    tokenizer=TOKENIZER,
+    processor=Glm4vProcessor,
+    build=Glm4vModel,
+    prompt_attention="causal",
+)

@@ -1,0 +1,701 @@
+"""VisualGLM-6B: EVA ViT-G, Q-Former, ChatGLM-6B language model.
+
+Sources: the hub's modeling_chatglm.py (revision f4f759a) and THUDM/VisualGLM-6B model/*.py over
+SwissArmyTransformer; shapes proved by the parameter count that the real model prints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glimt.devices.base import AttentionBatch, Device, KVCache
+from glimt.errors import ConfigError, RequestError
+from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
+from glimt.layers.embedding import Embedding
+from glimt.layers.linear import Linear, PatchLinear, empty_parameter
+from glimt.layers.norm import LayerNorm
+from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
+from glimt.models.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    BuildContext,
+    ConfigReader,
+    Model,
+    ModelFamily,
+    Tokenizer,
+    TokenizerSpec,
+    WeightTable,
+    normalise,
+    patchify,
+    renamed,
+    special_id,
+    squash,
+)
+from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+# --- config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaConfig:
+    """`eva_config`: the vision tower."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    layernorm_epsilon: float
+    image_size: tuple[int, int]
+    patch_size: int
+    num_positions: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QformerConfig:
+    """`qformer_config`: learned queries that read the tower's output.
+
+    crosses: per layer, whether it has cross attention
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    layernorm_epsilon: float
+    num_queries: int
+    vision_size: int
+    crosses: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualGlmConfig:
+    """config.json of VisualGLM-6B."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    inner_hidden_size: int
+    vocab_size: int
+    layernorm_epsilon: float
+    max_sequence_length: int
+    torch_dtype: str
+    bos_token_id: int
+    eos_token_id: int
+    gmask_token_id: int
+    image_length: int
+    eva: EvaConfig
+    qformer: QformerConfig
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the checkpoint was trained for."""
+        return self.max_sequence_length
+
+    @property
+    def max_positions(self) -> int:
+        """Rows of the rotary table; the original does not refuse more, but never saw them."""
+        return self.max_sequence_length
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> VisualGlmConfig:
+        """Read a parsed config.json; ConfigError lists everything missing or unsupported."""
+        r = ConfigReader(raw, where)
+        for name, only in _ONLY.items():
+            r.must_be(name, only)
+        config = cls(
+            num_layers=r.integer("num_layers"),
+            hidden_size=r.integer("hidden_size"),
+            num_heads=r.integer("num_attention_heads"),
+            inner_hidden_size=r.integer("inner_hidden_size"),
+            vocab_size=r.integer("vocab_size"),
+            layernorm_epsilon=r.number("layernorm_epsilon"),
+            max_sequence_length=r.integer("max_sequence_length"),
+            torch_dtype=r.dtype(),
+            bos_token_id=r.integer("bos_token_id", low=0),
+            eos_token_id=r.integer("eos_token_id", low=0),
+            gmask_token_id=r.integer("gmask_token_id", low=0),
+            image_length=r.integer("image_length"),
+            eva=_read_eva(r.section("eva_config")),
+            qformer=_read_qformer(r.section("qformer_config")),
+        )
+        r.divides(
+            "hidden_size", config.hidden_size, "4 * num_attention_heads", 4 * config.num_heads
+        )
+        r.must_be("image_length", config.qformer.num_queries)
+        r.check()
+        if config.qformer.vision_size != config.eva.hidden_size:
+            raise ConfigError(
+                where,
+                [
+                    f"qformer_config.cross_attn_hidden_size is {config.qformer.vision_size} "
+                    f"but eva_config.hidden_size is {config.eva.hidden_size}"
+                ],
+            )
+        return config
+
+
+_ONLY: dict[str, Any] = {"position_encoding_2d": True, "quantization_bit": 0, "pre_seq_len": None}
+
+
+_EVA_ONLY: dict[str, Any] = {
+    "layernorm_order": "pre",
+    "use_final_layernorm": False,
+    "vocab_size": 1,
+    "pre_len": 1,
+    "post_len": 0,
+    "in_channels": 3,
+}
+
+
+def _read_eva(r: ConfigReader) -> EvaConfig:
+    for name, only in _EVA_ONLY.items():
+        r.must_be(name, only)
+    config = EvaConfig(
+        num_layers=r.integer("num_layers"),
+        hidden_size=r.integer("hidden_size"),
+        num_heads=r.integer("num_attention_heads"),
+        intermediate_size=r.integer("inner_hidden_size"),
+        layernorm_epsilon=r.number("layernorm_epsilon"),
+        image_size=r.size("image_size"),
+        patch_size=r.integer("patch_size"),
+        num_positions=r.integer("max_sequence_length"),
+    )
+    r.divides("hidden_size", config.hidden_size, "num_attention_heads", config.num_heads)
+    for side in config.image_size:
+        r.divides("image_size", side, "patch_size", config.patch_size)
+    r.must_be("max_sequence_length", math.prod(config.grid) + 1)
+    return config
+
+
+def _read_qformer(r: ConfigReader) -> QformerConfig:
+    r.must_be("layernorm_order", "post")
+    layers, size = r.integer("num_layers"), r.integer("hidden_size")
+    config = QformerConfig(
+        num_layers=layers,
+        hidden_size=size,
+        num_heads=r.integer("num_attention_heads"),
+        intermediate_size=r.integer("inner_hidden_size", default=4 * size),
+        layernorm_epsilon=r.number("layernorm_epsilon"),
+        num_queries=r.integer("vocab_size"),
+        vision_size=r.integer("cross_attn_hidden_size"),
+        crosses=r.flags("is_decoder", layers),
+    )
+    r.divides("hidden_size", size, "num_attention_heads", config.num_heads)
+    return config
+
+
+# --- prompt and picture ----------------------------------------------------------------------
+
+TOKENIZER = TokenizerSpec(kind="sentencepiece", file="ice_text.model")
+
+_TEMPLATES = {"zh": ("问：", "答："), "en": ("Q:", "A:")}
+_CHINESE_QUERY = re.compile("[\u4e00-\u9fa5]")  # the original's own range for choosing a template
+
+
+class VisualGlmProcessor:
+    """Messages to ids: all pictures first, then rounds of question and answer, `[gMASK]<sop>`."""
+
+    sampling_defaults = SamplingDefaults(
+        temperature=0.8, top_k=100, top_p=0.4, repetition_penalty=1.2, min_length=100
+    )
+    takes_images = True
+
+    def __init__(self, folder: Path, config: VisualGlmConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._placeholder = special_id(tokenizer.special_ids, "<unk>")
+        self._check_ids(folder)
+        self.stop_token_ids = frozenset((config.eos_token_id,))
+        self.image_settings = f"visualglm bicubic squash {config.eva.image_size}"
+
+    def _check_ids(self, folder: Path) -> None:
+        named = {
+            "gmask_token_id": special_id(self.tokenizer.special_ids, "[gMASK]"),
+            "bos_token_id": special_id(self.tokenizer.special_ids, "<sop>"),
+            "eos_token_id": special_id(self.tokenizer.special_ids, "<eop>"),
+        }
+        problems = [
+            f"{name} is {getattr(self.config, name)} but the tokenizer's id is {token_id}"
+            for name, token_id in named.items()
+            if getattr(self.config, name) != token_id
+        ]
+        if problems:
+            raise ConfigError(str(folder), problems)
+
+    def image_cost(self, width: int, height: int) -> int:
+        """The same for every picture: one place per query."""
+        return self.config.image_length
+
+    def prepare_image(self, image: Image, digest: bytes) -> ImageInput:
+        """Squash to the tower's size."""
+        eva = self.config.eva
+        return ImageInput(
+            digest, self.config.image_length, eva.grid, squash(image, *eva.image_size)
+        )
+
+    def encode_chat(
+        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+    ) -> EncodedPrompt:
+        """Encode a conversation; pictures stand at the very front, whatever turn showed them."""
+        rounds = _rounds(messages)
+        if language == "auto":
+            language = "zh" if _CHINESE_QUERY.search(rounds[-1][0]) else "en"
+        if language not in _TEMPLATES:
+            raise RequestError("language", f"is {language!r}; choose auto, zh or en")
+        return self._encode(_render(rounds, *_TEMPLATES[language]), image_costs)
+
+    def encode_text(self, text: str) -> EncodedPrompt:
+        """The text and `[gMASK]<sop>`."""
+        return self._encode(text, ())
+
+    def _encode(self, text: str, image_costs: Sequence[int]) -> EncodedPrompt:
+        """The last end tag and the text are encoded together, as the original does."""
+        ids: list[int] = []
+        spans: list[ImageSpan] = []
+        for image, cost in enumerate(image_costs):
+            ids += self.tokenizer.encode("</img>") if image else []
+            ids += self.tokenizer.encode("<img>")
+            spans.append(ImageSpan(len(ids), cost, image))
+            ids += [self._placeholder] * cost
+        ids += self.tokenizer.encode("</img>" + text if spans else text)
+        ids += [self.config.gmask_token_id, self.config.bos_token_id]
+        return _with_positions(ids, spans)
+
+    def finish_text(self, raw: str) -> str:
+        """Blanks before punctuation removed, then punctuation beside Chinese made Chinese."""
+        return _mend_punctuation(_clean_up(raw).strip().replace(*_TRAINING_TIME))
+
+    def stable_length(self, raw: str) -> int:
+        """Without a tail that a later character could still change."""
+        length = len(raw)
+        while length:
+            kept = _UNSTABLE_TAIL.sub("", raw[:length][-_LONGEST_TAIL:])
+            cut = min(length, _LONGEST_TAIL) - len(kept)
+            if not cut:
+                break
+            length -= cut
+        return length
+
+
+def _rounds(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Questions with their answers; the last question has none yet.
+
+    The template has no system role: its text goes before the first question. Neighbouring
+    messages of one role are joined by a line feed.
+    """
+    if messages[-1].role == "assistant":
+        raise RequestError("messages", "the last message must not be the assistant's")
+    rounds: list[tuple[list[str], list[str]]] = [([], [])]
+    for message in messages:
+        if message.role == "assistant":
+            rounds[-1][1].append(message.text)
+            continue
+        if rounds[-1][1]:
+            rounds.append(([], []))
+        if message.text:
+            rounds[-1][0].append(message.text)
+    return [("\n".join(questions), "\n".join(answers)) for questions, answers in rounds]
+
+
+def _render(rounds: Sequence[tuple[str, str]], ask: str, answer: str) -> str:
+    past = "".join(f"{ask}{q}\n{answer}{a}\n" for q, a in rounds[:-1])
+    return f"{past}{ask}{rounds[-1][0]}\n{answer}"
+
+
+def _with_positions(ids: Sequence[int], spans: Sequence[ImageSpan]) -> EncodedPrompt:
+    """Two channels: the position, which stays at [gMASK]'s from `<sop>` on, and the block
+    position, 0 in the context and 1, 2, … from `<sop>` on.
+    """
+    n = len(ids)
+    position = [*range(n - 1), n - 2]
+    block = [0] * (n - 1) + [1]
+    return EncodedPrompt(
+        token_ids=tuple(ids),
+        original_token_ids=tuple(ids),
+        spans=tuple(spans),
+        positions=np.array([position, block], dtype=np.int64),
+        decode_start=(n - 2, 2),
+        decode_step=(0, 1),
+        bidirectional_len=n - 1,
+    )
+
+
+# Source: the clean-up that transformers 4.30 applies after decoding, in its order.
+_CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+_TRAINING_TIME = ("[[训练时间]]", "2023年")
+_PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_LONGEST_TAIL = 16
+
+
+def _prefixes(text: str) -> list[str]:
+    return [text[:n] for n in range(1, len(text))]
+
+
+# What may still change at the end of a text: blanks (stripped), a mark whose right neighbour is
+# unknown, and the beginning of anything that is replaced.
+_UNSTABLE_TAIL = re.compile(
+    "(?:\\s|[,!:;?]|"
+    + "|".join(
+        re.escape(prefix)
+        for pattern in (*(old for old, _ in _CLEAN_UP), _TRAINING_TIME[0])
+        for prefix in sorted(_prefixes(pattern), key=len, reverse=True)
+    )
+    + ")$"
+)
+
+
+def _clean_up(text: str) -> str:
+    for old, new in _CLEAN_UP:
+        text = text.replace(old, new)
+    return text
+
+
+def _mend_punctuation(text: str) -> str:
+    """Source: process_response of the hub's modeling_chatglm.py: before, then after, per mark."""
+    for mark, chinese in _PUNCTUATION.items():
+        text = re.sub(rf"([\u4e00-\u9fff]){re.escape(mark)}", rf"\1{chinese}", text)
+        text = re.sub(rf"{re.escape(mark)}([\u4e00-\u9fff])", rf"{chinese}\1", text)
+    return text
+
+
+# --- tower and Q-Former ----------------------------------------------------------------------
+
+
+class EvaBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, shape: BlockShape, eps: float, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = shape.hidden_size
+        self.attention_norm = LayerNorm(size, eps, device, dtype)
+        self.attention = TowerAttention(shape, device, dtype)
+        self.mlp_norm = LayerNorm(size, eps, device, dtype)
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+
+    def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
+        """[num_tokens, hidden_size] -> the same."""
+        x = x + self.attention(self.attention_norm(x), cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class EvaTower(nn.Module):
+    """EVA ViT-G: a class token and all patches, full attention, one last norm over all."""
+
+    def __init__(self, config: EvaConfig, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = config.hidden_size
+        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+        self.patch = PatchLinear(3, size, config.patch_size, device, dtype)
+        self.cls = empty_parameter(1, size, dtype=dtype)
+        self.position = empty_parameter(config.num_positions, size, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            EvaBlock(shape, config.layernorm_epsilon, device, dtype)
+            for _ in range(config.num_layers)
+        )
+        self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, unlike the blocks'
+
+    def forward(self, patches: Sequence[Tensor]) -> Tensor:
+        """Patches of each picture -> packed states [pictures * num_positions, hidden_size]."""
+        cu_seqlens = [0, *accumulate(len(picture) + 1 for picture in patches)]
+        x = torch.cat(
+            [torch.cat((self.cls, self.patch(picture))) + self.position for picture in patches]
+        )
+        for block in self.blocks:
+            x = block(x, cu_seqlens)
+        return self.norm(x)
+
+
+class CrossAttention(nn.Module):
+    """Queries read a picture's states; fused rows are [K | V]."""
+
+    def __init__(self, config: QformerConfig, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.device = device
+        self.num_heads = config.num_heads
+        self.query = Linear(size, size, True, device, dtype)
+        self.kv = Linear(config.vision_size, 2 * size, True, device, dtype)
+        self.dense = Linear(size, size, True, device, dtype)
+
+    def forward(
+        self, x: Tensor, states: Tensor, x_starts: Sequence[int], starts: Sequence[int]
+    ) -> Tensor:
+        """[num_queries, hidden_size] over [num_states, vision_size] -> [num_queries, hidden]."""
+        q = self.query(x).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        out = self.device.varlen_attention(q, k, v, x_starts, starts, q.shape[-1] ** -0.5)
+        return self.dense(out.flatten(1))
+
+
+class QformerBlock(nn.Module):
+    """Post-norm block in SAT's order: its first norm is BERT's last norm of the block before."""
+
+    def __init__(
+        self, config: QformerConfig, crosses: bool, device: Device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+        self.input_norm = LayerNorm(size, eps, device, dtype)
+        self.attention = TowerAttention(shape, device, dtype)
+        self.attention_norm = LayerNorm(size, eps, device, dtype)
+        self.cross = CrossAttention(config, device, dtype) if crosses else None
+        self.cross_norm = LayerNorm(size, eps, device, dtype) if crosses else None
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+
+    def forward(
+        self, h: Tensor, states: Tensor, h_starts: Sequence[int], starts: Sequence[int]
+    ) -> Tensor:
+        """[num_queries, hidden_size] -> the same, not yet normalised."""
+        a = self.input_norm(h)
+        b = self.attention_norm(a + self.attention(a, h_starts))
+        if self.cross is not None and self.cross_norm is not None:
+            b = self.cross_norm(b + self.cross(b, states, h_starts, starts))
+        return b + self.mlp(b)
+
+
+class Qformer(nn.Module):
+    """Learned queries, no positions, no mask."""
+
+    def __init__(self, config: QformerConfig, device: Device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.queries = empty_parameter(config.num_queries, config.hidden_size, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            QformerBlock(config, crosses, device, dtype) for crosses in config.crosses
+        )
+        self.norm = LayerNorm(config.hidden_size, config.layernorm_epsilon, device, dtype)
+
+    def forward(self, states: Tensor, num_images: int) -> Tensor:
+        """Packed states of equal-sized pictures -> [num_images * num_queries, hidden_size]."""
+        step = len(states) // num_images
+        starts = [i * step for i in range(num_images + 1)]
+        h_starts = [i * len(self.queries) for i in range(num_images + 1)]
+        h = self.queries.repeat(num_images, 1)
+        for block in self.blocks:
+            h = block(h, states, h_starts, starts)
+        return self.norm(h)
+
+
+# --- language model --------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """One KV head per query head; the fused rows of a head stand together as [Q | K | V]."""
+
+    def __init__(self, config: VisualGlmConfig, rotary: Rotary, context: BuildContext) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.device = context.device
+        self.rotary = rotary
+        self.num_heads = config.num_heads
+        self.qkv = Linear(size, 3 * size, True, context.device, context.dtype)
+        self.dense = Linear(size, size, True, context.device, context.dtype)
+
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        """[num_tokens, hidden_size] -> the same; stores keys and values."""
+        q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)
+        q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
+        return self.dense(cached_attention(self.device, q, k, v, cache, batch))
+
+
+class Block(nn.Module):
+    """The residual is the normalised input times alpha. Source: DeepNet, arXiv 2203.00555."""
+
+    def __init__(self, config: VisualGlmConfig, rotary: Rotary, context: BuildContext) -> None:
+        super().__init__()
+        device, dtype = context.device, context.dtype
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        self.alpha = math.sqrt(2 * config.num_layers)
+        self.attention_norm = LayerNorm(size, eps, device, dtype)
+        self.attention = Attention(config, rotary, context)
+        self.mlp_norm = LayerNorm(size, eps, device, dtype)
+        self.mlp = GeluMlp(size, config.inner_hidden_size, device, dtype, tanh=True)
+
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        """[num_tokens, hidden_size] -> the same."""
+        a = self.attention_norm(x)
+        h = a * self.alpha + self.attention(a, turn, batch, cache)
+        b = self.mlp_norm(h)
+        return b * self.alpha + self.mlp(b)
+
+
+class VisualGlmModel(Model):
+    """Tower, Q-Former, projection and language model."""
+
+    def __init__(self, config: VisualGlmConfig, context: BuildContext) -> None:
+        super().__init__()
+        device, dtype, size = context.device, context.dtype, config.hidden_size
+        self.num_layers = config.num_layers
+        self.num_kv_heads = config.num_heads
+        self.head_dim = size // config.num_heads
+        self.device, self.dtype, self.eva = device, dtype, config.eva
+        self.weight_table = WEIGHTS
+        self.rotary = Rotary(_rotary_spec(config, context), context.max_positions, device, dtype)
+        self.tower = EvaTower(config.eva, device, dtype)
+        self.qformer = Qformer(config.qformer, device, dtype)
+        self.project = Linear(config.qformer.hidden_size, size, True, device, dtype)
+        self.embedding = Embedding(config.vocab_size, size, device, dtype)
+        self.blocks = nn.ModuleList(
+            Block(config, self.rotary, context) for _ in range(config.num_layers)
+        )
+        self.final_norm = LayerNorm(size, config.layernorm_epsilon, device, dtype)
+        self.head = Linear(size, config.vocab_size, False, device, dtype)
+
+    def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """One [image_length, hidden_size] per picture."""
+        states = self.tower([self._patches(image) for image in images])
+        features = self.project(self.qformer(states, len(images)))
+        return list(features.chunk(len(images)))
+
+    def _patches(self, image: ImageInput) -> Tensor:
+        pixels = normalise(image.pixels, CLIP_MEAN, CLIP_STD)
+        pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
+        return patchify(pixels, self.eva.patch_size)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings as they stand: no scale, no norm."""
+        return self.embedding(token_ids)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[KVCache],
+    ) -> Tensor:
+        """[num_tokens, hidden_size], [2, num_tokens] -> normalised hidden states."""
+        turn = self.rotary.at(positions)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            hidden = block(hidden, turn, batch, cache)
+        return self.final_norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        return self.head(hidden)
+
+
+def _rotary_spec(config: VisualGlmConfig, context: BuildContext) -> RotarySpec:
+    """The first half of a head follows the position, the second the block position.
+
+    The original rounds the inverse frequencies to float16 whatever the model's dtype is.
+    """
+    width = config.hidden_size // (2 * config.num_heads)
+    half_model = context.dtype == torch.float16
+    hub = context.rotary_table == "hub_fp16" or (context.rotary_table == "auto" and half_model)
+    return RotarySpec(
+        style="half",
+        inv_freq=inverse_frequencies(width, 10000.0).half().float(),
+        channels=repeated((0, 1), width // 2),
+        num_segments=2,
+        mode="hub_fp16" if hub else "fp32_product",
+    )
+
+
+# --- weight names ----------------------------------------------------------------------------
+
+_LAYER = "transformer.layers.{i}."
+_VIT = "image_encoder.vit."
+_VIT_LAYER = "image_encoder.vit.transformer.layers.{i}."
+_QF = "image_encoder.qformer.transformer."
+_QF_LAYER = "image_encoder.qformer.transformer.layers.{i}."
+
+
+def _with_bias(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Both `.weight` and `.bias` of each pair."""
+    return {
+        f"{source}.{kind}": f"{target}.{kind}"
+        for source, target in pairs.items()
+        for kind in ("weight", "bias")
+    }
+
+
+WEIGHTS = WeightTable(
+    weights=renamed(
+        {
+            "transformer.word_embeddings.weight": "embedding.weight",
+            "lm_head.weight": "head.weight",
+            _VIT + "transformer.word_embeddings.weight": "tower.cls",
+            _VIT + "transformer.position_embeddings.weight": "tower.position",
+            _QF + "word_embeddings.weight": "qformer.queries",
+        }
+        | _with_bias(
+            {
+                _LAYER + "input_layernorm": "blocks.{i}.attention_norm",
+                _LAYER + "attention.query_key_value": "blocks.{i}.attention.qkv",
+                _LAYER + "attention.dense": "blocks.{i}.attention.dense",
+                _LAYER + "post_attention_layernorm": "blocks.{i}.mlp_norm",
+                _LAYER + "mlp.dense_h_to_4h": "blocks.{i}.mlp.up",
+                _LAYER + "mlp.dense_4h_to_h": "blocks.{i}.mlp.down",
+                "transformer.final_layernorm": "final_norm",
+                _VIT + "mixins.patch_embedding.proj": "tower.patch",
+                _VIT + "mixins.cls.ln_vision": "tower.norm",
+                _VIT_LAYER + "input_layernorm": "tower.blocks.{i}.attention_norm",
+                _VIT_LAYER + "attention.query_key_value": "tower.blocks.{i}.attention.qkv",
+                _VIT_LAYER + "attention.dense": "tower.blocks.{i}.attention.dense",
+                _VIT_LAYER + "post_attention_layernorm": "tower.blocks.{i}.mlp_norm",
+                _VIT_LAYER + "mlp.dense_h_to_4h": "tower.blocks.{i}.mlp.up",
+                _VIT_LAYER + "mlp.dense_4h_to_h": "tower.blocks.{i}.mlp.down",
+                _QF_LAYER + "input_layernorm": "qformer.blocks.{i}.input_norm",
+                _QF_LAYER + "attention.query_key_value": "qformer.blocks.{i}.attention.qkv",
+                _QF_LAYER + "attention.dense": "qformer.blocks.{i}.attention.dense",
+                _QF_LAYER + "post_attention_layernorm": "qformer.blocks.{i}.attention_norm",
+                _QF_LAYER + "cross_attention.query": "qformer.blocks.{i}.cross.query",
+                _QF_LAYER + "cross_attention.key_value": "qformer.blocks.{i}.cross.kv",
+                _QF_LAYER + "cross_attention.dense": "qformer.blocks.{i}.cross.dense",
+                _QF_LAYER + "post_cross_attention_layernorm": "qformer.blocks.{i}.cross_norm",
+                _QF_LAYER + "mlp.dense_h_to_4h": "qformer.blocks.{i}.mlp.up",
+                _QF_LAYER + "mlp.dense_4h_to_h": "qformer.blocks.{i}.mlp.down",
+                _QF + "final_layernorm": "qformer.norm",
+                "image_encoder.glm_proj": "project",
+            }
+        )
+    ),
+    # The original's loader skips the stored frequencies; position_embeddings is dead weight.
+    ignored=("*.inv_freq", "transformer.position_embeddings.weight"),
+)
+
+
+def _claims(raw: Mapping[str, Any]) -> bool:
+    """`chatglm` is also ChatGLM-6B, 2, 3 and GLM-4: the picture parts tell this one."""
+    auto_map = raw.get("auto_map")
+    loader = auto_map.get("AutoModel", "") if isinstance(auto_map, Mapping) else ""
+    with_image = str(loader).endswith(".ChatGLMForConditionalGenerationWithImage")
+    has_parts = "eva_config" in raw and "qformer_config" in raw
+    return raw.get("model_type") == "chatglm" and (with_image or has_parts)
+
+
+FAMILY = ModelFamily(
+    name="visualglm",
+    claims=_claims,
+    config=VisualGlmConfig,
+    tokenizer=TOKENIZER,
+    processor=VisualGlmProcessor,
+    build=VisualGlmModel,
+    prompt_attention="bidirectional",
+)

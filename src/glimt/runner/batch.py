@@ -1,0 +1,117 @@
+"""Flattens a step's plan into the tensors the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glimt.devices.base import AttentionBatch
+from glimt.types import StepPlan, StepRow
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step, flattened.
+
+    token_ids: [num_tokens] int64; positions: [channels, num_tokens] int64
+    sampled: [num_sampled] int64, indices of the tokens whose logits are wanted
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    sampled: Tensor
+    attention: AttentionBatch
+
+
+def flatten(
+    plan: StepPlan, block_size: int, dtype: torch.dtype, torch_device: torch.device
+) -> Batch:
+    """Lay the rows end to end; rows that decode come first in the plan already."""
+    starts = [0, *accumulate(len(row.token_ids) for row in plan.rows)]
+    ids = [token for row in plan.rows for token in row.token_ids]
+    positions = np.concatenate([row.positions for row in plan.rows], axis=1)
+    ends = [stop - 1 for row, stop in zip(plan.rows, starts[1:], strict=True) if row.samples]
+    return Batch(
+        token_ids=torch.tensor(ids, device=torch_device),
+        positions=torch.from_numpy(positions).to(torch_device),
+        sampled=torch.tensor(ends, dtype=torch.int64, device=torch_device),
+        attention=_attention(plan.rows, starts, block_size, dtype, torch_device),
+    )
+
+
+def _attention(
+    rows: Sequence[StepRow],
+    starts: Sequence[int],
+    block_size: int,
+    dtype: torch.dtype,
+    torch_device: torch.device,
+) -> AttentionBatch:
+    num_decodes = sum(row.is_decode for row in rows)
+    contexts = tuple(row.start + len(row.token_ids) for row in rows)
+    tables = _padded_tables(rows, contexts, block_size)
+    decode_mask = None
+    if num_decodes:
+        width = max(-(-context // block_size) for context in contexts[:num_decodes]) * block_size
+        decode_mask = _decode_mask(contexts[:num_decodes], width, dtype).to(torch_device)
+    return AttentionBatch(
+        num_decodes=num_decodes,
+        query_starts=tuple(starts),
+        context_lens=contexts,
+        slots=torch.from_numpy(_slots(rows, block_size)).to(torch_device),
+        block_tables=torch.from_numpy(tables).to(torch_device),
+        decode_mask=decode_mask,
+        prefill_masks=tuple(
+            _on(_prefill_mask(row, dtype), torch_device) for row in rows[num_decodes:]
+        ),
+    )
+
+
+def _padded_tables(rows: Sequence[StepRow], contexts: Sequence[int], block_size: int) -> np.ndarray:
+    """[num_rows, max_blocks] int64: only the blocks in use, padded with block 0."""
+    used = [-(-context // block_size) for context in contexts]
+    tables = np.zeros((len(rows), max(used)), dtype=np.int64)
+    for table, row, count in zip(tables, rows, used, strict=True):
+        table[:count] = row.block_table[:count]
+    return tables
+
+
+def _slots(rows: Sequence[StepRow], block_size: int) -> np.ndarray:
+    """[num_tokens] int64: block * block_size + offset of every token of the step."""
+    parts = []
+    for row in rows:
+        index = np.arange(row.start, row.start + len(row.token_ids))
+        blocks = np.array(row.block_table, dtype=np.int64)[index // block_size]
+        parts.append(blocks * block_size + index % block_size)
+    return np.concatenate(parts)
+
+
+def _decode_mask(contexts: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+    """[num_decodes, 1, 1, width]: 0 up to each row's context, -inf beyond."""
+    beyond = torch.arange(width) >= torch.tensor(contexts)[:, None]
+    return _additive(beyond, dtype)[:, None, None, :]
+
+
+def _prefill_mask(row: StepRow, dtype: torch.dtype) -> Tensor | None:
+    """[chunk, context]: query i sees key j if j <= i or j < bidirectional_len.
+
+    None when that is plain causal attention from the first token on.
+    """
+    if row.start == 0 and row.bidirectional_len == 0:
+        return None
+    context = row.start + len(row.token_ids)
+    queries = torch.arange(row.start, context)[:, None]
+    keys = torch.arange(context)[None, :]
+    return _additive((keys > queries) & (keys >= row.bidirectional_len), dtype)
+
+
+def _additive(is_hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(is_hidden.shape, dtype=dtype).masked_fill_(is_hidden, float("-inf"))
+
+
+def _on(mask: Tensor | None, torch_device: torch.device) -> Tensor | None:
+    return None if mask is None else mask.to(torch_device)

@@ -1,0 +1,41 @@
+"""The tensors of the KV cache. Which block belongs to whom is the scheduler's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from glimt.devices.base import KVCache
+from glimt.models.base import Model
+
+
+def kv_bytes_per_token(model: Model, dtype: torch.dtype) -> int:
+    """Keys and values of all layers for one token, in bytes."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+
+
+def allocate_kv(
+    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, torch_device: torch.device
+) -> list[KVCache]:
+    """One cache per layer.
+
+    Zeroed, because padded reads touch slots that nobody has written: garbage there could be NaN,
+    and 0 * NaN is NaN even under a mask.
+    """
+    shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=torch_device)
+
+    return [KVCache(zeros(), zeros()) for _ in range(model.num_layers)]
+
+
+def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
+    """Zero blocks that hold values which are not finite, before anyone reuses them."""
+    if not blocks:
+        return
+    for cache in caches:
+        index = torch.tensor(blocks, device=cache.key.device)
+        cache.key.index_fill_(0, index, 0)
+        cache.value.index_fill_(0, index, 0)

@@ -1,0 +1,251 @@
+"""Scheduler: which tokens of which sequences run in the next step. Never touches a tensor.
+
+First come, first served, under a token budget per step: running sequences go on, then waiting
+ones are admitted while the budget and the cache last. When the cache is full the youngest
+running sequence gives its blocks back and is recomputed later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from glimt.config import EngineConfig
+from glimt.scheduler.block_pool import BlockPool
+from glimt.scheduler.sequence import Sequence
+from glimt.types import FinishReason, Request, SampledToken, StepPlan, TokenOutcome
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since start, in tokens or events."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Owns the waiting and running sequences and the block pool."""
+
+    def __init__(self, config: EngineConfig, num_blocks: int) -> None:
+        self.config = config
+        self.pool = BlockPool(num_blocks)
+        self.counters = SchedulerCounters()
+        self.waiting: list[Sequence] = []  # both lists are sorted by age
+        self.running: list[Sequence] = []
+        self._by_id: dict[int, Sequence] = {}
+        self._next_id = 0
+        self._poisoned: list[int] = []
+
+    # --- requests come and go ---
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished."""
+        return bool(self._by_id)
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue one sequence per choice of a request that was checked to fit."""
+        added = []
+        for index in range(request.sampling.n):
+            sequence = Sequence(self._next_id, request, index, self.config.block_size)
+            self._by_id[sequence.id] = sequence
+            self._next_id += 1
+            self.waiting.append(sequence)
+            added.append(sequence)
+        return added
+
+    def sequences_of(self, request_id: str) -> list[Sequence]:
+        """The unfinished sequences of a request."""
+        return [s for s in self._by_id.values() if s.request.request_id == request_id]
+
+    def is_open(self, sequence_id: int) -> bool:
+        """Whether the sequence is known and not finished."""
+        return sequence_id in self._by_id
+
+    def finish(self, sequence_id: int, is_poisoned: bool = False) -> Sequence:
+        """Forget a sequence and free its blocks, at any moment between steps.
+
+        is_poisoned: its cached values may not be finite, so nobody may find them again.
+        """
+        sequence = self._by_id.pop(sequence_id)
+        queue = self.running if sequence in self.running else self.waiting
+        queue.remove(sequence)
+        if is_poisoned:
+            self._poisoned += sequence.block_table
+            for block in sequence.block_table:
+                self.pool.forget(block)
+        self._free(sequence)
+        return sequence
+
+    def take_poisoned(self) -> list[int]:
+        """Blocks nobody holds whose values are not finite; the caller must zero them now."""
+        blocks = [block for block in self._poisoned if self.pool.ref_count(block) == 0]
+        self._poisoned = []
+        return blocks
+
+    # --- one step ---
+
+    def plan_step(self) -> StepPlan:
+        """Choose the rows of the next step and give them their cache blocks."""
+        planned: dict[int, int] = {}
+        preemptions = self.counters.preemptions
+        budget = self._plan_running(planned, self.config.max_num_batched_tokens)
+        if self.counters.preemptions == preemptions:
+            # Admitting right after a preemption would only preempt again.
+            self._plan_waiting(planned, budget)
+        rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
+        return StepPlan(tuple(sorted(rows, key=lambda row: not row.is_decode)))
+
+    def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
+        """Advance every row of the step, append the sampled tokens, finish what is complete."""
+        for row in plan.rows:
+            self._advance(self._by_id[row.sequence_id], len(row.token_ids), row.is_decode)
+        return [self._append(token) for token in sampled]
+
+    def _plan_running(self, planned: dict[int, int], budget: int) -> int:
+        """Next tokens of running sequences, oldest first. Returns the budget that is left."""
+        at = 0
+        while at < len(self.running):
+            sequence = self.running[at]
+            count = _chunk(sequence, budget)
+            if count and not self._make_room(sequence, sequence.num_computed + count):
+                break  # it was preempted itself, being the youngest
+            if count:
+                planned[sequence.id] = count
+                budget -= count
+            at += 1
+        return budget
+
+    def _plan_waiting(self, planned: dict[int, int], budget: int) -> None:
+        """Admit waiting sequences in order until one does not fit."""
+        for sequence in list(self.waiting):
+            if budget < 1 or len(self.running) >= self.config.max_num_seqs:
+                return
+            if self._waits_for_sibling(sequence):
+                continue
+            count = self._admit(sequence, budget)
+            if not count:
+                return
+            planned[sequence.id] = count
+            budget -= count
+
+    def _waits_for_sibling(self, sequence: Sequence) -> bool:
+        """Choices 1 … n-1 start once choice 0 has filled the cache with their prompt."""
+        if sequence.index == 0 or sequence.output_ids or not self.config.enable_prefix_cache:
+            return False
+        first = self._by_id.get(sequence.id - sequence.index)
+        return first is not None and first.is_prefilling
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Move a sequence to running if its tokens fit the cache. Returns its first chunk, or 0."""
+        cached = self._find_prefix(sequence)
+        self.pool.hold(cached)
+        # One more token than is known, so that it is not preempted in its very next step.
+        missing = sequence.blocks_for(sequence.num_tokens + 1) - len(cached)
+        sequence.num_computed = len(cached) * self.config.block_size
+        count = _chunk(sequence, budget)
+        if not count or missing > self.pool.num_free:
+            sequence.num_computed = 0
+            self.pool.release(cached)
+            return 0
+        sequence.block_table = cached + self.pool.allocate(missing)
+        self._count_hits(sequence)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda s: s.id)
+        return count
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of the tokens known, but never all: the last one's logits are wanted."""
+        if not self.config.enable_prefix_cache:
+            return []
+        full_blocks = (sequence.num_tokens - 1) // self.config.block_size
+        return self.pool.find(sequence.hashes(full_blocks))
+
+    def _count_hits(self, sequence: Sequence) -> None:
+        self.counters.prefix_hit_tokens += sequence.num_computed
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence blocks for so many tokens, preempting younger ones.
+
+        False when the sequence itself had to go.
+        """
+        missing = sequence.blocks_for(num_tokens) - len(sequence.block_table)
+        while missing > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.block_table += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it keeps its tokens and will recompute them."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        insort(self.waiting, sequence, key=lambda s: s.id)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+
+    def _advance(self, sequence: Sequence, count: int, is_decode: bool) -> None:
+        """Count computed tokens and make the blocks that became full findable."""
+        if is_decode:
+            self.counters.decode_tokens += count
+        else:
+            self.counters.prefill_tokens += count
+        first_open = sequence.num_computed // self.config.block_size
+        sequence.num_computed += count
+        full = sequence.num_computed // self.config.block_size
+        if self.config.enable_prefix_cache and full > first_open:
+            hashes = sequence.hashes(full)
+            for number in range(first_open, full):
+                self.pool.register(sequence.block_table[number], hashes[number])
+
+    def _append(self, token: SampledToken) -> TokenOutcome:
+        """Add a sampled token and finish its sequence when it was the last."""
+        sequence = self._by_id[token.sequence_id]
+        if token.error is None:
+            sequence.output_ids.append(token.token_id)
+        reason, stop_id = _finish_reason(sequence, token)
+        if reason:
+            self.finish(sequence.id, is_poisoned=reason == "error")
+        return TokenOutcome(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            sampled=token,
+            is_text=token.error is None and stop_id is None,
+            finish_reason=reason,
+            stop_reason=stop_id,
+        )
+
+
+def _chunk(sequence: Sequence, budget: int) -> int:
+    """How many tokens the sequence computes next; 0 when its least does not fit the budget."""
+    if sequence.least_chunk > budget:
+        return 0
+    return min(sequence.num_tokens - sequence.num_computed, budget)
+
+
+def _finish_reason(
+    sequence: Sequence, token: SampledToken
+) -> tuple[FinishReason | None, int | None]:
+    """Why the sequence ends with this token, if it does, and the stop id that ended it."""
+    request = sequence.request
+    if token.error is not None:
+        return "error", None
+    if not request.sampling.ignore_eos and token.token_id in request.stop_token_ids:
+        return "stop", token.token_id
+    if len(sequence.output_ids) >= request.max_tokens:
+        return "length", None
+    return None, None

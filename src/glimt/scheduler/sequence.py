@@ -1,0 +1,126 @@
+"""Sequence: one choice of one request on its way. Owns the counters; knows no other sequence."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as Seq
+
+from glimt.types import ImageSlice, Request, StepRow
+
+
+class Sequence:
+    """Tokens, cache blocks and progress of one choice.
+
+    num_computed counts cache entries; rotary positions come from the prompt alone.
+    """
+
+    def __init__(self, sequence_id: int, request: Request, index: int, block_size: int) -> None:
+        self.id = sequence_id
+        self.request = request
+        self.index = index
+        self.block_size = block_size
+        self.output_ids: list[int] = []
+        self.num_computed = 0
+        self.num_cached: int | None = None  # prompt tokens found cached at the first admission
+        self.num_preemptions = 0
+        self.block_table: list[int] = []
+        self._hashes: list[bytes] = []
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens, pictures expanded."""
+        return len(self.request.prompt.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return self.num_prompt + len(self.output_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Some prompt token is not in the cache yet."""
+        return self.num_computed < self.num_prompt
+
+    @property
+    def least_chunk(self) -> int:
+        """The fewest tokens that can be computed next: a bidirectional prompt goes whole."""
+        return max(1, self.request.prompt.bidirectional_len - self.num_computed)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Cache blocks that so many tokens need."""
+        return -(-num_tokens // self.block_size)
+
+    def tokens_between(self, start: int, stop: int) -> list[int]:
+        """Token ids of cache indices start … stop-1."""
+        n = self.num_prompt
+        prompt = self.request.prompt.token_ids[start:stop]
+        return [*prompt, *self.output_ids[max(start - n, 0) : max(stop - n, 0)]]
+
+    def row(self, count: int) -> StepRow:
+        """The next `count` tokens as one row of a step."""
+        start, stop = self.num_computed, self.num_computed + count
+        request = self.request
+        return StepRow(
+            sequence_id=self.id,
+            request_id=request.request_id,
+            index=self.index,
+            token_ids=self.tokens_between(start, stop),
+            positions=request.prompt.positions_between(start, stop),
+            start=start,
+            block_table=tuple(self.block_table),
+            bidirectional_len=request.prompt.bidirectional_len,
+            images=self._image_slices(start, stop),
+            samples=stop == self.num_tokens,
+            sampling=request.sampling,
+            stop_token_ids=request.stop_token_ids,
+            seed=request.seeds[self.index],
+            prompt_ids=request.prompt.original_token_ids,
+            output_ids=self.output_ids,
+        )
+
+    def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:
+        """The parts of pictures that stand between two cache indices."""
+        slices = []
+        for span in self.request.prompt.spans:
+            first, last = max(start, span.start), min(stop, span.start + span.length)
+            if first < last:
+                image = self.request.images[span.image]
+                slices.append(ImageSlice(image, first - start, first - span.start, last - first))
+        return tuple(slices)
+
+    # --- block hashes ---
+
+    def hashes(self, num_blocks: int) -> Seq[bytes]:
+        """Content hashes of the first full blocks; each covers all before it."""
+        while len(self._hashes) < num_blocks:
+            self._hashes.append(self._hash_block(len(self._hashes)))
+        return self._hashes[:num_blocks]
+
+    def _hash_block(self, number: int) -> bytes:
+        start = number * self.block_size
+        stop = start + self.block_size
+        digest = hashlib.sha256(self._hashes[-1] if number else self._root_hash())
+        digest.update(array("q", self.tokens_between(start, stop)).tobytes())
+        digest.update(self._image_bytes(start, stop))
+        return digest.digest()
+
+    def _image_bytes(self, start: int, stop: int) -> bytes:
+        """Every picture expands to the same placeholder ids, so equal ids do not mean equal
+        pictures: without the digest, one user would get another user's cached picture.
+        """
+        parts = b""
+        for span in self.request.prompt.spans:
+            if span.start < stop and span.start + span.length > start:
+                offset = (span.start - start).to_bytes(8, "little", signed=True)
+                parts += offset + self.request.images[span.image].digest
+        return parts
+
+    def _root_hash(self) -> bytes:
+        """In a bidirectional prompt every token depends on the whole context."""
+        digest = hashlib.sha256(self.request.cache_salt.encode("utf-8", "surrogatepass"))
+        context = self.request.prompt.bidirectional_len
+        if context:
+            digest.update(array("q", self.request.prompt.token_ids[:context]).tobytes())
+            digest.update(self._image_bytes(0, context))
+        return digest.digest()

@@ -102,7 +102,7 @@ class Engine:
 
     def add_request(self, request: Request) -> None:
         """Queue a prepared request. Raises RequestError when its id is in use."""
-        if request.request_id in self.outputs:
+        if self.is_open(request.request_id):
             raise RequestError("request_id", f"{request.request_id!r} is already running")
         self.outputs.add(request)
         self.scheduler.add(request)
@@ -113,6 +113,10 @@ class Engine:
             self._end(sequence.id, "abort") for sequence in self.scheduler.sequences_of(request_id)
         ]
 
+    def is_open(self, request_id: str) -> bool:
+        """Whether the request is known and has unfinished choices."""
+        return request_id in self.outputs
+
     @property
     def has_work(self) -> bool:
         """Some request is not finished."""
@@ -122,20 +126,31 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Run one step: every running sequence goes on by a chunk or a token."""
-        began_s = time.monotonic()
         plan = self.scheduler.plan_step()
-        if not plan.rows:
-            return []
+        return self._run(plan) if plan.rows else []
+
+    def _run(self, plan: StepPlan) -> list[StepOutput]:
+        began_s = time.monotonic()
         try:
             logits = self.runner.run(plan)
             tokens = self.sampler.sample(logits.logits, plan)
         except Exception as error:  # whatever it is, the other requests must go on
-            return self._fail(plan, error)
+            return self._isolate(plan, error)
         self.outputs.note_step(plan, logits.image_s, began_s)
         outcomes = self.scheduler.commit(plan, tokens)
         outputs = self.outputs.collect(outcomes)
         self._settle(plan, outputs)
         return outputs
+
+    def _isolate(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        """Run the rows of a failed step one by one, so that only the one at fault ends.
+
+        Safe because a step writes the same cache slots with the same values every time.
+        """
+        if len(plan.rows) == 1:
+            return self._fail(plan, error)
+        log.warning("a step of %d sequences failed and is tried one by one", len(plan.rows))
+        return [output for row in plan.rows for output in self._run(StepPlan((row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
         """Tell the scheduler what only the text showed: stop strings; clean up after errors."""
@@ -148,8 +163,8 @@ class Engine:
         self.runner.clear_blocks(self.scheduler.take_poisoned())
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
-        """The step itself failed: its requests end with an error, the others go on."""
-        log.exception("a step of %d sequences failed", len(plan.rows))
+        """The step itself failed: its request ends with an error, the others go on."""
+        log.error("a step failed", exc_info=error)
         said = f"the engine failed: {type(error).__name__}: {error}"
         outputs = [self._end(row.sequence_id, "error", said) for row in plan.rows]
         self.runner.clear_blocks(self.scheduler.take_poisoned())

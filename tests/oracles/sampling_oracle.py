@@ -53,8 +53,10 @@ def edited(
     seen, counts = {*prompt_ids, *output_ids}, Counter(output_ids)
     for token_id in range(len(scores)):
         if token_id in seen:
-            negative = scores[token_id] < 0
-            scores[token_id] *= repetition_penalty if negative else 1 / repetition_penalty
+            if scores[token_id] < 0:
+                scores[token_id] *= repetition_penalty
+            else:
+                scores[token_id] /= repetition_penalty
         if counts[token_id]:
             scores[token_id] -= presence_penalty + frequency_penalty * counts[token_id]
         scores[token_id] += (logit_bias or {}).get(token_id, 0.0)

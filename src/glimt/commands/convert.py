@@ -331,12 +331,13 @@ _AUTO_MAP: Mapping[str, str] = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage",
 }
-_COUNTS = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def _eva_config(r: ConfigReader) -> dict[str, Any]:
     part = _part(r, "eva")
-    for name in (*_COUNTS, "inner_hidden_size", "max_sequence_length", "patch_size"):
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size"):
+        part.integer(name)
+    for name in ("max_sequence_length", "patch_size"):
         part.integer(name)
     part.number("layernorm_epsilon")
     part.size("image_size")
@@ -345,10 +346,10 @@ def _eva_config(r: ConfigReader) -> dict[str, Any]:
 
 def _qformer_config(r: ConfigReader) -> dict[str, Any]:
     part = _part(r, "qformer")
-    for name in (*_COUNTS, "vocab_size", "cross_attn_hidden_size"):
+    for name in ("hidden_size", "num_attention_heads", "vocab_size", "cross_attn_hidden_size"):
         part.integer(name)
-    part.number("layernorm_epsilon")
     part.flags("is_decoder", part.integer("num_layers"))
+    part.number("layernorm_epsilon")
     return dict(part.raw)
 
 

@@ -71,8 +71,9 @@ def describe(folder: Path) -> CheckpointSummary:
     config = family.config.from_json(raw, str(folder))
     context = BuildContext(open_device("cpu"), torch.float32, config.max_positions)
     model = family.build(config, context)
+    problems: tuple[str, ...] = ()
     try:
-        checkpoint, problems = open_checkpoint(folder), ()
+        checkpoint = open_checkpoint(folder)
     except CheckpointError as error:
         checkpoint, problems = Checkpoint(folder, (), {}), error.problems
     plan = plan_weights(checkpoint, model)

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
@@ -163,7 +164,7 @@ def _words(text: str) -> list[list[bytes]]:
 
 def _most_frequent_pair(words: Sequence[Sequence[bytes]]) -> bytes:
     """The neighbours that occur most often, joined; of equals the greatest bytes."""
-    pairs = (a + b for word in words for a, b in zip(word, word[1:], strict=False))
+    pairs = (a + b for word in words for a, b in pairwise(word))
     counts = Counter(pairs)
     return max(counts, key=lambda joined: (counts[joined], joined))
 

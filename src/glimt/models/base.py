@@ -319,21 +319,22 @@ class ConfigReader:
 
     def size(self, name: str) -> tuple[int, int]:
         """[height, width]."""
-        value = self.raw.get(name)
-        sides = value if isinstance(value, list) and len(value) == 2 else [None, None]
-        if not all(isinstance(side, int) and side > 0 for side in sides):
-            said = "is missing" if value is None else f"is {value!r}; [height, width] is needed"
-            return self._problem(name, said, (1, 1))  # type: ignore[no-any-return]
-        return sides[0], sides[1]
+        match self.raw.get(name):
+            case [int(height), int(width)] if height > 0 and width > 0:
+                return height, width
+            case value:
+                said = "is missing" if value is None else f"is {value!r}; [height, width] is needed"
+                self._problem(name, said)
+                return 1, 1
 
     def flags(self, name: str, count: int) -> tuple[bool, ...]:
         """A list of `count` true or false."""
         value = self.raw.get(name)
-        is_list = isinstance(value, list) and all(isinstance(flag, bool) for flag in value)
-        if not is_list or len(value or ()) != count:
-            said = "is missing" if value is None else f"is {value!r}; {count} flags are needed"
-            return self._problem(name, said, (False,) * count)  # type: ignore[no-any-return]
-        return tuple(value or ())
+        if isinstance(value, list) and len(value) == count and set(value) <= {True, False}:
+            return tuple(value)
+        said = "is missing" if value is None else f"is {value!r}; {count} flags are needed"
+        self._problem(name, said)
+        return (False,) * count
 
     def dtype(self) -> str:
         """torch_dtype (or dtype), float32 when absent."""

@@ -610,7 +610,7 @@ def _rotary_spec(config: VisualGlmConfig, context: BuildContext) -> RotarySpec:
     hub = context.rotary_table == "hub_fp16" or (context.rotary_table == "auto" and half_model)
     return RotarySpec(
         style="half",
-        inv_freq=inverse_frequencies(width, 10000.0).half().float(),
+        inv_freq=inverse_frequencies(width, 10000.0).half().float().repeat(2),
         channels=repeated((0, 1), width // 2),
         num_segments=2,
         mode="hub_fp16" if hub else "fp32_product",

@@ -1,0 +1,213 @@
+"""AsyncEngine: many asyncio callers, one engine thread, one queue between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from glimt.config import EngineConfig
+from glimt.engine import Engine, EngineStats
+from glimt.errors import EngineError, RequestError
+from glimt.inputs.request import RequestOptions
+from glimt.llm import Conversation
+from glimt.outputs.assembler import OutputAssembler
+from glimt.types import Request, RequestOutput, SamplingParams, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subscriber:
+    """Where a request's outputs go: a queue of the event loop that asked."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[StepOutput | Exception]
+
+    def send(self, item: StepOutput | Exception) -> None:
+        """Hand an output to the event loop; one that has closed no longer cares."""
+        try:
+            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
+        except RuntimeError:
+            log.debug("event loop of request %s is closed", self.request.request_id)
+
+
+class AsyncEngine:
+    """Streams answers to asyncio callers.
+
+    The engine runs in a thread of its own, which alone touches it; prompts and pictures are
+    prepared in worker threads, so that a large picture does not hold up the others' tokens.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Start the thread of a built engine; `close` stops it."""
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._subscribers: dict[str, _Subscriber] = {}  # only the engine thread touches it
+        self._is_closed = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="glimt-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, on_tensor: Callable[[int], None] | None = None
+    ) -> AsyncEngine:
+        """Load a model folder and start. Raises what Engine.load raises."""
+        return cls(Engine.load(config, on_tensor))
+
+    # --- callers ---
+
+    async def stream_chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> AsyncIterator[StepOutput]:
+        """Answer a conversation piece by piece; leaving the iteration aborts the request.
+
+        Raises RequestError for an invalid request, EngineError when the engine has stopped.
+        """
+        request = await self.prepare_chat(messages, sampling, options)
+        async for output in self.stream(request):
+            yield output
+
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation. Raises as stream_chat does."""
+        return await self.run(await self.prepare_chat(messages, sampling, options))
+
+    async def generate(
+        self,
+        prompt: str,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> RequestOutput:
+        """Continue a bare text without a chat template. Raises as stream_chat does."""
+        options = options or RequestOptions()
+        request = await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
+        return await self.run(request)
+
+    async def prepare_chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
+        """Encode a conversation in a worker thread. Raises RequestError."""
+        options = options or RequestOptions()
+        return await asyncio.to_thread(self._engine.prepare_chat, messages, sampling, options)
+
+    async def run(self, request: Request) -> RequestOutput:
+        """Run a prepared request to its end."""
+        assembler = OutputAssembler(request)
+        async for output in self.stream(request):
+            whole = assembler.add(output)
+            if whole is not None:
+                return whole
+        raise EngineError(f"request {request.request_id} ended without its last output")
+
+    async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
+        """Run a prepared request; leaving the iteration before its end aborts it."""
+        subscriber = _Subscriber(request, asyncio.get_running_loop(), asyncio.Queue())
+        self._command(lambda: self._add(subscriber))
+        num_open = request.sampling.n
+        try:
+            while num_open:
+                item = await subscriber.outputs.get()
+                if isinstance(item, Exception):
+                    num_open = 0
+                    raise item
+                num_open -= item.finish_reason is not None
+                yield item
+        finally:
+            if num_open:
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon; its stream finishes with reason "abort". Unknown ids do nothing."""
+        if not self._is_closed:
+            self._commands.put(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """Counters; read without stopping the engine, so single figures may be a step apart."""
+        return self._engine.stats()
+
+    @property
+    def is_alive(self) -> bool:
+        """The engine thread runs and has not failed."""
+        return self._thread.is_alive() and self._failure is None
+
+    def close(self) -> None:
+        """Abort everything and stop the thread. Further requests raise EngineError."""
+        self._is_closed = True
+        self._commands.put(None)
+        self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        if self._is_closed or not self.is_alive:
+            raise EngineError(f"the engine has stopped{self._because()}") from self._failure
+        self._commands.put(command)
+
+    def _because(self) -> str:
+        return f": {self._failure}" if self._failure else ""
+
+    # --- the engine thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._publish(self._engine.step())
+        except Exception as error:
+            log.exception("the engine stopped")
+            self._failure = error
+        finally:
+            self._is_closed = True
+            self._drain()
+
+    def _take_commands(self) -> bool:
+        """Run what callers asked for; wait for it when idle. False when told to stop."""
+        while not self._engine.has_work or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _add(self, subscriber: _Subscriber) -> None:
+        request = subscriber.request
+        try:
+            self._engine.add_request(request)
+        except RequestError as error:
+            subscriber.send(error)
+            return
+        self._subscribers[request.request_id] = subscriber
+
+    def _abort(self, request_id: str) -> None:
+        self._publish(self._engine.abort(request_id))
+
+    def _publish(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            self._subscribers[output.request_id].send(output)
+        for request_id in {o.request_id for o in outputs if o.finish_reason}:
+            if not self._engine.is_open(request_id):
+                del self._subscribers[request_id]
+
+    def _drain(self) -> None:
+        """Nobody may wait for ever: tell running and queued requests that the engine is gone."""
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
+        error = EngineError(f"the engine has stopped{self._because()}")
+        for subscriber in self._subscribers.values():
+            subscriber.send(error)
+        self._subscribers.clear()

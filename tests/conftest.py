@@ -1,0 +1,188 @@
+"""Fixtures that more than one test file needs: the oracle's checkpoints, and small toy ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glimt.config import EngineConfig
+from glimt.devices.base import open_device
+from glimt.engine import Engine
+from glimt.loader import OpenedModel
+from glimt.models import glm4v_9b, visualglm
+from glimt.models.base import BuildContext, ModelFamily, find_family
+from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams
+from glimt.weights import open_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_path(relative: str) -> Path:
+    """A file of the folder beside the checkout; skips the test, with the reason, without it."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"needs shared/{relative}, which is not beside this checkout")
+    return path
+
+
+class IdTokenizer:
+    """Knows the special ids of a golden file and nothing else; text is one `<id>` per token."""
+
+    def __init__(self, special_ids: Mapping[str, int]) -> None:
+        self.special_ids = special_ids
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"<{i}>" for i in token_ids)
+
+    def decoder(self) -> IdTokenizer:
+        return self
+
+    def feed(self, token_id: int) -> str:
+        return f"<{token_id}>"
+
+    def finish(self) -> str:
+        return ""
+
+
+class Oracle:
+    """One golden file: its checkpoint folder, its expected arrays and its prompts."""
+
+    def __init__(self, name: str, folder: Path, golden: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.arrays = np.load(golden)
+        self.raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.family: ModelFamily[Any] = find_family(self.raw, name)
+        self.config = self.family.config.from_json(self.raw, name)
+        self.cases = sorted(key.split(".")[0] for key in self.arrays if key.endswith("input_ids"))
+
+    @property
+    def is_glm4v(self) -> bool:
+        return self.family.name == "glm4v_9b"
+
+    def open(self, dtype: torch.dtype = torch.float32, rotary_table: str = "auto") -> OpenedModel:
+        device = open_device("cpu")
+        context = BuildContext(device, dtype, self.config.max_positions, rotary_table)
+        opened = OpenedModel(
+            family=self.family,
+            config=self.config,
+            processor=self.family.processor(self.folder, self.config, self.tokenizer()),
+            model=self.family.build(self.config, context),
+            checkpoint=open_checkpoint(self.folder),
+            device=device,
+            dtype=dtype,
+            max_model_len=self.config.context_tokens,
+        )
+        opened.load()
+        return opened
+
+    def engine(
+        self, dtype: torch.dtype = torch.float32, rotary_table: str = "auto", **options: Any
+    ) -> Engine:
+        settings = {"kv_bytes": 64 * 2**20} | options
+        config = EngineConfig(model=str(self.folder), **settings)
+        return Engine(self.open(dtype, rotary_table), config)
+
+    def tokenizer(self) -> IdTokenizer:
+        if self.is_glm4v:
+            names = glm4v_9b.TOKENIZER.special_names
+            first = self.config.boi_token_id - names.index("<|begin_of_image|>")
+            return IdTokenizer({name: first + i for i, name in enumerate(names)})
+        return IdTokenizer(
+            {
+                "<unk>": 0,
+                "[gMASK]": self.config.gmask_token_id,
+                "<sop>": self.config.bos_token_id,
+                "<eop>": self.config.eos_token_id,
+            }
+        )
+
+    def image(self) -> ImageInput:
+        from PIL import Image
+
+        processor = self.family.processor(self.folder, self.config, self.tokenizer())
+        picture = Image.fromarray(self.arrays["picture"])
+        return processor.prepare_image(picture, digest=b"the golden picture")
+
+    def prompt(self, case: str) -> EncodedPrompt:
+        """The golden ids with their spans and positions, without any tokenizer."""
+        ids = self.arrays[f"{case}.input_ids"].tolist()
+        return glm_prompt(self.config, ids) if self.is_glm4v else visual_prompt(self.config, ids)
+
+    def request(self, case: str, **sampling: Any) -> Request:
+        prompt = self.prompt(case)
+        params = SamplingParams(temperature=0, **sampling)
+        filled = params.with_defaults(visualglm.VisualGlmProcessor.sampling_defaults, 0)
+        return Request(
+            request_id=case,
+            prompt=prompt,
+            images=(self.image(),) if prompt.spans else (),
+            sampling=filled,
+            stop_token_ids=frozenset(),
+            seeds=tuple(range(filled.n)),
+            max_tokens=params.max_tokens or 24,
+            arrival_s=0.0,
+        )
+
+
+def glm_prompt(config: Any, ids: Sequence[int]) -> EncodedPrompt:
+    builder = glm4v_9b._PromptBuilder(())
+    at = 0
+    while at < len(ids):
+        if ids[at] == config.boi_token_id:
+            builder.add_image(tuple(ids[at : at + 3]), config.vision.num_image_tokens)
+            at += 3
+        else:
+            builder.add_text([ids[at]])
+            at += 1
+    return builder.build()
+
+
+def visual_prompt(config: Any, ids: Sequence[int]) -> EncodedPrompt:
+    has_image = list(ids[3 : 3 + config.image_length]) == [0] * config.image_length
+    spans = [ImageSpan(3, config.image_length, 0)] if has_image else []
+    return visualglm._with_positions(ids, spans)
+
+
+def make_checkpoint(spec: Path, folder: Path) -> Path:
+    script = GOLDEN / "make_checkpoint.py"
+    subprocess.run([sys.executable, str(script), str(spec), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glm4v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(GOLDEN / "glm-4v-tiny.spec.json", tmp_path_factory.mktemp("glm4v"))
+
+
+@pytest.fixture(scope="session")
+def visualglm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = GOLDEN / "visualglm-tiny.spec.json"
+    return make_checkpoint(spec, tmp_path_factory.mktemp("visualglm"))
+
+
+@pytest.fixture(scope="session")
+def glm4v_oracle(glm4v_folder: Path) -> Oracle:
+    return Oracle("glm-4v-tiny", glm4v_folder, GOLDEN / "glm-4v-tiny.golden.npz")
+
+
+@pytest.fixture(scope="session")
+def visualglm_oracle(visualglm_folder: Path) -> Oracle:
+    return Oracle("visualglm-tiny", visualglm_folder, GOLDEN / "visualglm-tiny.golden.npz")
+
+
+@pytest.fixture(scope="session", params=["glm4v", "visualglm"])
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    return request.getfixturevalue(f"{request.param}_oracle")

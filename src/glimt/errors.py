@@ -6,7 +6,6 @@ GlimtError
 │   └── ImageError          a picture that cannot or may not be read
 ├── CapacityError           try again later (HTTP 429, 503)
 ├── EngineError             our own failure (HTTP 500, with the request id)
-│   └── NumericError        the model produced NaN or infinite logits
 └── SetupError              nothing can be served: wrong option, file or package
     ├── ConfigError         a configuration value, ours or the checkpoint's
     ├── CheckpointError     weight files: lists everything that is wrong with them
@@ -48,10 +47,6 @@ class CapacityError(GlimtError):
 
 class EngineError(GlimtError):
     """The engine failed; the request was not at fault."""
-
-
-class NumericError(EngineError):
-    """The model's logits held NaN or infinity, so no token can be chosen."""
 
 
 class SetupError(GlimtError):

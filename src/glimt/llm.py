@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeGuard, cast, overload
 
 from glimt.config import EngineConfig
 from glimt.engine import Engine, EngineStats
@@ -72,11 +72,11 @@ class LLM:
             one = _one(sampling)
             return self._run([self.engine.prepare_chat(messages, one, options)])[0]
         params = _spread(sampling, len(messages))
-        pairs = zip(messages, params, strict=True)
+        pairs = zip(cast("Sequence[Conversation]", messages), params, strict=True)
         return self._run([self.engine.prepare_chat(m, s, options) for m, s in pairs])
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is also a sequence of str
         self,
         prompts: str,
         sampling: SamplingParams | None = None,
@@ -148,7 +148,7 @@ class LLM:
                 self.engine.abort(request.request_id)
 
 
-def _is_conversation(messages: Any) -> bool:
+def _is_conversation(messages: Conversation | Sequence[Conversation]) -> TypeGuard[Conversation]:
     """One conversation is a sequence of messages; a batch is a sequence of sequences."""
     return not messages or isinstance(messages[0], (Mapping, Message))
 

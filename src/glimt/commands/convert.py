@@ -90,7 +90,7 @@ def convert_sat(
     weights_file, config_file = _find_source(source)
     tokenizer_file = _find_tokenizer(tokenizer, weights_file)
     sat_config = read_json(config_file)
-    config = _hub_config(sat_config, str(config_file))
+    config = hub_config(sat_config, str(config_file))
     layout = _guess_layout(sat_config) if qkv_layout == "auto" else qkv_layout
     state = _read_state(weights_file)
     names = _hub_names(state, weights_file)
@@ -286,7 +286,7 @@ def _guess_layout(sat: Mapping[str, Any]) -> str:
     return "blocks" if "pad_token_id" in sat else "interleaved"
 
 
-def _hub_config(sat: Mapping[str, Any], where: str) -> dict[str, Any]:
+def hub_config(sat: Mapping[str, Any], where: str) -> dict[str, Any]:
     """config.json from model_config.json, without torch_dtype, which only the weights tell.
 
     Raises ConfigError listing every value that is missing or of another model. What SAT writes

@@ -137,12 +137,12 @@ def _encoded_bytes(source: Any, limits: ImageLimits, allow_files: bool, field: s
 
 def _bytes_of_text(text: str, limits: ImageLimits, allow_files: bool, field: str) -> bytes:
     """The bytes a string stands for: a URL goes by its scheme, a file before base64."""
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[1].lower() == "data":
+    start = text[:5].lower()
+    if start == "data:":
         return _bytes_of_data_url(text, limits, field)
-    if scheme and scheme[1].lower() == "file":
+    if start == "file:":
         return _read_file(_path_of_url(text, field), limits, allow_files, field)
-    if scheme:
+    if _URL.match(text):
         said = f"is a URL ({_shown(text)}); pictures are not downloaded here"
         raise ImageError(field, f"{said}: send the picture itself, or the path of a file")
     if allow_files and os.path.exists(text):
@@ -156,7 +156,7 @@ def _bytes_of_text(text: str, limits: ImageLimits, allow_files: bool, field: str
     return data
 
 
-_SCHEME = re.compile(r"(data|file):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def _bytes_of_data_url(url: str, limits: ImageLimits, field: str) -> bytes:

@@ -42,7 +42,8 @@ class OutputAssembler:
         return self._whole(output)
 
     def _whole(self, last: StepOutput) -> RequestOutput:
-        assert last.usage and last.timings, "a finished output carries counts and times"
+        assert last.usage is not None, "a finished output carries counts"
+        assert last.timings is not None, "a finished output carries times"
         return RequestOutput(
             request_id=self.request.request_id,
             prompt_token_ids=self.request.prompt.original_token_ids,
@@ -53,8 +54,9 @@ class OutputAssembler:
 
     def _completion(self, index: int) -> Completion:
         choice = self._choices[index]
-        assert choice.last and choice.last.finish_reason
-        reason: FinishReason = choice.last.finish_reason
+        assert choice.last is not None
+        reason: FinishReason | None = choice.last.finish_reason
+        assert reason is not None
         wants_logprobs = self.request.sampling.logprobs is not None
         return Completion(
             index=index,

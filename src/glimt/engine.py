@@ -41,6 +41,7 @@ class EngineStats:
     decode_tokens: int
     prefix_hit_tokens: int
     preemptions: int
+    failed_steps: int
     tower_images: int
     feature_hits: int
     tower_s: float
@@ -72,6 +73,7 @@ class Engine:
         self.runner = _build_runner(self.config, opened, num_blocks)
         self.sampler = Sampler(opened.config.vocab_size)
         self.outputs = OutputCollector(opened.processor, time.monotonic)
+        self._failed_steps = 0
 
     @classmethod
     def load(cls, config: EngineConfig, on_tensor: Callable[[int], None] | None = None) -> Engine:
@@ -135,6 +137,7 @@ class Engine:
             logits = self.runner.run(plan)
             tokens = self.sampler.sample(logits.logits, plan)
         except Exception as error:  # whatever it is, the other requests must go on
+            self._failed_steps += 1
             return self._isolate(plan, error)
         self.outputs.note_step(plan, logits.image_s, began_s)
         outcomes = self.scheduler.commit(plan, tokens)
@@ -149,7 +152,7 @@ class Engine:
         """
         if len(plan.rows) == 1:
             return self._fail(plan, error)
-        log.warning("a step of %d sequences failed and is tried one by one", len(plan.rows))
+        log.warning("a step of %d sequences failed; each is tried alone: %r", len(plan.rows), error)
         return [output for row in plan.rows for output in self._run(StepPlan((row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
@@ -183,6 +186,7 @@ class Engine:
         return EngineStats(
             **asdict(scheduler.counters),
             **asdict(runner.counters),
+            failed_steps=self._failed_steps,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=scheduler.pool.num_blocks,

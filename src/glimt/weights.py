@@ -373,6 +373,16 @@ def plan_weights(checkpoint: Checkpoint, model: Model) -> LoadPlan:
     return LoadPlan(tuple(steps), tuple(problems), nbytes)
 
 
+def checkpoint_shapes(model: Model) -> dict[str, Shape]:
+    """Every tensor that a checkpoint of this model must hold, by its name there."""
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    return {
+        name: tuple(shape)
+        for step in _expand(model.weight_table, shapes)
+        for name, shape in zip(step.sources, _source_shapes(step, shapes), strict=True)
+    }
+
+
 def _expand(table: WeightTable, parameters: Collection[str]) -> list[LoadStep]:
     """Every line once for each number with which its first target is a parameter."""
     steps = [step for line in table.weights for step in _expand_line(line, parameters)]
@@ -439,8 +449,7 @@ def load_weights(
 
     on_tensor: called with the bytes of each checkpoint tensor that is done
     Raises CheckpointError, before any data is read, listing every tensor that is missing,
-    unexpected, of another shape or of a dtype that is no weight's. `model.after_load` is left to
-    the caller.
+    unexpected, of another shape or of a dtype that is no weight's.
     """
     plan = plan_weights(checkpoint, model)
     if plan.problems:

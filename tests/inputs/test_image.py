@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from glimt.config import ImageLimits
 from glimt.errors import ImageError
@@ -41,7 +43,8 @@ def decode(source, limits=LIMITS):
 
 
 def pixels(source):
-    return list(decode(source, ANY_SIZE).rgb.get_flattened_data())
+    rgb = np.asarray(decode(source, ANY_SIZE).rgb)
+    return [tuple(pixel) for pixel in rgb.reshape(-1, 3).tolist()]
 
 
 def noise(width, height, channels=3, seed=0):
@@ -415,6 +418,18 @@ def test_pipes_devices_sockets_and_folders_are_refused_without_waiting(tmp_path)
         open_(tmp_path / "broken", allow_files=True)
 
 
+@pytest.mark.timeout(20)
+def test_a_file_swapped_for_a_pipe_after_its_check_is_refused(tmp_path, monkeypatch):
+    """Catches the wait between looking at a name and opening it."""
+    (tmp_path / "file").write_bytes(PICTURE)
+    os.mkfifo(tmp_path / "pipe")
+    before = os.stat(tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(image_module.os, "stat", lambda _: before)
+        with pytest.raises(ImageError, match="only regular files"):
+            open_(tmp_path / "pipe", allow_files=True)
+
+
 def test_an_empty_file_is_refused(tmp_path):
     """Catches Pillow being asked to identify nothing."""
     (tmp_path / "empty.png").touch()
@@ -460,6 +475,17 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(image_module, "_check_file", lambda *_: path.write_bytes(PICTURE * 2))
     with pytest.raises(ImageError, match="bytes; at most"):
         open_(path, ImageLimits(max_bytes=len(PICTURE)), allow_files=True)
+
+
+def forbid_allocation(monkeypatch):
+    """Let no picture be decoded, and let Pillow not even open what it allocates for at once."""
+
+    def allocated(_):
+        raise AssertionError("Pillow allocated the picture")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", allocated)
+    monkeypatch.setattr(WebPImageFile, "_open", allocated)
+    monkeypatch.setattr(GifImageFile, "_open", allocated)
 
 
 def webp_canvas(width, height):
@@ -528,20 +554,18 @@ JPEG_BOMB = CORPUS["jpeg"].replace(struct.pack(">HH", 18, 24), struct.pack(">HH"
 def test_header_bombs_are_refused_before_pillow_allocates(monkeypatch, data):
     """Catches a few bytes that claim gigapixels and get memory for them."""
 
-    def loaded(*_):
-        raise AssertionError("the picture was decoded")
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", loaded)
-    with pytest.raises(ImageError, match=r"pixels"):
+    forbid_allocation(monkeypatch)
+    with pytest.raises(ImageError, match=r"\d+ x \d+ pixels"):
         open_(data)
 
 
-def test_gif_frame_cannot_hide_behind_an_empty_extension():
+def test_gif_frame_cannot_hide_behind_an_empty_extension(monkeypatch):
     """Catches our walk and Pillow's seeing two different first frames."""
     decoy = b"!\xff\0" + b"\x0f" + gif_frame(2, 2) + b"\0"
     data = gif_header(4, 4) + decoy + gif_frame(600, 500)
     assert Image.open(io.BytesIO(data)).size == (600, 500)
     assert open_(data).width == 600
+    forbid_allocation(monkeypatch)
     with pytest.raises(ImageError, match="600 x 500"):
         open_(data, ImageLimits(max_pixels=1000))
 

@@ -432,6 +432,23 @@ def test_decoding_is_sentencepieces_own(ice: Loaded, model, data: st.DataObject)
     assert "".join(stream(ice.tokenizer, ids)) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["<0xE4>", "<0xBD>", "<0xA0>"], "你"),
+        (["<0xE4>", "<pad>", "<0xBD>", "<0xA0>"], "你"),
+        (["<0xE4>", "<0xBD>", "<eop>", "<0xA0>"], "\ufffd\ufffd\ufffd"),
+        (["<0xE4>", "<0xBD>", "<n>", "▁a"], "\ufffd\ufffd\n a"),
+        (["<eop>", "▁", "▁", "▁a", "▁a"], "a a"),
+        (["<unk>", "▁a"], " ⁇  a"),
+    ],
+)
+def test_runs_of_bytes_and_leading_spaces(ice: Loaded, model, names: list[str], text: str):
+    """The cases by hand that random ids may miss; `<pad>` is dropped before all else."""
+    ids = [model.PieceToId(name) for name in names]
+    assert ice.tokenizer.decode(ids) == text
+
+
 def test_every_piece_decodes_as_in_sentencepiece(ice: Loaded, model):
     """One piece of a kind that the random ids seldom meet."""
     start = model.PieceToId("<0x41>")

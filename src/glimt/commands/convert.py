@@ -420,20 +420,18 @@ def _write_safetensors(
     on_tensor: Callable[[int], None] | None,
 ) -> None:
     """Write one shard, one tensor in memory at a time; the library's writer holds all at once."""
-    # Wide dtypes first: so every tensor starts at a multiple of its own item size.
-    ordered = sorted(shard, key=lambda info: -info.dtype.itemsize)
     with path.open("wb") as stream:
-        _write_header(stream, ordered)
-        for info in ordered:
+        _write_header(stream, shard)
+        for info in shard:
             stream.write(read(info).contiguous().flatten().view(torch.uint8).numpy().data)
             if on_tensor:
                 on_tensor(info.nbytes)
 
 
-def _write_header(stream: BinaryIO, ordered: Sequence[TensorInfo]) -> None:
+def _write_header(stream: BinaryIO, shard: Sequence[TensorInfo]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for info in ordered:
+    for info in shard:
         end = start + info.nbytes
         header[info.name] = {
             "dtype": _DTYPE_NAMES[info.dtype],

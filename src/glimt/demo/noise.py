@@ -18,18 +18,7 @@ from glimt.demo.toy_tokenizer import write_toy_sentencepiece, write_toy_tiktoken
 from glimt.devices.base import open_device
 from glimt.inputs.tokenizer import load_tokenizer
 from glimt.models.base import BuildContext, find_family
-from glimt.models.base import Model
-from glimt.weights import _expand, _source_shapes
-
-
-def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    return {
-        n: tuple(s)
-        for step in _expand(model.weight_table, shapes)
-        for n, s in zip(step.sources, _source_shapes(step, shapes), strict=True)
-    }
-
+from glimt.weights import checkpoint_shapes
 
 FAMILIES = ("glm4v_9b", "visualglm")
 

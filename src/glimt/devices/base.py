@@ -46,8 +46,9 @@ class AttentionBatch:
     query_starts:  num_rows + 1 offsets into the flattened tokens
     context_lens:  per row, tokens in the cache once this step is written
     slots:         [num_tokens] int64, where each token's key and value go
-    block_tables:  [num_rows, max_blocks] int64, padded with block 0
-    decode_mask:   [num_decodes, 1, 1, max_blocks * block_size], 0 or -inf; None without decodes
+    block_tables:  [num_rows, max_blocks] int64, padded with the row's first block
+    decode_mask:   [num_decodes, 1, 1, width], 0 or -inf; width is block_size times the blocks of
+                   the longest decoding row; None without decodes
     prefill_masks: per prefill row [chunk, context], 0 or -inf; None where plain causal is meant
     """
 
@@ -206,7 +207,9 @@ class Device:
         Returns [num_decodes, num_heads, head_dim].
         """
         rows, (_, heads, dim) = batch.num_decodes, query.shape
-        tables = batch.block_tables[:rows]
+        assert batch.decode_mask is not None, "a batch with decodes has their mask"
+        # The mask is as wide as the decodes need; a prefill row may have a longer table.
+        tables = batch.block_tables[:rows, : batch.decode_mask.shape[-1] // cache.block_size]
         kv_heads = cache.key.shape[2]
         keys = cache.key[tables].flatten(1, 2).transpose(1, 2)
         values = cache.value[tables].flatten(1, 2).transpose(1, 2)

@@ -143,8 +143,9 @@ def _bytes_of_text(text: str, limits: ImageLimits, allow_files: bool, field: str
     if start == "file:":
         return _read_file(_path_of_url(text, field), limits, allow_files, field)
     if _URL.match(text):
+        instead = "send the picture itself" + (", or the path of a file" if allow_files else "")
         said = f"is a URL ({_shown(text)}); pictures are not downloaded here"
-        raise ImageError(field, f"{said}: send the picture itself, or the path of a file")
+        raise ImageError(field, f"{said}: {instead}")
     if allow_files and os.path.exists(text):
         return _read_file(text, limits, allow_files, field)
     data = _bytes_of_base64(text, limits, field)
@@ -212,7 +213,7 @@ def _path_of_url(url: str, field: str) -> str:
 def _read_file(
     path: str | os.PathLike[str], limits: ImageLimits, allow_files: bool, field: str
 ) -> bytes:
-    """Read a regular file that is neither empty nor too large; never waits for one."""
+    """Read a regular file that is not too large; never waits for one."""
     if not allow_files:
         raise ImageError(field, "is a file, and files are not read here; send the picture itself")
     try:

@@ -72,11 +72,16 @@ def _attention(
 
 
 def _padded_tables(rows: Sequence[StepRow], contexts: Sequence[int], block_size: int) -> np.ndarray:
-    """[num_rows, max_blocks] int64: only the blocks in use, padded with block 0."""
+    """[num_rows, max_blocks] int64: only the blocks in use, padded with the row's first.
+
+    Padding is read and then masked, but 0 * NaN is NaN: with another sequence's block as padding,
+    one whose values are not finite would end its neighbours too.
+    """
     used = [-(-context // block_size) for context in contexts]
-    tables = np.zeros((len(rows), max(used)), dtype=np.int64)
+    tables = np.empty((len(rows), max(used)), dtype=np.int64)
     for table, row, count in zip(tables, rows, used, strict=True):
         table[:count] = row.block_table[:count]
+        table[count:] = row.block_table[0]
     return tables
 
 

@@ -33,7 +33,8 @@ class FeatureCache:
         while self.num_tokens + len(features) > self.capacity_tokens:
             _, oldest = self._features.popitem(last=False)
             self.num_tokens -= len(oldest)
-        self._features[digest] = features
+        # A copy, because a slice of a larger result would keep all of it in memory.
+        self._features[digest] = features.clone()
         self.num_tokens += len(features)
 
     def drop(self, digest: bytes) -> None:

@@ -118,7 +118,9 @@ class Sequence:
 
     def _root_hash(self) -> bytes:
         """In a bidirectional prompt every token depends on the whole context."""
-        digest = hashlib.sha256(self.request.cache_salt.encode("utf-8", "surrogatepass"))
+        salt = self.request.cache_salt.encode("utf-8", "surrogatepass")
+        # Hashed by itself, or a longer salt could stand for a shorter one and the first tokens.
+        digest = hashlib.sha256(hashlib.sha256(salt).digest())
         context = self.request.prompt.bidirectional_len
         if context:
             digest.update(array("q", self.request.prompt.token_ids[:context]).tobytes())

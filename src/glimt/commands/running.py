@@ -1,0 +1,68 @@
+"""One engine and one request at a time: what `generate` and `chat` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+from glimt.commands.console import byte_bar
+from glimt.config import EngineConfig
+from glimt.engine import Engine
+from glimt.errors import RequestError
+from glimt.loader import open_model
+from glimt.types import Request, StepOutput, Timings, Usage
+from glimt.weights import plan_weights
+
+LANGUAGES = ("auto", "zh", "en")
+_MIN_BAR_BYTES = 256 * 2**20  # what loads faster needs no bar
+
+
+def check_language(language: str) -> None:
+    """Raise RequestError for a language no template knows, before any model is loaded."""
+    if language not in LANGUAGES:
+        raise RequestError("lang", f"is {language!r}; choose one of {', '.join(LANGUAGES)}")
+
+
+def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
+    """Load a model folder, with a progress bar for a large one.
+
+    Raises ConfigError or CheckpointError, each listing everything that is wrong.
+    """
+    opened = open_model(config)
+    total = plan_weights(opened.checkpoint, opened.model).nbytes
+    has_bar = total >= _MIN_BAR_BYTES and not is_quiet
+    with byte_bar("loading", total) if has_bar else nullcontext() as on_tensor:
+        opened.load(on_tensor)
+    return Engine(opened, config)
+
+
+def run_request(
+    engine: Engine, request: Request, is_stopped: Callable[[], bool] = lambda: False
+) -> Iterator[StepOutput]:
+    """Run a prepared request, alone, to its end or until is_stopped() says so between two steps.
+
+    A stopped request still gives its last outputs, with reason "abort", its counts and times.
+    """
+    engine.add_request(request)
+    try:
+        while engine.is_open(request.request_id) and not is_stopped():
+            yield from engine.step()
+        yield from engine.abort(request.request_id)
+    finally:
+        engine.abort(request.request_id)
+
+
+def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:
+    """One line: picture process time, first token, tokens, tokens per second.
+
+    The rate is of the tokens after the first, which decode_s is the time of.
+    """
+    parts = [f"picture {timings.image_s:.2f} s"] if usage.image_tokens else []
+    if usage.completion_tokens:
+        parts.append(f"first token {timings.ttft_s:.2f} s")
+    count = usage.completion_tokens
+    parts.append("1 token" if count == 1 else f"{count} tokens")
+    num_timed = count - num_choices
+    if num_timed > 0 and timings.decode_s > 0:
+        parts.append(f"{num_timed / timings.decode_s:.1f} tokens/s")
+    return " · ".join(parts)

@@ -1,0 +1,464 @@
+"""The engine as a whole: whatever the batch, the cache or the preemption, the same tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glimt.config import EngineConfig
+from glimt.demo.noise import FAMILIES, write_noise_model
+from glimt.engine import Engine
+from glimt.errors import PromptTooLong, RequestError
+from glimt.inputs.request import RequestOptions
+from glimt.loader import open_model
+from glimt.outputs.assembler import OutputAssembler
+from glimt.types import Request, RequestOutput, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in made.items():
+        write_noise_model(folder, family)
+    return made
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def make_engine(folder: Path, **options: Any) -> Engine:
+    settings = {"num_blocks": 64} | options
+    return Engine.load(EngineConfig(model=str(folder), **settings))
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ask(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def run(
+    engine: Engine, requests: Sequence[Request], failed_steps: int = 0
+) -> dict[str, RequestOutput]:
+    """Run requests to their end, checking the pool's invariants after each step.
+
+    failed_steps: how many are expected; one that is retried in silence would hide a bug
+    """
+    assemblers = {request.request_id: OutputAssembler(request) for request in requests}
+    for request in requests:
+        engine.add_request(request)
+    finished = {}
+    while engine.has_work:
+        for output in engine.step():
+            whole = assemblers[output.request_id].add(output)
+            if whole:
+                finished[output.request_id] = whole
+        engine.scheduler.pool.check()
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
+    assert engine.stats().failed_steps == failed_steps
+    return finished
+
+
+def run_one(engine: Engine, request: Request) -> RequestOutput:
+    return run(engine, [request])[request.request_id]
+
+
+def mixed_requests(engine: Engine, count: int = 32) -> list[Request]:
+    """Texts of many lengths, no, one or several pictures, greedy and sampled rows."""
+    rng = random.Random(7)
+    requests = []
+    for i in range(count):
+        text = "".join(rng.choices("图片里有什么颜色的圆形 abc?", k=rng.randint(1, 60)))
+        images = [picture(rng.randint(0, 5)) for _ in range(rng.choice([0, 0, 1, 1, 2, 3]))]
+        sampling = GREEDY if i % 3 else replace(GREEDY, temperature=0.9, top_p=0.8, seed=i)
+        sampling = replace(sampling, max_tokens=rng.randint(1, 20))
+        options = RequestOptions(request_id=f"r{i}")
+        requests.append(engine.prepare_chat(ask(text, *images), sampling, options))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tokens of the mixed requests, each alone in a fresh cache."""
+    engine = make_engine(folder, enable_prefix_cache=False, feature_cache_bytes=0)
+    requests = mixed_requests(engine)
+    return {r.request_id: run_one(engine, r).token_ids for r in requests}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_crowd_in_a_tiny_cache_repeats_every_single_run(
+    folder: Path, undisturbed: dict[str, tuple[int, ...]], order: int
+) -> None:
+    """Catches rows that leak into each other, and recomputation that differs after preemption."""
+    requests = mixed_requests(make_engine(folder))
+    longest = max(len(r.prompt.token_ids) + r.max_tokens for r in requests)
+    engine = make_engine(folder, block_size=8, num_blocks=longest // 8 + 4, max_num_seqs=32)
+    random.Random(order).shuffle(requests)
+    finished = run(engine, requests)
+    assert {name: output.token_ids for name, output in finished.items()} == undisturbed
+    assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("chunk", [7, 33, 64])
+def test_chunked_prompts_repeat_whole_ones(
+    folder: Path, undisturbed: dict[str, tuple[int, ...]], chunk: int
+) -> None:
+    """Catches a chunk edge inside a picture, and a bidirectional prompt that gets split."""
+    engine = make_engine(folder, max_num_batched_tokens=chunk)
+    requests = mixed_requests(engine)[:16]
+    finished = run(engine, requests)
+    assert {n: o.token_ids for n, o in finished.items()} == {
+        r.request_id: undisturbed[r.request_id] for r in requests
+    }
+
+
+def test_requests_that_arrive_while_others_run_change_nothing(
+    folder: Path, undisturbed: dict[str, tuple[int, ...]]
+) -> None:
+    """Catches state of a step that survives into the next."""
+    engine = make_engine(folder, max_num_seqs=5)
+    waiting = mixed_requests(engine)
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in waiting}
+    while waiting or engine.has_work:
+        if waiting:
+            engine.add_request(waiting.pop())
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    assert {name: tuple(ids) for name, ids in tokens.items()} == undisturbed
+
+
+def test_a_picture_asked_about_twice_runs_the_tower_once(folder: Path) -> None:
+    """Catches a feature cache keyed on the request, or one that is never asked."""
+    engine = make_engine(folder)
+    first = run_one(engine, engine.prepare_chat(ask("这是什么？", picture(1)), GREEDY))
+    again = run_one(engine, engine.prepare_chat(ask("它是什么颜色的？", picture(1)), GREEDY))
+    assert engine.stats().tower_images == 1
+    assert first.timings.image_s > 0
+    assert again.timings.image_s == 0
+    cold = make_engine(folder, enable_prefix_cache=False, feature_cache_bytes=0)
+    alone = run_one(cold, cold.prepare_chat(ask("它是什么颜色的？", picture(1)), GREEDY))
+    assert again.token_ids == alone.token_ids
+
+
+def test_different_pictures_under_equal_ids_are_not_confused(folder: Path) -> None:
+    """Catches a prefix hash of token ids alone: every picture has the same placeholder ids."""
+    engine = make_engine(folder)
+    outputs = [
+        run_one(engine, engine.prepare_chat(ask("这是什么？", image), GREEDY))
+        for image in (picture(1), picture(2), picture(2, 30, 40), picture(1))
+    ]
+    assert engine.stats().tower_images == 3
+    cold = make_engine(folder, enable_prefix_cache=False, feature_cache_bytes=0)
+    for output, seed in zip(outputs[:2], (1, 2), strict=True):
+        request = cold.prepare_chat(ask("这是什么？", picture(seed)), GREEDY)
+        assert output.token_ids == run_one(cold, request).token_ids
+    assert outputs[0].token_ids == outputs[3].token_ids
+
+
+def second_turn(engine: Engine) -> tuple[RequestOutput, RequestOutput, list[dict[str, Any]]]:
+    messages = ask("图片里有什么？图片里有什么？图片里有什么？", picture(3))
+    first = run_one(engine, engine.prepare_chat(messages, replace(GREEDY, max_tokens=40)))
+    messages.append({"role": "assistant", "content": first.text})
+    messages.append({"role": "user", "content": "它是什么颜色的？"})
+    return first, run_one(engine, engine.prepare_chat(messages, GREEDY)), messages
+
+
+def test_a_second_turn_of_glm4v_prefills_only_what_is_new(folders: dict[str, Path]) -> None:
+    """Catches a prefix cache that misses pictures or forgets the first turn's blocks."""
+    engine = make_engine(folders["glm4v_9b"], block_size=8)
+    first, second, messages = second_turn(engine)
+    assert engine.stats().tower_images == 1
+    assert second.timings.image_s == 0
+    shared = first.usage.prompt_tokens // 8 * 8
+    assert second.usage.cached_tokens == shared
+    new = second.usage.prompt_tokens - shared
+    assert engine.stats().prefill_tokens == first.usage.prompt_tokens + new
+    cold = make_engine(folders["glm4v_9b"], enable_prefix_cache=False)
+    alone = run_one(cold, cold.prepare_chat(messages, GREEDY))
+    assert second.token_ids == alone.token_ids
+
+
+def test_visualglm_shares_identical_contexts_only(folders: dict[str, Path]) -> None:
+    """Catches a prefix shared between prompts whose tokens saw different contexts."""
+    engine = make_engine(folders["visualglm"], block_size=8)
+    _, second, messages = second_turn(engine)
+    assert second.usage.cached_tokens == 0
+    again = run_one(engine, engine.prepare_chat(messages, GREEDY))
+    assert again.usage.cached_tokens == (again.usage.prompt_tokens - 1) // 8 * 8
+    assert again.token_ids == second.token_ids
+    cold = make_engine(folders["visualglm"], enable_prefix_cache=False)
+    assert second.token_ids == run_one(cold, cold.prepare_chat(messages, GREEDY)).token_ids
+
+
+def test_several_pictures_cost_their_places_and_change_the_answer(folder: Path) -> None:
+    """Catches a second picture that is dropped, or pictures in the wrong order."""
+    engine = make_engine(folder)
+    a, b = picture(1), picture(2)
+    sampling = replace(GREEDY, logprobs=0)
+    outputs = [
+        run_one(engine, engine.prepare_chat(ask("比较一下。", *images), sampling))
+        for images in ((a,), (a, b), (b, a))
+    ]
+    cost = engine.opened.processor.image_cost(40, 30)
+    assert [o.usage.image_tokens for o in outputs] == [cost, 2 * cost, 2 * cost]
+    # Random weights may choose equal tokens, but never with equal probabilities.
+    first = sorted(o.completions[0].logprobs[0].logprob for o in outputs)
+    assert first[1] - first[0] > 1e-4
+    assert first[2] - first[1] > 1e-4
+
+
+def test_a_picture_of_a_later_turn_stands_where_its_family_wants_it(
+    folders: dict[str, Path],
+) -> None:
+    """Catches a picture attached to the wrong turn (GLM-4v) or not moved to the front."""
+    messages = [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "你好"},
+        *ask("这是什么？", picture(1)),
+    ]
+    starts = {}
+    for family in FAMILIES:
+        prompt = make_engine(folders[family]).prepare_chat(messages, GREEDY).prompt
+        starts[family] = prompt.spans[0].start
+    glm = make_engine(folders["glm4v_9b"])
+    first_turns = glm.prepare_chat(messages[:2], GREEDY).prompt.token_ids[:-1]
+    assert starts["glm4v_9b"] == len(first_turns) + 2
+    begin = make_engine(folders["visualglm"]).opened.processor.tokenizer.encode("<img>")
+    assert starts["visualglm"] == len(begin)
+
+
+def test_an_abort_at_any_moment_frees_every_block(folder: Path) -> None:
+    """Catches blocks that leak when a request dies while queued, prefilling or decoding."""
+    for steps in range(12):
+        engine = make_engine(folder, max_num_batched_tokens=40, num_blocks=16)
+        for request in mixed_requests(engine, 6):
+            engine.add_request(request)
+        for _ in range(steps):
+            engine.step()
+        aborted = [o for i in range(6) for o in engine.abort(f"r{i}")]
+        assert all(output.finish_reason == "abort" for output in aborted)
+        assert not engine.has_work
+        engine.scheduler.pool.check()
+        assert engine.stats().num_free_blocks == 16
+        assert engine.abort("r0") == []
+
+
+def test_an_abort_does_not_change_the_others(
+    folder: Path, undisturbed: dict[str, tuple[int, ...]]
+) -> None:
+    """Catches an abort that frees shared blocks under another request."""
+    engine = make_engine(folder)
+    requests = mixed_requests(engine, 9)
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for request in requests:
+        engine.add_request(request)
+    for step in range(200):
+        if step % 3 == 0 and step < 9:
+            engine.abort(f"r{step}")
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    kept = [f"r{i}" for i in range(9) if i % 3]
+    assert {name: tuple(tokens[name]) for name in kept} == {n: undisturbed[n] for n in kept}
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(folder: Path) -> None:
+    """Catches a request that waits for ever, or one that is cut in silence."""
+    engine = make_engine(folder, num_blocks=4)
+    with pytest.raises(PromptTooLong, match=r"prompt is \d+ tokens .* holds 128 tokens"):
+        engine.prepare_chat(ask("图" * 200, picture(1)), GREEDY)
+    with pytest.raises(PromptTooLong, match=r"max_tokens: is 500 but only \d+ fit") as caught:
+        engine.prepare_chat(ask("图"), replace(GREEDY, max_tokens=500))
+    assert caught.value.field == "max_tokens"
+    rest = engine.prepare_chat(ask("图"), SamplingParams(temperature=0, ignore_eos=True))
+    output = run_one(engine, rest)
+    assert output.usage.total_tokens == 128
+    assert output.finish_reason == "length"
+
+
+def test_positions_run_out_separately_from_the_cache(folders: dict[str, Path]) -> None:
+    """Catches a limit on expanded tokens where the original's limit is on positions."""
+    engine = make_engine(folders["glm4v_9b"], max_model_len=4096, num_blocks=200)
+    pictures = [picture(i) for i in range(60)]
+    request = engine.prepare_chat(ask("图", *pictures), SamplingParams())
+    assert len(request.prompt.token_ids) > 1024 > int(request.prompt.positions.max())
+    assert request.max_tokens == 1024 - request.prompt.decode_start[0]
+
+
+def test_nan_logits_end_one_request_with_an_error(folder: Path) -> None:
+    """Catches NaN that spreads through a shared step, the caches or reused blocks."""
+    engine = make_engine(folder, num_blocks=24)
+    healthy = mixed_requests(engine, 4)
+    expected = {r.request_id: o.token_ids for r in healthy for o in [run_one(engine, r)]}
+    engine = make_engine(folder, num_blocks=24)
+    tower = engine.runner.model.image_features
+    bad = engine.prepare_chat(ask("坏", picture(99)), GREEDY, RequestOptions(request_id="bad"))
+
+    def poisoned(images: Sequence[Any]) -> list[torch.Tensor]:
+        features = tower(images)
+        return [
+            f * float("nan") if image.digest == bad.images[0].digest else f
+            for image, f in zip(images, features, strict=True)
+        ]
+
+    engine.runner.model.image_features = poisoned  # type: ignore[method-assign]
+    finished = run(engine, [healthy[0], bad, *healthy[1:]])
+    assert finished["bad"].finish_reason == "error"
+    assert "NaN" in (finished["bad"].completions[0].error or "")
+    assert {n: finished[n].token_ids for n in expected} == expected
+    for cache in engine.runner.caches:
+        assert torch.isfinite(cache.key).all()
+        assert torch.isfinite(cache.value).all()
+    engine.runner.model.image_features = tower  # type: ignore[method-assign]
+    assert run_one(engine, replace(bad, request_id="mended")).finish_reason == "length"
+
+
+def test_a_step_that_fails_ends_only_the_request_at_fault(folder: Path) -> None:
+    """Catches an exception in one picture's tower that takes the whole batch down."""
+    engine = make_engine(folder)
+    healthy = mixed_requests(engine, 4)
+    expected = {r.request_id: run_one(engine, r).token_ids for r in healthy}
+    bad = engine.prepare_chat(ask("坏", picture(99)), GREEDY, RequestOptions(request_id="bad"))
+    tower = engine.runner.model.image_features
+
+    def failing(images: Sequence[Any]) -> list[torch.Tensor]:
+        if any(image.digest == bad.images[0].digest for image in images):
+            raise MemoryError("no room for this picture")
+        return tower(images)
+
+    engine.runner.model.image_features = failing  # type: ignore[method-assign]
+    finished = run(engine, [*healthy[:2], bad, *healthy[2:]], failed_steps=2)
+    assert finished["bad"].finish_reason == "error"
+    assert "no room for this picture" in (finished["bad"].completions[0].error or "")
+    assert {name: finished[name].token_ids for name in expected} == expected
+
+
+def test_choices_share_the_prompt_and_differ(folder: Path) -> None:
+    """Catches n choices with one seed, or a prompt computed n times."""
+    engine = make_engine(folder, block_size=8)
+    sampling = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=5, n=3, max_tokens=8)
+    request = engine.prepare_chat(ask("说点什么，什么都可以。", picture(4)), sampling)
+    output = run_one(engine, request)
+    assert [c.index for c in output.completions] == [0, 1, 2]
+    assert len({c.token_ids for c in output.completions}) == 3
+    assert engine.stats().tower_images == 1
+    prompt = output.usage.prompt_tokens
+    assert engine.stats().prefix_hit_tokens == 2 * ((prompt - 1) // 8 * 8)
+    alone = engine.prepare_chat(
+        ask("说点什么，什么都可以。", picture(4)), replace(sampling, seed=6, n=1)
+    )
+    assert run_one(engine, alone).token_ids == output.completions[1].token_ids
+
+
+def test_stop_strings_stop_ids_and_lengths_end_a_request_once(folder: Path) -> None:
+    """Catches stop controls that are accepted and never read."""
+    engine = make_engine(folder)
+    free = run_one(engine, engine.prepare_chat(ask("abc"), replace(GREEDY, max_tokens=40)))
+    text = free.text
+    middle = text[len(text) // 2 :][:3]
+    stopped = run_one(
+        engine, engine.prepare_chat(ask("abc"), replace(GREEDY, max_tokens=40, stop=(middle,)))
+    )
+    assert stopped.text == text[: text.index(middle)]
+    assert (stopped.finish_reason, stopped.completions[0].stop_reason) == ("stop", middle)
+    stop_id = free.token_ids[5]
+    at_id = run_one(
+        engine,
+        engine.prepare_chat(
+            ask("abc"), replace(GREEDY, max_tokens=40, ignore_eos=False, stop_token_ids=(stop_id,))
+        ),
+    )
+    cut = free.token_ids.index(stop_id) + 1
+    assert at_id.token_ids == free.token_ids[:cut]
+    assert (at_id.finish_reason, at_id.completions[0].stop_reason) == ("stop", stop_id)
+    assert free.finish_reason == "length"
+
+
+def test_defaults_of_each_family_apply_only_when_sampling(folders: dict[str, Path]) -> None:
+    """Catches a repetition penalty or a minimum length that changes a plain argmax."""
+    visual = make_engine(folders["visualglm"])
+    sampled = visual.prepare_chat(ask("你好"), SamplingParams()).sampling
+    prompt = len(visual.prepare_chat(ask("你好")).prompt.token_ids)
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.8, 100, 0.4)
+    assert (sampled.repetition_penalty, sampled.min_tokens) == (1.2, 100 - prompt)
+    greedy = visual.prepare_chat(ask("你好"), SamplingParams(temperature=0)).sampling
+    assert (greedy.repetition_penalty, greedy.min_tokens, greedy.top_k) == (1.0, 0, 0)
+    asked = SamplingParams(temperature=0, repetition_penalty=1.1)
+    assert visual.prepare_chat(ask("你好"), asked).sampling.repetition_penalty == 1.1
+    glm = make_engine(folders["glm4v_9b"]).prepare_chat(ask("你好")).sampling
+    assert (glm.temperature, glm.top_p, glm.repetition_penalty) == (0.8, 0.8, 1.0)
+
+
+def test_generation_config_sets_the_defaults_of_glm4v(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Catches a generation_config.json that is not read."""
+    for file in folders["glm4v_9b"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    text = '{"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_length": 8192, "do_sample": true}'
+    (tmp_path / "generation_config.json").write_text(text)
+    sampling = make_engine(tmp_path).prepare_chat(ask("你好")).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
+
+
+def test_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
+    """Catches an id that would write into another row's logits."""
+    engine = make_engine(folder)
+    for sampling in (
+        SamplingParams(logit_bias={-1: 1.0}),
+        SamplingParams(logit_bias={10**6: 1.0}),
+        SamplingParams(stop_token_ids=(10**6,)),
+    ):
+        with pytest.raises(RequestError, match="is not between 0 and"):
+            engine.prepare_chat(ask("a"), sampling)
+
+
+def test_an_id_in_use_is_refused(folder: Path) -> None:
+    """Catches two requests that would receive each other's text."""
+    engine = make_engine(folder)
+    request = engine.prepare_chat(ask("a"), GREEDY, RequestOptions(request_id="same"))
+    engine.add_request(request)
+    with pytest.raises(RequestError, match="already running"):
+        engine.add_request(request)
+
+
+def test_a_text_checkpoint_of_glm4_loads_and_refuses_pictures(tmp_path: Path) -> None:
+    """Catches a family that needs vision_config, and a picture silently dropped."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from glimt.demo.noise import random_weights
+
+    write_noise_model(tmp_path, "glm4v_9b")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("vision_config", "boi_token_id", "eoi_token_id"):
+        del config[key]
+    config |= {"padded_vocab_size": 151552, "hidden_size": 16, "rope_ratio": 500}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config, 0), tmp_path / "model.safetensors")
+    engine = make_engine(tmp_path)
+    assert run_one(engine, engine.prepare_chat(ask("hi"), GREEDY)).usage.completion_tokens == 12
+    with pytest.raises(RequestError, match="text model"):
+        engine.prepare_chat(ask("hi", picture(1)), GREEDY)
+
+
+def test_opening_a_model_reads_no_weights(folder: Path) -> None:
+    """Catches checks that come only after minutes of loading."""
+    opened = open_model(EngineConfig(model=str(folder)))
+    assert all(p.is_meta for p in opened.model.parameters())

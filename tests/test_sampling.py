@@ -296,6 +296,13 @@ def test_the_number_inverts_the_distribution_from_the_likeliest_down(fixed_numbe
         assert _ids(_sample([logits], [_row()])) == [token_id]
 
 
+def test_a_number_on_a_boundary_draws_the_next_token(fixed_number: Any) -> None:
+    """Catches intervals closed at the wrong end: the first token would own its end too."""
+    for number, token_id in [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)]:
+        fixed_number(number)
+        assert _ids(_sample([[0.0] * 4], [_row()])) == [token_id]
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 @pytest.mark.parametrize("cuts", [{}, {"top_p": 0.999}, {"top_k": 3}, {"min_p": 1e-9}])
 def test_the_ends_of_the_interval_draw_only_possible_tokens(
@@ -305,6 +312,17 @@ def test_the_ends_of_the_interval_draw_only_possible_tokens(
     fixed_number(number)
     logits = [[-INF, -2000.0, 0.1, 0.2, 0.3, -2000.0, -INF]]
     assert _ids(_sample(logits, [_row(**cuts)])) == [4 if number == 0.0 else 2]
+
+
+def test_rounding_at_the_end_of_the_sum_draws_no_token_of_probability_zero(
+    fixed_number: Any,
+) -> None:
+    """Catches taking the last of the sorted tokens when two ways of summing differ by a bit."""
+    fixed_number(1 - 2**-53)
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(0))
+    logits[:, ::100] = -2000.0
+    tokens = _sample(logits, [_row()] * 20)
+    assert all(token.token_id % 100 for token in tokens)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-3])
@@ -381,8 +399,9 @@ def _mixed_rows() -> list[StepRow]:
 
 
 def _mixed_logits(vocab_size: int = 3001) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(KINDS), vocab_size, generator=generator) * 3
+    """Each row lies 30 below the one before: what is taken from another row cannot fit."""
+    logits = torch.randn(len(KINDS), vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    return logits - 30 * torch.arange(len(KINDS))[:, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,163 @@
+"""config.json of both families: what is required, what is told, what is ignored."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glimt.errors import ConfigError
+from glimt.models.base import find_family
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = {"glm4v_9b": "glm-4v-tiny.spec.json", "visualglm": "visualglm-tiny.spec.json"}
+
+
+def raw_config(family: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / FILES[family]).read_text(encoding="utf-8"))["config"]
+
+
+def parse(raw: dict[str, Any]) -> Any:
+    return find_family(raw, "config.json").config.from_json(raw, "config.json")
+
+
+REQUIRED = {
+    "glm4v_9b": [
+        "num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num",
+        "kv_channels", "ffn_hidden_size", "padded_vocab_size", "layernorm_epsilon",
+        "add_qkv_bias", "add_bias_linear", "seq_length", "boi_token_id", "eoi_token_id",
+        "vision_config.num_hidden_layers", "vision_config.hidden_size", "vision_config.num_heads",
+        "vision_config.intermediate_size", "vision_config.patch_size", "vision_config.image_size",
+        "vision_config.num_positions", "vision_config.layer_norm_eps",
+        "vision_config.scaling_factor",
+    ],
+    "visualglm": [
+        "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size",
+        "layernorm_epsilon", "max_sequence_length", "bos_token_id", "eos_token_id",
+        "gmask_token_id", "image_length",
+        "eva_config.num_layers", "eva_config.hidden_size", "eva_config.num_attention_heads",
+        "eva_config.inner_hidden_size", "eva_config.layernorm_epsilon", "eva_config.image_size",
+        "eva_config.patch_size", "eva_config.max_sequence_length",
+        "qformer_config.num_layers", "qformer_config.hidden_size",
+        "qformer_config.num_attention_heads", "qformer_config.vocab_size",
+        "qformer_config.layernorm_epsilon", "qformer_config.cross_attn_hidden_size",
+        "qformer_config.is_decoder",
+    ],
+}  # fmt: skip
+
+
+def without(raw: dict[str, Any], path: str) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    *parents, key = path.split(".")
+    holder = raw
+    for parent in parents:
+        holder = holder[parent]
+    del holder[key]
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("family", "path"), [(family, path) for family, paths in REQUIRED.items() for path in paths]
+)
+def test_a_missing_value_is_an_error_that_names_it(family: str, path: str) -> None:
+    """Catches a silent default: the class defaults of the originals are other models' values."""
+    raw = without(raw_config(family), path)
+    if path == "padded_vocab_size":
+        raw["padded_vocab_size"] = None  # it is also what tells the family
+    with pytest.raises(ConfigError) as caught:
+        parse(raw)
+    assert any(problem.startswith(f"{path} is missing") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_every_problem_is_told_at_once(family: str) -> None:
+    """Catches a reader that stops at the first problem."""
+    raw = raw_config(family)
+    for path in REQUIRED[family][:5]:
+        raw = without(raw, path)
+    with pytest.raises(ConfigError) as caught:
+        parse(raw)
+    assert len(caught.value.problems) >= 5
+
+
+@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("value", ["3", -1, 0, 2.5, True, [], {}])
+def test_a_value_of_the_wrong_kind_is_named(family: str, value: Any) -> None:
+    """Catches a string or a bool that slips through as a number."""
+    with pytest.raises(ConfigError, match="num_layers is "):
+        parse(raw_config(family) | {"num_layers": value})
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_unknown_keys_are_ignored(family: str) -> None:
+    """Catches a reader that refuses a checkpoint for a key of another tool."""
+    raw = raw_config(family)
+    assert parse(raw | {"transformers_version": "4.44", "new_key": {"a": 1}}) == parse(raw)
+
+
+def test_an_absent_rope_ratio_is_one() -> None:
+    """Catches a text model's 500 used for the vision model."""
+    raw = raw_config("glm4v_9b")
+    assert parse(without(raw, "rope_ratio")).rope_ratio == 1.0
+    assert parse(raw | {"rope_ratio": 500}).rope_ratio == 500.0
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("glm4v_9b", {"rmsnorm": False}, "rmsnorm is False; only True is supported"),
+        ("glm4v_9b", {"multi_query_group_num": 3}, "num_attention_heads is 4"),
+        ("glm4v_9b", {"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
+        ("visualglm", {"quantization_bit": 4}, "quantization_bit is 4; only 0 is supported"),
+        ("visualglm", {"image_length": 16}, "image_length is 16; only 32 is supported"),
+        ("visualglm", {"position_encoding_2d": False}, "position_encoding_2d is False"),
+    ],
+)
+def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], said: str) -> None:
+    """Catches a setting that is read and then not obeyed."""
+    with pytest.raises(ConfigError) as caught:
+        parse(raw_config(family) | change)
+    assert any(problem.startswith(said) for problem in caught.value.problems)
+
+
+def test_families_are_told_apart_though_both_say_chatglm() -> None:
+    """Catches a family chosen by model_type or by architectures."""
+    glm, visual = raw_config("glm4v_9b"), raw_config("visualglm")
+    assert find_family(glm, "").name == "glm4v_9b"
+    assert find_family(visual, "").name == "visualglm"
+    del visual["auto_map"]
+    assert find_family(visual, "").name == "visualglm"
+    text = {"model_type": "chatglm", "padded_vocab_size": 151552}
+    assert find_family(text, "").name == "glm4v_9b"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "chatglm", "padded_vocab_size": 65024},  # ChatGLM3-6B
+        {"model_type": "chatglm", "vocab_size": 130528},  # ChatGLM-6B
+        {"model_type": "glm4v", "vision_config": {}},  # GLM-4.1V
+        {},
+    ],
+)
+def test_other_models_are_refused_by_name(raw: dict[str, Any]) -> None:
+    """Catches a neighbour of the family that is loaded and answers nonsense."""
+    with pytest.raises(ConfigError, match="no model family claims this checkpoint"):
+        find_family(raw, "config.json")
+
+
+def test_the_residual_factor_follows_the_depth() -> None:
+    """Catches the hub code's constant sqrt(56), which is right for 28 layers only."""
+    import torch
+
+    from glimt.devices.base import open_device
+    from glimt.models.base import BuildContext
+
+    raw = raw_config("visualglm") | {"num_layers": 7}
+    config = parse(raw)
+    context = BuildContext(open_device("cpu"), torch.float32, 16)
+    model = find_family(raw, "").build(config, context)
+    assert model.blocks[0].alpha == pytest.approx(14**0.5)

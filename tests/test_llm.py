@@ -85,6 +85,29 @@ def test_a_stream_adds_up_to_the_whole_and_can_be_left(llm: glimt.LLM) -> None:
     assert (stats.num_running, stats.num_free_blocks) == (0, stats.num_blocks)
 
 
+def test_two_open_streams_get_their_own_text(llm: glimt.LLM) -> None:
+    """Catches a stream that yields, or throws away, what another stream is waiting for."""
+    texts = ["你好", "abc"]
+    alone = [llm.chat(ask(text), GREEDY).text for text in texts]
+    streams = [llm.stream_chat(ask(text), GREEDY) for text in texts]
+    told = ["", ""]
+    for pieces in zip(*streams, strict=True):
+        told = [text + piece.text for text, piece in zip(told, pieces, strict=True)]
+    assert told == alone
+
+
+def test_a_refused_id_does_not_abort_its_owner(llm: glimt.LLM) -> None:
+    """Catches a clean-up that ends somebody else's request."""
+    options = glimt.RequestOptions(request_id="mine")
+    stream = llm.stream_chat(ask("你好"), GREEDY, options=options)
+    first = next(stream)
+    with pytest.raises(glimt.RequestError, match="already running"):
+        llm.chat(ask("别的"), GREEDY, options=options)
+    rest = list(stream)
+    assert rest[-1].finish_reason == "length"
+    assert first.text + "".join(p.text for p in rest) == llm.chat(ask("你好"), GREEDY).text
+
+
 def test_an_invalid_conversation_of_a_batch_is_told_before_anything_runs(llm: glimt.LLM) -> None:
     """Catches a batch that half runs, and an error without the field."""
     before = llm.stats().prefill_tokens

@@ -49,6 +49,7 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._subscribers: dict[str, _Subscriber] = {}  # only the engine thread touches it
         self._is_closed = False
+        self._gate = threading.Lock()  # no command may slip in after the last drain
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="glimt-engine", daemon=True)
         self._thread.start()
@@ -148,14 +149,16 @@ class AsyncEngine:
 
     def close(self) -> None:
         """Abort everything and stop the thread. Further requests raise EngineError."""
-        self._is_closed = True
+        with self._gate:
+            self._is_closed = True
         self._commands.put(None)
         self._thread.join()
 
     def _command(self, command: Callable[[], None]) -> None:
-        if self._is_closed or not self.is_alive:
-            raise EngineError(f"the engine has stopped{self._because()}") from self._failure
-        self._commands.put(command)
+        with self._gate:
+            if self._is_closed:
+                raise EngineError(f"the engine has stopped{self._because()}") from self._failure
+            self._commands.put(command)
 
     def _because(self) -> str:
         return f": {self._failure}" if self._failure else ""
@@ -170,7 +173,8 @@ class AsyncEngine:
             log.exception("the engine stopped")
             self._failure = error
         finally:
-            self._is_closed = True
+            with self._gate:
+                self._is_closed = True
             self._drain()
 
     def _take_commands(self) -> bool:

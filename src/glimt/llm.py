@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard, cast, overload
 
@@ -35,6 +36,7 @@ class LLM:
         Raises ConfigError or CheckpointError, each listing everything that is wrong.
         """
         self.engine = Engine.load(EngineConfig(model=model, **options), on_tensor)
+        self._inboxes: dict[str, deque[StepOutput]] = {}
 
     @overload
     def chat(
@@ -138,14 +140,29 @@ class LLM:
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[StepOutput]:
         """Run requests to their end; whatever stops the caller aborts what is left of them."""
+        inbox: deque[StepOutput] = deque()
+        added: list[str] = []
         try:
             for request in requests:
                 self.engine.add_request(request)
-            while self.engine.has_work:
-                yield from self.engine.step()
+                self._inboxes[request.request_id] = inbox
+                added.append(request.request_id)
+            num_open = sum(request.sampling.n for request in requests)
+            while num_open:
+                output = self._next(inbox)
+                num_open -= output.finish_reason is not None
+                yield output
         finally:
-            for request in requests:
-                self.engine.abort(request.request_id)
+            for request_id in added:
+                del self._inboxes[request_id]
+                self.engine.abort(request_id)
+
+    def _next(self, inbox: deque[StepOutput]) -> StepOutput:
+        """The next output of one stream; a step may also bring those of another open stream."""
+        while not inbox:
+            for output in self.engine.step():
+                self._inboxes[output.request_id].append(output)
+        return inbox.popleft()
 
 
 def _is_conversation(messages: Conversation | Sequence[Conversation]) -> TypeGuard[Conversation]:

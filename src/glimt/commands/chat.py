@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
@@ -97,7 +98,7 @@ class Chat:
             note("/clear starts a new conversation; /set max_tokens N asks for less")
         if waiting:
             names = ", ".join(picture.given for picture in waiting)
-            note(f"still waiting for the next question: {names}")
+            note(f"still waiting for the next question: {names}; /image none drops them")
 
     # --- one question ---
 
@@ -135,6 +136,7 @@ class Chat:
         pieces: list[str] = []
         with InterruptFlag() as flag:
             for output in run_request(self.engine, request, flag.is_set):
+                flag.said = b""
                 pieces.append(output.text)
                 write_answer(output.text)
                 last = output
@@ -147,7 +149,8 @@ class Chat:
             say_error(EngineError(last.error or "the answer ended with an error"))
             note("the question is not remembered")
             return None
-        assert last.usage and last.timings, "a finished output carries counts and times"
+        assert last.usage is not None, "a finished output carries its counts"
+        assert last.timings is not None, "and its times"
         note(facts(last.usage, last.timings) + _ENDINGS.get(last.finish_reason or "stop", ""))
         if last.finish_reason == "abort" and not turn.answer:
             note("stopped before the first word; the question is not remembered")
@@ -162,9 +165,12 @@ class InterruptFlag:
     """While it is entered, Ctrl-C only raises a flag; a second one interrupts as usual.
 
     An exception in the midst of a step would leave the engine half done, so the step is ended.
+    said: written to a terminal at the first Ctrl-C, because the first step of a large model can
+        go on for a minute
     """
 
     def __init__(self) -> None:
+        self.said = b" stopping after this step; Ctrl-C again leaves at once\n"
         self._is_set = False
         self._previous: Any = None
 
@@ -188,3 +194,5 @@ class InterruptFlag:
         if self._is_set:
             raise KeyboardInterrupt
         self._is_set = True
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), self.said)  # print is not safe inside a handler

@@ -77,6 +77,9 @@ def _image(state: ChatState, argument: str) -> str:
     if not argument:
         shown = "\n".join(f"waiting: {picture}" for picture in waiting)
         return shown or "no picture waits for the next question; /image PATH adds one"
+    if argument == "none":
+        waiting.clear()
+        return "no picture waits any more"
     pictures = [read_picture(path, state.limits) for path in _paths(argument)]
     waiting.extend(pictures)
     return "\n".join(f"picture for the next question: {picture}" for picture in pictures)
@@ -106,7 +109,7 @@ def _system(state: ChatState, argument: str) -> str:
     if not argument:
         return f"system prompt: {conversation.system or 'none'}; /system TEXT changes it"
     conversation.system = None if argument in ('""', "none") else argument
-    return "the system prompt is removed" if conversation.system is None else "it is noted"
+    return f"the system prompt is {'set' if conversation.system else 'removed'}"
 
 
 def _save(state: ChatState, argument: str, overwrite: bool = False) -> str:
@@ -195,7 +198,7 @@ def _stats(state: ChatState, argument: str) -> str:
             f"turns in this conversation: {len(turns)}",
             f"prompt tokens computed: {stats.prefill_tokens}",
             f"prompt tokens found in the cache: {stats.prefix_hit_tokens}",
-            f"answer tokens: {stats.decode_tokens}",
+            f"decode tokens computed: {stats.decode_tokens}",
             f"pictures encoded: {stats.tower_images} in {stats.tower_s:.2f} s",
             f"pictures found in the cache: {stats.feature_hits}",
             f"cache blocks in use: {used} of {stats.num_blocks}",
@@ -222,7 +225,9 @@ def _quit(state: ChatState, argument: str) -> str:
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
-        "/image": Command("/image PATH …", "show pictures with the next question", _image),
+        "/image": Command(
+            "/image PATH …", "show pictures with the next question; none drops them", _image
+        ),
         "/clear": Command("/clear", "start a new conversation", _clear),
         "/system": Command("/system TEXT", 'set the system prompt; "" removes it', _system),
         "/set": Command("/set NAME VALUE", "change the sampling; /set alone shows it", _set),

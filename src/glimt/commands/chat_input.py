@@ -41,6 +41,7 @@ class Reader:
         try:
             line = self._line(_PROMPT)
         except KeyboardInterrupt:
+            self._break_line()
             return None
         if line is None:
             return None

@@ -1,0 +1,338 @@
+"""The command line: options and help. The work is in commands/, loaded when a command runs.
+
+Nothing here imports torch, so that `glimt --help` and the completion of a shell are instant.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from glimt import __version__
+from glimt.errors import GlimtError
+
+
+class _Commands(TyperGroup):
+    """The one place that turns errors into exit codes; unexpected ones keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except GlimtError as error:
+            from glimt.commands.console import exit_code, say_error
+
+            say_error(error, with_traceback=bool(ctx.params.get("debug")))
+            raise typer.Exit(exit_code(error)) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Run the GLM vision-language models, VisualGLM-6B and GLM-4v-9B.",
+)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where the terminal is not UTF-8, an answer with question marks beats a traceback.
+        if isinstance(stream, io.TextIOWrapper):  # it is None after >&-
+            stream.reconfigure(errors="replace")
+    app(prog_name="glimt")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"glimt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show log lines, and the traceback of every error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """What comes before the command."""
+    if debug:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        logging.getLogger("glimt").setLevel(logging.DEBUG)
+
+
+# --- options that several commands have ------------------------------------------------------
+
+
+def _option(names: str, say: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names.split(), help=say, rich_help_panel=panel, metavar=metavar)
+
+
+_MODEL, _ASK, _SAMPLE, _OUT = "Model", "Question", "Sampling", "Output"
+_FAMILY = "Default: the family's."
+
+Model = Annotated[
+    str, _option("--model -m", "Folder with config.json, weights and tokenizer.", _MODEL, "DIR")
+]
+Dtype = Annotated[
+    str,
+    _option("--dtype", "auto, float32, bfloat16 or float16: to compute in.", _MODEL, "TYPE"),
+]
+DeviceName = Annotated[
+    str, _option("--device", "To compute on; glimt doctor lists them.", _MODEL, "NAME")
+]
+MaxModelLen = Annotated[
+    int | None,
+    _option("--max-model-len", "Tokens of context, pictures included.", _MODEL, "N"),
+]
+RotaryTable = Annotated[
+    str,
+    _option(
+        "--rotary-table",
+        "auto, hub_fp16 or fp32_product: how VisualGLM's positions are rounded.",
+        _MODEL,
+        "NAME",
+    ),
+]
+
+Images = Annotated[
+    list[str] | None,
+    _option("--image -i", "A picture to ask about; may be repeated.", _ASK, "PATH"),
+]
+System = Annotated[
+    str | None, _option("--system -s", "What the model is told before the question.", _ASK, "TEXT")
+]
+Language = Annotated[
+    str, _option("--lang", "auto, zh or en: of the prompt template.", _ASK, "LANG")
+]
+
+MaxTokens = Annotated[
+    int | None,
+    _option(
+        "--max-tokens", "Longest answer; to the end of the context if not given.", _SAMPLE, "N"
+    ),
+]
+MinTokens = Annotated[
+    int | None,
+    _option("--min-tokens", "Shortest answer, before the model may end it.", _SAMPLE, "N"),
+]
+Temperature = Annotated[
+    float | None,
+    _option("--temperature -t", f"0: always the likeliest token. {_FAMILY}", _SAMPLE, "T"),
+]
+TopP = Annotated[
+    float | None,
+    _option("--top-p", f"Only the likeliest tokens that make up P in all. {_FAMILY}", _SAMPLE, "P"),
+]
+TopK = Annotated[
+    int | None, _option("--top-k", f"Only the K likeliest tokens; 0: all. {_FAMILY}", _SAMPLE, "K")
+]
+MinP = Annotated[
+    float | None,
+    _option("--min-p", "Only tokens at least P times as likely as the likeliest.", _SAMPLE, "P"),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    _option("--repetition-penalty", f"Above 1: repeats less. {_FAMILY}", _SAMPLE, "R"),
+]
+PresencePenalty = Annotated[
+    float | None,
+    _option("--presence-penalty", "Taken once from every token of the answer.", _SAMPLE, "A"),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    _option("--frequency-penalty", "Taken at each occurrence in the answer.", _SAMPLE, "A"),
+]
+Seed = Annotated[
+    int | None, _option("--seed", "The same seed gives the same answer.", _SAMPLE, "S")
+]
+Stop = Annotated[
+    list[str] | None,
+    _option("--stop", "Ends the answer where this text appears; may be repeated.", _SAMPLE, "TEXT"),
+]
+StopTokenIds = Annotated[
+    list[int] | None,
+    _option("--stop-token-id", "Ends the answer at this token; may be repeated.", _SAMPLE, "ID"),
+]
+IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would end.", _SAMPLE)]
+AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scripts.", _OUT)]
+
+
+_ENGINE_FIELDS = ("model", "dtype", "device", "max_model_len", "rotary_table")
+_SAMPLING_FIELDS = (
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "logprobs",
+    "ignore_eos",
+)  # fmt: skip
+_LISTS = ("stop", "stop_token_ids")
+
+
+def _engine(ctx: typer.Context) -> dict[str, Any]:
+    """Fields of EngineConfig, from the options of the same names."""
+    return {name: ctx.params[name] for name in _ENGINE_FIELDS}
+
+
+def _sampling(ctx: typer.Context) -> dict[str, Any]:
+    """Fields of SamplingParams, from the options of the same names."""
+    given = {name: ctx.params[name] for name in _SAMPLING_FIELDS if name in ctx.params}
+    return given | {name: tuple(given[name] or ()) for name in _LISTS}
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    model: Model,
+    prompt: Annotated[
+        str | None,
+        _option("--prompt -p", "The question; - reads it from standard input.", _ASK, "TEXT"),
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        _option("--messages", "A JSON file with a whole conversation instead.", _ASK, "FILE"),
+    ] = None,
+    image: Images = None,
+    system: System = None,
+    lang: Language = "auto",
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    n: Annotated[int, _option("--n -n", "How many answers.", _SAMPLE, "N")] = 1,
+    stop: Stop = None,
+    stop_token_ids: StopTokenIds = None,
+    logprobs: Annotated[
+        int | None,
+        _option("--logprobs", "With --json: the K likeliest tokens at each place.", _SAMPLE, "K"),
+    ] = None,
+    ignore_eos: IgnoreEos = False,
+    dtype: Dtype = "auto",
+    device: DeviceName = "cpu",
+    max_model_len: MaxModelLen = None,
+    rotary_table: RotaryTable = "auto",
+    as_json: AsJson = False,
+    quiet: Annotated[bool, _option("--quiet -q", "Nothing but the answer.", _OUT)] = False,
+) -> None:
+    """Answer one question about pictures or text."""
+    from glimt.commands.generate import GenerateJob
+    from glimt.commands.generate import generate as run
+
+    job = GenerateJob(
+        engine=_engine(ctx),
+        sampling=_sampling(ctx),
+        prompt=prompt,
+        messages=messages,
+        images=tuple(image or ()),
+        system=system,
+        language=lang,
+        as_json=as_json,
+        is_quiet=quiet,
+    )
+    run(job)
+
+
+@app.command()
+def chat(
+    ctx: typer.Context,
+    model: Model,
+    image: Images = None,
+    system: System = None,
+    lang: Language = "auto",
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stop_token_ids: StopTokenIds = None,
+    ignore_eos: IgnoreEos = False,
+    dtype: Dtype = "auto",
+    device: DeviceName = "cpu",
+    max_model_len: MaxModelLen = None,
+    rotary_table: RotaryTable = "auto",
+) -> None:
+    """Talk about pictures; /help inside lists what else can be typed."""
+    from glimt.commands.chat import ChatJob
+    from glimt.commands.chat import chat as run
+
+    job = ChatJob(
+        engine=_engine(ctx),
+        sampling=_sampling(ctx),
+        images=tuple(image or ()),
+        system=system,
+        language=lang,
+    )
+    run(job)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model folder holds, what it takes to run, and what is wrong with it."""
+    from glimt.commands.show import show_checkpoint
+
+    if not show_checkpoint(folder, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="VisualGLM's SAT folder, or its .pt file.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist.")],
+    qkv_layout: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto, blocks or interleaved: order of the source's query, key and value rows.",
+        ),
+    ] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="ice_text.model or its folder; else looked for beside SRC."
+        ),
+    ] = None,
+) -> None:
+    """Make a model folder of a VisualGLM checkpoint in its SAT form."""
+    from glimt.commands.show import convert_with_bar
+
+    convert_with_bar(source, target, qkv_layout, tokenizer)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine can run, what is wrong, and how to mend it."""
+    from glimt.commands.doctor import doctor as run
+
+    if not run(as_json):
+        raise typer.Exit(1)

@@ -1,0 +1,291 @@
+"""`glimt doctor`: what this machine is, what is wrong with it for glimt, and how to mend it.
+
+collect() reads, check() judges, and only show() prints: the first works on a machine where half
+of what glimt needs is broken, which is when it is wanted most.
+"""
+
+from __future__ import annotations
+
+import locale
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from glimt.commands.machine import (
+    Library,
+    Memory,
+    Processor,
+    read_libraries,
+    read_memory,
+    read_processor,
+)
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """The installed torch. error: why it cannot be imported.
+
+    built_for:       "cuda 12.8", "rocm 6.4" or "cpu"
+    has_accelerator: some accelerator of its kind can be used now
+    """
+
+    error: str | None = None
+    built_for: str = "cpu"
+    has_accelerator: bool = False
+    num_threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """A device glimt knows. unavailable: why it cannot be used here, None if it can."""
+
+    name: str
+    unavailable: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the checks look at.
+
+    devices_error: why the list of devices cannot be had
+    threads_setting: OMP_NUM_THREADS, None if it is not set
+    encoding: what Python reads and writes text in
+    """
+
+    python: str
+    processor: Processor
+    memory: Memory
+    torch: Torch
+    devices: tuple[DeviceState, ...]
+    devices_error: str | None
+    libraries: tuple[Library, ...]
+    threads_setting: str | None
+    encoding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. fix: what to do about it; empty when all is well."""
+
+    name: str
+    level: Level
+    says: str
+    fix: str = ""
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def collect(environment: Mapping[str, str] = os.environ) -> Facts:
+    """Read everything; what cannot be read is told in the facts and not raised."""
+    torch = _read_torch()
+    devices, devices_error = _read_devices()
+    return Facts(
+        python=sys.version.split()[0],
+        processor=read_processor(),
+        memory=read_memory(),
+        torch=torch,
+        devices=devices,
+        devices_error=devices_error,
+        libraries=tuple(read_libraries()),
+        threads_setting=environment.get("OMP_NUM_THREADS"),
+        encoding=locale.getpreferredencoding(do_setlocale=False),
+    )
+
+
+def _read_torch() -> Torch:
+    try:
+        import torch
+    except Exception as error:  # a broken installation can raise almost anything
+        return Torch(error=f"{type(error).__name__}: {error}")
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    return Torch(
+        built_for=f"cuda {cuda}" if cuda else f"rocm {rocm}" if rocm else "cpu",
+        has_accelerator=torch.accelerator.is_available(),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _read_devices() -> tuple[tuple[DeviceState, ...], str | None]:
+    try:
+        from glimt.devices.base import all_devices
+
+        known = sorted(all_devices().items())
+        return tuple(DeviceState(name, it.unavailable_reason()) for name, it in known), None
+    except Exception as error:  # a device's own library may be broken
+        return (), f"{type(error).__name__}: {error}"
+
+
+# --- judging ---------------------------------------------------------------------------------
+
+
+def check(facts: Facts) -> list[Check]:
+    """Judge the facts; at least one check of each kind, also where all is well."""
+    return [
+        *_check_libraries(facts),
+        *_check_torch(facts),
+        *_check_devices(facts),
+        _check_instructions(facts.processor),
+        *_check_memory(facts.memory),
+        *_check_threads(facts),
+        _check_encoding(facts.encoding),
+    ]
+
+
+def _check_libraries(facts: Facts) -> Iterator[Check]:
+    if not facts.libraries:
+        fix = "pip install -e . in its checkout"
+        yield Check("libraries", "warning", "glimt is not installed, so none can be checked", fix)
+        return
+    wrong = [lib for lib in facts.libraries if lib.is_too_old or _is_absent(lib)]
+    for library in wrong:
+        found = f"{library.version} is older" if library.version else "is not installed"
+        says = f"{library.name} {found}; glimt needs {library.name}{library.wanted}"
+        level: Level = "warning" if library.extra else "problem"
+        yield Check("libraries", level, says, f"pip install '{library.name}{library.wanted}'")
+    if not wrong:
+        yield Check("libraries", "ok", "all that glimt needs are installed")
+
+
+def _is_absent(library: Library) -> bool:
+    """An extra is nobody's duty."""
+    return library.version is None and not library.extra
+
+
+def _check_torch(facts: Facts) -> Iterator[Check]:
+    torch = facts.torch
+    if torch.error is not None:
+        fix = "install it again: pip install --force-reinstall torch"
+        yield Check("torch", "problem", f"cannot be imported: {torch.error}", fix)
+    elif torch.built_for != "cpu" and not torch.has_accelerator:
+        says = f"is built for {torch.built_for}, but no card can be used"
+        fix = (
+            "see whether the driver lists the card (nvidia-smi, rocm-smi); without a card the "
+            "smaller build will do: pip install torch --index-url "
+            "https://download.pytorch.org/whl/cpu"
+        )
+        yield Check("torch", "warning", says, fix)
+    else:
+        yield Check("torch", "ok", f"is built for {torch.built_for}")
+
+
+def _check_devices(facts: Facts) -> Iterator[Check]:
+    usable = [device.name for device in facts.devices if device.unavailable is None]
+    if usable:
+        yield Check("devices", "ok", f"usable: {', '.join(usable)}")
+    elif facts.devices_error and facts.torch.error is None:
+        fix = "mend or remove the package it names"
+        yield Check("devices", "problem", f"cannot be listed: {facts.devices_error}", fix)
+    elif facts.torch.error is None:
+        yield Check("devices", "problem", "none can be used", "see the reasons in the list")
+
+
+def _check_instructions(processor: Processor) -> Check:
+    sets = processor.instruction_sets
+    present = [name for name, is_present in sets.items() if is_present]
+    if not {"avx2", "asimd"} & set(present):
+        fix = "use a newer machine; on a virtual one, let it see the host's processor"
+        return Check("processor", "warning", "has neither AVX2 nor ASIMD: answers are slow", fix)
+    return Check("processor", "ok", f"has {', '.join(present)}")
+
+
+# Bytes of the parameters in 16 bits, and what one conversation of full length takes beside them:
+# the KV cache (448 KiB a token and 2,048 tokens; 40 KiB and 8,192) and 1.5 GiB for activations.
+_NEEDS = {
+    "VisualGLM-6B": 2 * 7_802_193_408 + 896 * 2**20 + 3 * 2**29,
+    "GLM-4v-9B": 2 * 13_906_320_896 + 320 * 2**20 + 3 * 2**29,
+}
+_LEAST = 2**30  # torch, glimt and a toy model
+
+
+def _check_memory(memory: Memory) -> Iterator[Check]:
+    if not memory.total:
+        says = "cannot be read: there is no /proc/meminfo"
+        yield Check("memory", "warning", says, "see for yourself that enough is free")
+        return
+    free = f"{_gib(memory.usable)} of memory can be had"
+    free += ", by the container's limit" if memory.usable < memory.available else ""
+    yield _check_fit(memory, free)
+    if memory.swap_used > 2**30:
+        says = f"{_gib(memory.swap_used)} are in use: weights that are swapped out stall an answer"
+        yield Check("swap", "warning", says, "close other programs, then swapoff -a; swapon -a")
+    if memory.cgroup_limit is not None and memory.usable < min(_NEEDS.values()):
+        says = f"this container may use {_gib(memory.cgroup_limit)} of {_gib(memory.total)}"
+        yield Check("container", "warning", says, "start it with a higher limit (docker: --memory)")
+    elif memory.disk_cache > 0:
+        says = f"{_gib(memory.disk_cache)} of files are kept in memory and given back when needed"
+        yield Check("disk cache", "ok", says)
+
+
+def _check_fit(memory: Memory, free: str) -> Check:
+    if memory.usable < _LEAST:
+        return Check("memory", "problem", f"{free}, too little for anything", _MEMORY_FIX)
+    short = [f"{name} ({_gib(need)})" for name, need in _NEEDS.items() if need > memory.usable]
+    if short:
+        says = f"{free}; in 16 bits there is no room for {' and '.join(short)}"
+        return Check("memory", "warning", says, _MEMORY_FIX)
+    return Check("memory", "ok", f"{free}, enough for {' and '.join(_NEEDS)} in 16 bits")
+
+
+_MEMORY_FIX = "close other programs, or use a machine with more memory"
+
+
+def _check_threads(facts: Facts) -> Iterator[Check]:
+    given, cores = facts.threads_setting, facts.processor.usable_cores
+    whole = max(1, int(cores))
+    if given is not None and not (given.isdigit() and int(given) > 0):
+        says = f"OMP_NUM_THREADS is {given!r}, which is no number of threads"
+        yield Check("threads", "warning", says, f"export OMP_NUM_THREADS={whole}")
+    elif given is not None and int(given) < whole:
+        says = f"OMP_NUM_THREADS is {given}, which leaves {whole - int(given)} cores idle"
+        yield Check("threads", "warning", says, "unset OMP_NUM_THREADS")
+    elif facts.torch.num_threads > cores:
+        says = f"torch uses {facts.torch.num_threads} threads on {cores:g} cores: they only wait"
+        yield Check("threads", "warning", says, f"export OMP_NUM_THREADS={whole}")
+    elif facts.torch.num_threads:
+        says = f"torch uses {facts.torch.num_threads} threads on {cores:g} cores"
+        yield Check("threads", "ok", says)
+
+
+def _check_encoding(encoding: str) -> Check:
+    if encoding.lower().replace("-", "").replace("_", "") == "utf8":
+        return Check("text", "ok", "is read and written in UTF-8")
+    says = f"is read and written in {encoding}: Chinese would be lost"
+    return Check("text", "warning", says, "export LANG=C.UTF-8, or PYTHONUTF8=1")
+
+
+def is_healthy(checks: list[Check]) -> bool:
+    """No check found a problem; warnings do not stop anything."""
+    return not any(check.level == "problem" for check in checks)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+# --- telling ---------------------------------------------------------------------------------
+
+
+def as_dict(facts: Facts, checks: list[Check]) -> dict[str, Any]:
+    """Facts and checks as plain data, for JSON."""
+    memory = asdict(facts.memory) | {"usable": facts.memory.usable}
+    everything = asdict(facts) | {"memory": memory}
+    return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks], **everything}
+
+
+def doctor(as_json: bool) -> bool:
+    """Look, judge and print. True if nothing blocks."""
+    from glimt.commands.console import print_json
+    from glimt.commands.show_doctor import show
+
+    facts = collect()
+    checks = check(facts)
+    if as_json:
+        print_json(as_dict(facts, checks))
+    else:
+        show(facts, checks)
+    return is_healthy(checks)

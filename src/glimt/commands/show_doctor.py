@@ -1,0 +1,88 @@
+"""Prints what `glimt doctor` found, for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from glimt import __version__
+from glimt.commands.console import out_console, size_text
+from glimt.commands.doctor import Check, Facts, is_healthy
+from glimt.commands.machine import Library
+from glimt.commands.tables import key_values
+
+_MARKS = {
+    "ok": ("ok      ", "green"),
+    "warning": ("warning ", "yellow"),
+    "problem": ("PROBLEM ", "red"),
+}
+
+
+def show(facts: Facts, checks: list[Check]) -> None:
+    """Print the facts as tables and the checks as lines, the fix under each."""
+    console = out_console()
+    console.print(key_values("machine", _machine(facts)), "")
+    console.print(key_values("devices", _devices(facts)), "")
+    console.print(key_values("libraries", _libraries(facts)), "")
+    console.print(key_values("extras", _extras(facts)), "")
+    for check in checks:
+        _show_check(console, check)
+    verdict = "nothing blocks" if is_healthy(checks) else "mend what is marked PROBLEM first"
+    console.print("", verdict, sep="\n")
+
+
+def _show_check(console: Console, check: Check) -> None:
+    mark, colour = _MARKS[check.level]
+    text = Text.assemble((mark, colour), (f"{check.name}: ", "bold"), check.says)
+    console.print(text, soft_wrap=True)
+    if check.fix:
+        console.print(Text(f"        fix: {check.fix}"), soft_wrap=True)
+
+
+def _machine(facts: Facts) -> dict[str, str]:
+    cpu, memory = facts.processor, facts.memory
+    cores = (
+        f"{cpu.logical_cores} logical, {cpu.physical_cores} physical, {cpu.usable_cores:g} usable"
+    )
+    sets = cpu.instruction_sets
+    rows = {
+        "processor": f"{cpu.model} ({cpu.architecture})",
+        "cores": cores,
+        "torch threads": str(facts.torch.num_threads or "unknown"),
+        "has": ", ".join(name for name in sets if sets[name]) or "none of those that matter",
+        "has not": ", ".join(name for name in sets if not sets[name]) or "nothing that matters",
+        "memory": f"{size_text(memory.total)}, {size_text(memory.available)} available",
+        "disk cache": size_text(memory.disk_cache),
+        "swap": f"{size_text(memory.swap_total)}, {size_text(memory.swap_used)} in use",
+    }
+    if memory.cgroup_limit is not None and memory.cgroup_free is not None:
+        limit, free = size_text(memory.cgroup_limit), size_text(memory.cgroup_free)
+        rows["container"] = f"may use {limit}, {free} left"
+    return rows
+
+
+def _devices(facts: Facts) -> dict[str, str]:
+    if facts.devices_error:
+        return {"none": facts.devices_error}
+    return {device.name: device.unavailable or "can be used" for device in facts.devices}
+
+
+def _libraries(facts: Facts) -> dict[str, str]:
+    rows = {"glimt": __version__, "python": facts.python}
+    needed = [library for library in facts.libraries if not library.extra]
+    return rows | {library.name: library.version or "not installed" for library in needed}
+
+
+def _extras(facts: Facts) -> dict[str, str]:
+    """What each optional part of glimt has, or how to get it."""
+    parts: dict[str, list[Library]] = {}
+    for library in facts.libraries:
+        if library.extra:
+            parts.setdefault(library.extra, []).append(library)
+    return {extra: _extra(extra, libraries) for extra, libraries in parts.items()}
+
+
+def _extra(extra: str, libraries: list[Library]) -> str:
+    if any(library.version is None for library in libraries):
+        return f"pip install 'glimt[{extra}]'"
+    return ", ".join(f"{library.name} {library.version}" for library in libraries)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import open_device
 from glimt.engine import Engine
@@ -20,7 +21,6 @@ from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams
-from glimt.weights import open_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"

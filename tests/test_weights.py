@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from glimt import weights
+from glimt.checkpoint import open_checkpoint
 from glimt.errors import CheckpointError
 from glimt.models.base import Model, Weight, WeightTable, renamed
-from glimt.weights import load_weights, open_checkpoint, plan_weights
+from glimt.weights import load_weights, plan_weights
 
 CPU = torch.device("cpu")
 SIZE = 4
@@ -319,7 +320,7 @@ def test_at_most_one_source_is_alive_while_casting(tmp_path, monkeypatch, kind):
 
     alive: set[int] = set()
     peak = 0
-    open_reader = weights._open_reader
+    open_reader = weights.open_reader
 
     def counting(file: Path):
         return Counted(open_reader(file))
@@ -344,7 +345,7 @@ def test_at_most_one_source_is_alive_while_casting(tmp_path, monkeypatch, kind):
         def __exit__(self, *details):
             return self.inner.__exit__(*details)
 
-    monkeypatch.setattr(weights, "_open_reader", counting)
+    monkeypatch.setattr(weights, "open_reader", counting)
     write(tmp_path, {f"t{i}": torch.full((SIZE,), float(i)) for i in range(9)}, kind)
     model = load(tmp_path, torch.bfloat16, Flat())
     assert [int(value[0]) for value in model.values] == list(range(9))
@@ -393,7 +394,7 @@ def test_nothing_is_read_before_everything_is_checked(tmp_path, monkeypatch):
     tensors = state()
     del tensors["model.1.kv"]
     write(tmp_path, tensors)
-    monkeypatch.setattr(weights, "_open_reader", lambda file: pytest.fail("data was read"))
+    monkeypatch.setattr(weights, "open_reader", lambda file: pytest.fail("data was read"))
     with pytest.raises(CheckpointError, match=r"model\.1\.kv"):
         load(tmp_path)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from glimt.checkpoint import Checkpoint, open_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import Device, open_device
 from glimt.errors import ConfigError
@@ -22,7 +23,7 @@ from glimt.models.base import (
     find_family,
     read_json,
 )
-from glimt.weights import Checkpoint, load_weights, open_checkpoint
+from glimt.weights import load_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from glimt.checkpoint import open_checkpoint
 from glimt.commands import convert
 from glimt.commands.convert import SAT_FILE, convert_sat, hub_config
 from glimt.errors import CheckpointError, ConfigError
-from glimt.weights import open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EMBEDDING = "transformer.word_embeddings.weight"

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glimt.checkpoint import Checkpoint, TensorInfo, list_state, read_pickle
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.models.base import BuildContext, ConfigReader, find_family, read_json
-from glimt.weights import Checkpoint, TensorInfo, list_state, plan_weights, read_pickle
+from glimt.weights import plan_weights
 
 QKV_LAYOUTS = ("auto", "blocks", "interleaved")
 SAT_FILE = "mp_rank_00_model_states.pt"

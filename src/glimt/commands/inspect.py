@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError
 from glimt.models.base import BuildContext, FamilyConfig, Model, find_family, read_json
-from glimt.weights import WEIGHT_DTYPES, Checkpoint, LoadPlan, open_checkpoint, plan_weights
+from glimt.weights import LoadPlan, plan_weights
 
 GroupName = Literal["language", "vision", "other"]
 # First parts of the parameter names of everything that only pictures pass through.

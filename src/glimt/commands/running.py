@@ -44,12 +44,9 @@ def run_request(
     A stopped request still gives its last outputs, with reason "abort", its counts and times.
     """
     engine.add_request(request)
-    try:
-        while engine.is_open(request.request_id) and not is_stopped():
-            yield from engine.step()
-        yield from engine.abort(request.request_id)
-    finally:
-        engine.abort(request.request_id)
+    while engine.is_open(request.request_id) and not is_stopped():
+        yield from engine.step()
+    yield from engine.abort(request.request_id)
 
 
 def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:

@@ -156,6 +156,17 @@ def test_a_picture_asked_about_twice_runs_the_tower_once(folder: Path) -> None:
     assert again.token_ids == alone.token_ids
 
 
+def test_a_picture_cut_by_chunks_runs_the_tower_once_without_any_cache(
+    folders: dict[str, Path],
+) -> None:
+    """Catches a tower that runs again for every chunk when the feature budget is too small."""
+    engine = make_engine(folders["glm4v_9b"], max_num_batched_tokens=5, feature_cache_bytes=0)
+    whole = make_engine(folders["glm4v_9b"])
+    request = engine.prepare_chat(ask("这是什么？", picture(1)), GREEDY)
+    assert run_one(engine, request).token_ids == run_one(whole, request).token_ids
+    assert engine.stats().tower_images == 1
+
+
 def test_different_pictures_under_equal_ids_are_not_confused(folder: Path) -> None:
     """Catches a prefix hash of token ids alone: every picture has the same placeholder ids."""
     engine = make_engine(folder)

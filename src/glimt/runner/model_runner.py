@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,9 @@ class ModelRunner:
         self.dtype = dtype
         self.tower_patches = tower_patches
         self.counters = RunnerCounters()
+        # Pictures that the last step's chunks cut: kept beside the cache, whose budget may be too
+        # small for one of them, so that the next chunk does not run the tower again.
+        self._cut: dict[bytes, Tensor] = {}
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
@@ -60,6 +63,7 @@ class ModelRunner:
         block_size = self.caches[0].block_size
         batch = flatten(plan, block_size, self.dtype, self.device.torch_device)
         pictures, image_s = self._pictures(plan)
+        self._cut = _cut_pictures(plan, pictures)
         hidden = self.model.embed(batch.token_ids)
         for offset, part in _placed_slices(plan):
             rows = pictures[part.image.digest][part.feature_start :][: part.length]
@@ -75,6 +79,7 @@ class ModelRunner:
         """Forget pictures whose features are not finite."""
         for image in images:
             self.features.drop(image.digest)
+            self._cut.pop(image.digest, None)
 
     def _pictures(self, plan: StepPlan) -> tuple[dict[bytes, Tensor], dict[int, float]]:
         """Features of every picture the step needs, from the cache or the tower."""
@@ -93,6 +98,8 @@ class ModelRunner:
 
     def _take_cached(self, part: ImageSlice, ready: dict[bytes, Tensor]) -> bool:
         features = self.features.get(part.image.digest)
+        if features is None:
+            features = self._cut.get(part.image.digest)
         if features is None:
             return False
         ready[part.image.digest] = features
@@ -129,6 +136,16 @@ def _groups(images: Sequence[ImageInput], max_patches: int) -> Iterator[list[Ima
         patches += size
     if group:
         yield group
+
+
+def _cut_pictures(plan: StepPlan, pictures: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
+    """Features of the pictures whose last row is not in this step."""
+    return {
+        part.image.digest: pictures[part.image.digest]
+        for row in plan.rows
+        for part in row.images
+        if part.feature_start + part.length < part.image.num_tokens
+    }
 
 
 def _placed_slices(plan: StepPlan) -> Iterator[tuple[int, ImageSlice]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glimt.engine import Engine
-from glimt.models.base import CLIP_MEAN, CLIP_STD, normalise
+from glimt.models.base import CLIP_MEAN, CLIP_STD, normalise, patchify
 from glimt.types import Message, TextPart
 
 # What float32 arithmetic in another order may differ by; the oracle's README gives the figures.
@@ -59,7 +59,8 @@ def test_tower_states_are_the_originals(visualglm_oracle: Any) -> None:
     """Catches pre/post-norm mix-ups and a wrong last epsilon before the Q-Former hides them."""
     model = visualglm_oracle.open().model
     with torch.inference_mode():
-        states = model.tower([model._patches(visualglm_oracle.image())])
+        pixels = torch.from_numpy(visualglm_oracle.arrays["pixel_values"])
+        states = model.tower(patchify(pixels[None], visualglm_oracle.config.eva.patch_size))
     expected = visualglm_oracle.arrays["vit_features"]
     np.testing.assert_allclose(states.numpy(), expected, atol=VALUES, rtol=0)
 

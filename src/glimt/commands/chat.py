@@ -49,7 +49,8 @@ def chat(job: ChatJob) -> None:
     pictures = [read_picture(given, config.image_limits) for given in job.images]
     conversation = Conversation(job.system, waiting=pictures)
     engine = load_engine(config)
-    state = ChatState(conversation, sampling, engine.stats, config.image_limits)
+    defaults = engine.opened.processor.sampling_defaults
+    state = ChatState(conversation, sampling, defaults, engine.stats, config.image_limits)
     Chat(engine, state, Reader(tuple(COMMANDS)), job.language).run()
 
 

@@ -15,19 +15,21 @@ from glimt.commands.pictures import read_picture
 from glimt.config import ImageLimits
 from glimt.engine import EngineStats
 from glimt.errors import RequestError
-from glimt.types import SamplingParams
+from glimt.types import SamplingDefaults, SamplingParams
 
 
 @dataclass(slots=True)
 class ChatState:
     """What a chat remembers.
 
-    stats:   counters of the engine
-    is_over: the user asked to leave
+    defaults: what the family samples with where `sampling` does not say
+    stats:    counters of the engine
+    is_over:  the user asked to leave
     """
 
     conversation: Conversation
     sampling: SamplingParams
+    defaults: SamplingDefaults
     stats: Callable[[], EngineStats]
     limits: ImageLimits = field(default_factory=ImageLimits)
     is_over: bool = False
@@ -164,12 +166,12 @@ def _set(state: ChatState, argument: str) -> str:
     name, _, value = argument.partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if not name:
-        return "\n".join(_setting(state.sampling, each) for each in _SETTINGS)
+        return "\n".join(_setting(state, each) for each in _SETTINGS)
     if name not in _SETTINGS:
         raise RequestError("set", f"{name!r} is unknown; choose one of {', '.join(_SETTINGS)}")
     if value:
         state.sampling = replace(state.sampling, **{name: _parse(name, value)})
-    return _setting(state.sampling, name)
+    return _setting(state, name)
 
 
 def _parse(name: str, value: str) -> Any:
@@ -182,9 +184,13 @@ def _parse(name: str, value: str) -> Any:
         raise RequestError(name, f"is {value!r}; {kind} or 'default' is needed") from None
 
 
-def _setting(sampling: SamplingParams, name: str) -> str:
-    value = getattr(sampling, name)
-    return f"{name} = {'default' if value is None or value == () else value}"
+def _setting(state: ChatState, name: str) -> str:
+    value = getattr(state.sampling, name)
+    if value is not None and value != ():
+        return f"{name} = {value}"
+    is_greedy = state.sampling.temperature == 0  # the family's own settings do not apply then
+    value = None if is_greedy else getattr(state.defaults, name, None)
+    return f"{name} = default" + ("" if value is None else f" ({value})")
 
 
 # --- the rest --------------------------------------------------------------------------------

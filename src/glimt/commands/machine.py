@@ -200,8 +200,11 @@ class Library:
     @property
     def is_too_old(self) -> bool:
         """Installed, but older than wanted."""
+        if self.version is None:
+            return False
         least = version_numbers(self.wanted)
-        return self.version is not None and version_numbers(self.version)[: len(least)] < least
+        padding = (0,) * len(least)  # 2 is no older than 2.0
+        return version_numbers(self.version) + padding < least
 
 
 def read_libraries() -> list[Library]:

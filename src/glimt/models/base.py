@@ -426,13 +426,13 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """[channels, height, width] -> [rows * columns, channels * patch_size**2], row-major.
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[…, channels, height, width] -> […, rows * columns, channels * patch_size**2], row-major.
 
     A patch's values are in (channel, y, x) order, which is a convolution weight's own order, so
     that a convolution with stride = kernel size is one matrix product.
     """
-    channels, height, width = image.shape
+    *batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
-    x = image.reshape(channels, rows, patch_size, columns, patch_size)
-    return x.permute(1, 3, 0, 2, 4).reshape(rows * columns, channels * patch_size**2)
+    x = images.reshape(-1, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(*batch, rows * columns, channels * patch_size**2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.errors import ConfigError, RequestError
 from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
-from glimt.layers.embedding import Embedding
+from glimt.layers.embedding import Embedding, PatchEmbedding
 from glimt.layers.linear import Linear, PatchLinear, empty_parameter
 from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
@@ -368,24 +367,20 @@ class VisionTower(nn.Module):
         super().__init__()
         size = config.hidden_size
         shape = BlockShape(size, config.num_heads, config.intermediate_size)
-        self.patch = PatchLinear(config.in_channels, size, config.patch_size, device, dtype)
-        self.cls = empty_parameter(1, size, dtype=dtype)
-        self.position = empty_parameter(config.num_positions, size, dtype=dtype)
+        self.embed = PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype)
         self.blocks = nn.ModuleList(
             VisionBlock(shape, config.layer_norm_eps, device, dtype)
             for _ in range(config.num_layers)
         )
 
-    def forward(self, patches: Sequence[Tensor]) -> list[Tensor]:
-        """Patches of each picture [num_patches, values] -> states [1 + num_patches, hidden]."""
-        lengths = [len(picture) + 1 for picture in patches]
-        cu_seqlens = [0, *accumulate(lengths)]
-        x = torch.cat(
-            [torch.cat((self.cls, self.patch(picture))) + self.position for picture in patches]
-        )
+    def forward(self, patches: Tensor) -> Tensor:
+        """[num_images, num_patches, values] -> [num_images, 1 + num_patches, hidden_size]."""
+        num_images, num_patches, _ = patches.shape
+        cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
+        x = self.embed(patches)
         for block in self.blocks:
             x = block(x, cu_seqlens)
-        return list(x.split(lengths))
+        return x.unflatten(0, (num_images, -1))
 
 
 class Adapter(nn.Module):
@@ -408,12 +403,13 @@ class Adapter(nn.Module):
         self.end = empty_parameter(1, 1, size, dtype=dtype)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """One picture's patches [rows * columns, vision hidden] -> [num_image_tokens, hidden]."""
-        image = x.unflatten(0, grid).permute(2, 0, 1)
-        x = self.project(self.merge(patchify(image, 2)))
+        """[num_images, rows * columns, vision hidden] -> [num_images, image tokens, hidden]."""
+        images = x.unflatten(1, grid).permute(0, 3, 1, 2)
+        x = self.project(self.merge(patchify(images, 2)))
         x = self.device.gelu_erf(self.norm(x))
         x = self.down(self.device.silu_mul(self.gate(x), self.up(x)))
-        return torch.cat((self.begin[0], x, self.end[0])) / self.scaling_factor
+        begin, end = (edge.expand(len(x), 1, -1) for edge in (self.begin, self.end))
+        return torch.cat((begin, x, end), dim=1) / self.scaling_factor
 
 
 # --- language model --------------------------------------------------------------------------
@@ -503,16 +499,16 @@ class Glm4vModel(Model):
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [num_image_tokens, hidden_size] per picture."""
         assert self.vision, "the processor refuses pictures for a text model"
-        patches = [self._patches(image, self.vision.patch_size) for image in images]
-        states = self.tower(patches)
-        return [
-            self.adapter(state[1:], image.grid) for state, image in zip(states, images, strict=True)
-        ]
-
-    def _patches(self, image: ImageInput, patch_size: int) -> Tensor:
-        pixels = normalise(image.pixels, CLIP_MEAN, CLIP_STD)
+        pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
         pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
-        return patchify(pixels, patch_size)
+        return list(self.encode_pixels(pixels))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[num_images, 3, height, width], normalised -> [num_images, num_image_tokens, hidden]."""
+        assert self.vision
+        grid = (self.vision.grid, self.vision.grid)
+        states = self.tower(patchify(pixels, self.vision.patch_size))
+        return self.adapter(states[:, 1:], grid)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings as they stand: no scale, no norm."""
@@ -568,10 +564,10 @@ WEIGHTS = WeightTable(
             _LAYER + "mlp.dense_4h_to_h.bias": "blocks.{i}.mlp.down.bias",
             "transformer.encoder.final_layernorm.weight": "final_norm.weight",
             "transformer.output_layer.weight": "head.weight",
-            _VISION + "patch_embedding.proj.weight": "tower.patch.weight",
-            _VISION + "patch_embedding.proj.bias": "tower.patch.bias",
-            _VISION + "patch_embedding.cls_embedding": "tower.cls",
-            _VISION + "patch_embedding.position_embedding.weight": "tower.position",
+            _VISION + "patch_embedding.proj.weight": "tower.embed.patch.weight",
+            _VISION + "patch_embedding.proj.bias": "tower.embed.patch.bias",
+            _VISION + "patch_embedding.cls_embedding": "tower.embed.cls",
+            _VISION + "patch_embedding.position_embedding.weight": "tower.embed.position",
             _VISION_LAYER + "input_layernorm.weight": "tower.blocks.{i}.attention_norm.weight",
             _VISION_LAYER + "input_layernorm.bias": "tower.blocks.{i}.attention_norm.bias",
             _VISION_LAYER + "attention.query_key_value.weight": (

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.errors import ConfigError, RequestError
 from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
-from glimt.layers.embedding import Embedding
-from glimt.layers.linear import Linear, PatchLinear, empty_parameter
+from glimt.layers.embedding import Embedding, PatchEmbedding
+from glimt.layers.linear import Linear, empty_parameter
 from glimt.layers.norm import LayerNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.models.base import (
@@ -407,21 +406,18 @@ class EvaTower(nn.Module):
         super().__init__()
         size = config.hidden_size
         shape = BlockShape(size, config.num_heads, config.intermediate_size)
-        self.patch = PatchLinear(3, size, config.patch_size, device, dtype)
-        self.cls = empty_parameter(1, size, dtype=dtype)
-        self.position = empty_parameter(config.num_positions, size, dtype=dtype)
+        self.embed = PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype)
         self.blocks = nn.ModuleList(
             EvaBlock(shape, config.layernorm_epsilon, device, dtype)
             for _ in range(config.num_layers)
         )
         self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, unlike the blocks'
 
-    def forward(self, patches: Sequence[Tensor]) -> Tensor:
-        """Patches of each picture -> packed states [pictures * num_positions, hidden_size]."""
-        cu_seqlens = [0, *accumulate(len(picture) + 1 for picture in patches)]
-        x = torch.cat(
-            [torch.cat((self.cls, self.patch(picture))) + self.position for picture in patches]
-        )
+    def forward(self, patches: Tensor) -> Tensor:
+        """[num_images, num_patches, values] -> packed [num_images * (1 + num_patches), hidden]."""
+        num_images, num_patches, _ = patches.shape
+        cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
+        x = self.embed(patches)
         for block in self.blocks:
             x = block(x, cu_seqlens)
         return self.norm(x)
@@ -569,14 +565,15 @@ class VisualGlmModel(Model):
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [image_length, hidden_size] per picture."""
-        states = self.tower([self._patches(image) for image in images])
-        features = self.project(self.qformer(states, len(images)))
-        return list(features.chunk(len(images)))
-
-    def _patches(self, image: ImageInput) -> Tensor:
-        pixels = normalise(image.pixels, CLIP_MEAN, CLIP_STD)
+        pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
         pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
-        return patchify(pixels, self.eva.patch_size)
+        return list(self.encode_pixels(pixels))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[num_images, 3, height, width], normalised -> [num_images, image_length, hidden]."""
+        states = self.tower(patchify(pixels, self.eva.patch_size))
+        features = self.project(self.qformer(states, len(pixels)))
+        return features.unflatten(0, (len(pixels), -1))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings as they stand: no scale, no norm."""
@@ -640,8 +637,8 @@ WEIGHTS = WeightTable(
         {
             "transformer.word_embeddings.weight": "embedding.weight",
             "lm_head.weight": "head.weight",
-            _VIT + "transformer.word_embeddings.weight": "tower.cls",
-            _VIT + "transformer.position_embeddings.weight": "tower.position",
+            _VIT + "transformer.word_embeddings.weight": "tower.embed.cls",
+            _VIT + "transformer.position_embeddings.weight": "tower.embed.position",
             _QF + "word_embeddings.weight": "qformer.queries",
         }
         | _with_bias(
@@ -653,7 +650,7 @@ WEIGHTS = WeightTable(
                 _LAYER + "mlp.dense_h_to_4h": "blocks.{i}.mlp.up",
                 _LAYER + "mlp.dense_4h_to_h": "blocks.{i}.mlp.down",
                 "transformer.final_layernorm": "final_norm",
-                _VIT + "mixins.patch_embedding.proj": "tower.patch",
+                _VIT + "mixins.patch_embedding.proj": "tower.embed.patch",
                 _VIT + "mixins.cls.ln_vision": "tower.norm",
                 _VIT_LAYER + "input_layernorm": "tower.blocks.{i}.attention_norm",
                 _VIT_LAYER + "attention.query_key_value": "tower.blocks.{i}.attention.qkv",

@@ -1,0 +1,297 @@
+"""`glimt doctor`: another machine's files, what is wrong with it, and that the fix is told."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from glimt.cli import app
+from glimt.commands import doctor, machine
+from glimt.commands.doctor import Check, DeviceState, Facts, Torch, check, collect, is_healthy
+from glimt.commands.machine import Library, Memory, Processor, read_memory, read_processor
+
+GIB = 2**30
+
+PROCESSOR = Processor("Test 9000", "x86_64", 8, 8, 8, {"avx2": True, "amx_int8": False})
+MEMORY = Memory(total=64 * GIB, available=60 * GIB, disk_cache=GIB, swap_total=0, swap_used=0)
+HEALTHY = Facts(
+    python="3.12.1",
+    processor=PROCESSOR,
+    memory=MEMORY,
+    torch=Torch(num_threads=8),
+    devices=(DeviceState("cpu", None), DeviceState("npu", "no card")),
+    devices_error=None,
+    libraries=(Library("Pillow", ">=11.3", "", "12.0"), Library("ray", ">=2.52", "cluster", None)),
+    threads_setting=None,
+    encoding="UTF-8",
+)
+
+
+def wrong(facts: Facts) -> list[Check]:
+    return [found for found in check(facts) if found.level != "ok"]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    folder = tmp_path / "proc"
+    (folder / "self").mkdir(parents=True)
+    return folder
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+X86 = """processor	: {0}
+model name	: Test(R) CPU @ 2.00GHz
+physical id	: 0
+core id		: {1}
+flags		: fpu sse2 fma avx2 avx512f avx512_bf16 amx_tile
+
+"""
+ARM = """processor	: 0
+Features	: fp asimd asimddp i8mm bf16
+CPU implementer	: 0x41
+CPU part	: 0xd4f
+
+"""
+
+
+def test_a_processor_with_two_threads_per_core_is_counted_right(proc, tmp_path):
+    """Catches threads taken for cores, and sets that another set's name contains."""
+    write(proc, {"cpuinfo": "".join(X86.format(i, i // 2) for i in range(4))})
+    found = read_processor(proc, tmp_path)
+    assert found.model == "Test(R) CPU @ 2.00GHz"
+    assert found.physical_cores == 2
+    present = [name for name, has in found.instruction_sets.items() if has]
+    assert present == ["avx2", "fma", "avx512f", "avx512_bf16", "amx_tile"]
+
+
+def test_an_arm_processor_is_named_by_its_numbers(proc, tmp_path):
+    """Catches a nameless machine, and x86 sets looked for on it."""
+    found = read_processor(write(proc, {"cpuinfo": ARM}), tmp_path)
+    assert found.model == "ARM implementer 0x41 part 0xd4f"
+    assert found.instruction_sets["i8mm"]
+    assert not found.instruction_sets["sve"]
+    assert "avx2" not in found.instruction_sets
+
+
+MEMINFO = """MemTotal:       16777216 kB
+MemFree:         1048576 kB
+MemAvailable:    8388608 kB
+Cached:          4194304 kB
+SwapTotal:       2097152 kB
+SwapFree:         524288 kB
+HugePages_Total:       0
+"""
+
+
+def test_memory_is_read_in_bytes(proc, tmp_path):
+    """Catches KiB taken for bytes, and free taken for available."""
+    found = read_memory(write(proc, {"meminfo": MEMINFO}), tmp_path)
+    assert found == Memory(16 * GIB, 8 * GIB, 4 * GIB, 2 * GIB, 3 * GIB // 2)
+    assert found.usable == 8 * GIB
+
+
+V2 = {
+    "a/b/memory.max": "max\n",
+    "a/b/memory.current": "5\n",
+    "a/memory.max": f"{4 * GIB}\n",
+    "a/memory.current": f"{3 * GIB}\n",
+    "a/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+    "a/cpu.max": "150000 100000\n",
+    "a/b/cpu.max": "max 100000\n",
+}
+V1 = {
+    "memory/a/b/memory.limit_in_bytes": "9223372036854771712\n",
+    "memory/a/b/memory.usage_in_bytes": "5\n",
+    "memory/a/memory.limit_in_bytes": f"{4 * GIB}\n",
+    "memory/a/memory.usage_in_bytes": f"{3 * GIB}\n",
+    "memory/a/memory.stat": f"total_inactive_file {GIB}\n",
+    "cpu/a/b/cpu.cfs_quota_us": "-1\n",
+    "cpu/a/b/cpu.cfs_period_us": "100000\n",
+    "cpu/cpu.cfs_quota_us": "150000\n",
+    "cpu/cpu.cfs_period_us": "100000\n",
+}
+GROUPS = [("0::/a/b\n", V2), ("4:memory:/a/b\n1:cpuacct,cpu:/a/b\n2:cpu:/a/b\n0::/\n", V1)]
+
+
+@pytest.mark.parametrize(("membership", "files"), GROUPS, ids=["version 2", "version 1"])
+def test_a_containers_limits_are_found_wherever_they_are_set(proc, tmp_path, membership, files):
+    """Catches a limit on a group above being missed, and its disk cache counted as used."""
+    write(proc, {"meminfo": MEMINFO, "self/cgroup": membership, "cpuinfo": ""})
+    groups = write(tmp_path / "cgroup", files)
+    found = read_memory(proc, groups)
+    assert (found.cgroup_limit, found.cgroup_free) == (4 * GIB, 2 * GIB)
+    assert found.usable == 2 * GIB
+    assert machine.read_cpu_quota(proc, groups) == 1.5
+    assert read_processor(proc, groups).usable_cores <= 1.5
+
+
+def test_a_machine_without_proc_is_read_without_an_error(tmp_path):
+    """Catches doctor failing where it should tell that it cannot know."""
+    memory = read_memory(tmp_path, tmp_path)
+    assert memory == Memory(0, 0, 0, 0, 0)
+    assert read_processor(tmp_path, tmp_path).logical_cores == os.cpu_count()
+    facts = replace(HEALTHY, memory=memory)
+    assert [(c.name, c.level) for c in wrong(facts)] == [("memory", "warning")]
+
+
+VERSIONS = [
+    (">=11.3", "11.3", False),
+    (">=11.3", "11.10.1", False),
+    (">=11.3", "11.2.9", True),
+    (">=11.3", "9.5", True),
+    ("==2.13.0", "2.13.0+cpu", False),
+    ("==2.13.0", "2.9.1", True),
+    ("", "0.1", False),
+    (">=2.0", "2", False),
+]
+
+
+@pytest.mark.parametrize(("wanted", "version", "is_too_old"), VERSIONS)
+def test_versions_are_compared_as_numbers(wanted, version, is_too_old):
+    """Catches 11.10 taken for older than 11.3, as text would have it."""
+    assert Library("x", wanted, "", version).is_too_old is is_too_old
+
+
+def test_the_requirements_of_the_installed_glimt_are_listed():
+    """Catches a list of libraries that goes stale, or that holds the developers' tools."""
+    found = {library.name: library for library in machine.read_libraries()}
+    assert found["Pillow"].extra == ""
+    assert found["Pillow"].version is not None
+    assert found["ray"].extra == "cluster"
+    assert found["ray"].wanted.startswith(">=")
+    assert "pytest" not in found
+
+
+def test_this_machine_can_be_read():
+    """Catches a reader that only works on the files of the other tests."""
+    facts = collect({"OMP_NUM_THREADS": "3"})
+    assert facts.threads_setting == "3"
+    assert facts.torch.error is None
+    assert DeviceState("cpu", None) in facts.devices
+    assert facts.processor.usable_cores > 0
+
+
+def test_a_broken_device_is_told_and_not_raised(monkeypatch):
+    """Catches doctor dying of the very thing it should find."""
+
+    def fails():
+        raise OSError("libascend.so is missing")
+
+    monkeypatch.setattr("glimt.devices.base.all_devices", fails)
+    found = wrong(replace(collect({}), libraries=HEALTHY.libraries))
+    (broken,) = [each for each in found if each.name == "devices"]
+    assert broken.level == "problem"
+    assert "OSError: libascend.so is missing" in broken.says
+
+
+# --- judging ---------------------------------------------------------------------------------
+
+
+def test_a_healthy_machine_has_nothing_wrong():
+    """Catches a check that cries wolf, an absent extra above all."""
+    assert wrong(HEALTHY) == []
+    assert {found.name for found in check(HEALTHY)} == {
+        "libraries", "torch", "devices", "processor", "memory", "disk cache", "threads", "text",
+    }  # fmt: skip
+
+
+SMALL = replace(MEMORY, available=20 * GIB)
+CONTAINER = replace(MEMORY, cgroup_limit=6 * GIB, cgroup_free=5 * GIB)
+WRONG = [
+    ({"libraries": ()}, "libraries", "warning", "pip install"),
+    ({"libraries": (Library("Pillow", ">=11.3", "", "9.0"),)}, "libraries", "problem", "11.3"),
+    ({"libraries": (Library("numpy", ">=1", "", None),)}, "libraries", "problem", "numpy"),
+    ({"libraries": (Library("ray", ">=2", "cluster", "1.9"),)}, "libraries", "warning", "ray>=2"),
+    ({"torch": Torch(error="OSError: libgomp")}, "torch", "problem", "force-reinstall"),
+    ({"torch": Torch(built_for="cuda 12.8", num_threads=8)}, "torch", "warning", "nvidia-smi"),
+    ({"devices": (DeviceState("npu", "no card"),)}, "devices", "problem", "reasons"),
+    ({"processor": replace(PROCESSOR, instruction_sets={})}, "processor", "warning", "newer"),
+    ({"memory": SMALL}, "memory", "warning", "close other programs"),
+    ({"memory": replace(MEMORY, available=GIB // 2)}, "memory", "problem", "close"),
+    ({"memory": CONTAINER}, "container", "warning", "--memory"),
+    ({"memory": replace(MEMORY, swap_used=2 * GIB)}, "swap", "warning", "swapoff"),
+    ({"threads_setting": "many"}, "threads", "warning", "OMP_NUM_THREADS=8"),
+    ({"threads_setting": "0"}, "threads", "warning", "OMP_NUM_THREADS=8"),
+    ({"threads_setting": "1"}, "threads", "warning", "unset OMP_NUM_THREADS"),
+    ({"torch": Torch(num_threads=32)}, "threads", "warning", "OMP_NUM_THREADS=8"),
+    ({"encoding": "ISO-8859-1"}, "text", "warning", "LANG=C.UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "level", "fix"), WRONG, ids=lambda v: str(v)[:40])
+def test_what_is_wrong_is_told_with_its_fix(change, name, level, fix):
+    """Catches a check that never fires, or that leaves the user with only bad news."""
+    found = wrong(replace(HEALTHY, **change))
+    assert name in [each.name for each in found]
+    (told,) = [each for each in found if each.name == name]
+    assert told.level == level
+    assert fix in told.fix
+    assert is_healthy(found) is (level == "warning")
+
+
+def test_the_models_that_do_not_fit_are_named():
+    """Catches 'too little memory' without saying for what."""
+    (found,) = wrong(replace(HEALTHY, memory=SMALL))
+    assert "20.0 GiB of memory can be had" in found.says
+    assert "GLM-4v-9B (27.7 GiB)" in found.says
+    assert "VisualGLM" not in found.says
+
+
+def test_the_containers_limit_is_what_counts():
+    """Catches 60 GiB of the machine promised to a container of 6."""
+    says = {found.name: found.says for found in wrong(replace(HEALTHY, memory=CONTAINER))}
+    assert says["memory"].startswith("5.0 GiB of memory can be had, by the container's limit")
+    assert "6.0 GiB of 64.0 GiB" in says["container"]
+
+
+def test_a_broken_torch_is_told_once():
+    """Catches one broken package filling the screen: no device can be listed without it."""
+    facts = replace(
+        HEALTHY, torch=Torch(error="OSError: x"), devices=(), devices_error="OSError: x"
+    )
+    assert [found.name for found in wrong(facts)] == ["torch"]
+
+
+# --- telling ---------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, facts: Facts, *options: str):
+    monkeypatch.setattr(doctor, "collect", lambda: facts)
+    return CliRunner().invoke(app, ["doctor", *options])
+
+
+def test_scripts_get_one_json_object_and_the_exit_code(monkeypatch):
+    """Catches a warning that fails a script, and a problem that does not."""
+    result = run(monkeypatch, replace(HEALTHY, memory=SMALL), "--json")
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["ok"]) == (0, True)
+    assert said["processor"]["instruction_sets"] == {"avx2": True, "amx_int8": False}
+    assert said["memory"]["usable"] == 20 * GIB
+    assert {"name": "cpu", "unavailable": None} in said["devices"]
+    blocked = run(monkeypatch, replace(HEALTHY, torch=Torch(error="x")), "--json")
+    assert blocked.exit_code == 1
+    assert json.loads(blocked.stdout)["ok"] is False
+
+
+def test_people_see_facts_and_fixes(monkeypatch):
+    """Catches a table that leaves out what the checks are about, and markup in a message."""
+    torch = Torch(error="OSError: [bold]lib[/bold]")
+    result = run(monkeypatch, replace(HEALTHY, torch=torch))
+    assert result.exit_code == 1
+    for said in ("Test 9000", "60.0 GiB available", "Pillow", "pip install 'glimt[cluster]'"):
+        assert said in result.stdout
+    assert "PROBLEM torch: cannot be imported: OSError: [bold]lib[/bold]" in result.stdout
+    assert "fix: install it again" in result.stdout
+    assert "mend what is marked PROBLEM first" in result.stdout

@@ -286,6 +286,10 @@ class Bench:
             (row.is_decode for row in plan.rows), reverse=True
         )
         assert len({row.sequence_id for row in plan.rows}) == len(plan.rows)
+        for queue in (running, self.scheduler.waiting):
+            assert queue == sorted(queue, key=lambda sequence: sequence.id), "not by age"
+        for sequence in self.scheduler.waiting:
+            assert (sequence.block_table, sequence.num_computed) == ([], 0), "waits with blocks"
         held = Counter(block for sequence in running for block in sequence.block_table)
         assert all(pool.ref_count(b) == held[b] for b in range(pool.num_blocks))
         for row in plan.rows:
@@ -744,6 +748,8 @@ def test_poisoned_blocks_are_reported_once_and_only_when_nobody_holds_them():
     assert scheduler.take_poisoned() == []
     assert scheduler.pool.num_cached == 0
     assert bench.run()["a", 0] == alone(request)
+    bench.add(replace(request, request_id="again"))
+    assert bench.step() == [("again", 0, 9)]  # blocks 0 and 1 were not made findable again
 
 
 def test_an_error_ends_only_its_own_sequence():
@@ -890,9 +896,13 @@ def play(story: Story) -> Bench:
 def expected(story: Story, request: Request, index: int) -> tuple[list[int], str]:
     output, reason = alone(request, index)
     after = story.broken.get(request.request_id)
-    return (output[:after], "error") if after is not None and after < len(output) else (
-        output,
-        reason,
+    return (
+        (output[:after], "error")
+        if after is not None and after < len(output)
+        else (
+            output,
+            reason,
+        )
     )
 
 
@@ -904,16 +914,16 @@ def test_any_crowd_gets_what_each_request_gets_alone(story):
     """
     bench = play(story)
     results = bench.results()
-    assert results.keys() == {(r.request_id, i) for r in story.requests for i in range(r.sampling.n)}
-    for request in story.requests:
-        for index in range(request.sampling.n):
-            output, reason = results[request.request_id, index]
-            wanted, wanted_reason = expected(story, request, index)
-            if reason == "abort":
-                assert request.request_id in story.aborts
-                assert output == wanted[: len(output)]
-            else:
-                assert (output, reason) == (wanted, wanted_reason)
+    choices = {(r.request_id, i): r for r in story.requests for i in range(r.sampling.n)}
+    assert results.keys() == choices.keys()
+    for (name, index), request in choices.items():
+        output, reason = results[name, index]
+        wanted, wanted_reason = expected(story, request, index)
+        if reason == "abort":
+            assert name in story.aborts
+            assert output == wanted[: len(output)]
+        else:
+            assert (output, reason) == (wanted, wanted_reason)
     scheduler, counters = bench.scheduler, bench.scheduler.counters
     assert (scheduler.running, scheduler.waiting, scheduler.has_work) == ([], [], False)
     assert scheduler.pool.num_free == scheduler.pool.num_blocks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,12 +20,14 @@ class Batch:
 
     token_ids: [num_tokens] int64; positions: [channels, num_tokens] int64
     sampled: [num_sampled] int64, indices of the tokens whose logits are wanted
+    opened_blocks: cache blocks that get their first tokens now and stay partly empty
     """
 
     token_ids: Tensor
     positions: Tensor
     sampled: Tensor
     attention: AttentionBatch
+    opened_blocks: tuple[int, ...]
 
 
 def flatten(
@@ -41,7 +43,16 @@ def flatten(
         positions=torch.from_numpy(positions).to(torch_device),
         sampled=torch.tensor(ends, dtype=torch.int64, device=torch_device),
         attention=_attention(plan.rows, starts, block_size, dtype, torch_device),
+        opened_blocks=tuple(_opened_blocks(plan.rows, block_size)),
     )
+
+
+def _opened_blocks(rows: Sequence[StepRow], block_size: int) -> Iterator[int]:
+    """At most one block per row: the one it ends in, if it also begins there in this step."""
+    for row in rows:
+        last, offset = divmod(row.start + len(row.token_ids), block_size)
+        if offset and last * block_size >= row.start:
+            yield row.block_table[last]
 
 
 def _attention(

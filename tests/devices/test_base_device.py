@@ -1,0 +1,522 @@
+"""The plain device against float64 loops, and every other device against the plain one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import glimt.devices.base
+from glimt.devices.base import Device, KVCache, RotaryStyle, all_devices, open_device
+from glimt.errors import ConfigError
+from glimt.runner.batch import flatten
+from glimt.types import SamplingParams, StepPlan, StepRow
+
+# Sums of a few hundred float32 products of unit normals; a wrong key or head is off by about 1.
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+# Devices may sum in another order; 16-bit results may then differ in their last two bits.
+SIXTEEN_BIT = {"rtol": 2e-2, "atol": 2e-2}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- naive float64 ---------------------------------------------------------------------------
+
+
+def naive_attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """One token: [heads, dim] over [n, kv_heads, dim], head by head."""
+    group = len(query) // keys.shape[1]
+    out = []
+    for head, q in enumerate(query.double()):
+        k, v = keys[:, head // group].double(), values[:, head // group].double()
+        scores = torch.tensor([float(q @ key) * scale for key in k], dtype=torch.float64)
+        weights = (scores - scores.max()).exp()
+        out.append((weights / weights.sum()) @ v)
+    return torch.stack(out)
+
+
+def naive_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
+) -> Tensor:
+    """Pair by pair, as the docstring of Device.rotate says."""
+    out = x.clone()
+    num_pairs = cos.shape[-1]
+    width = 2 * num_pairs // num_segments
+    for pair in range(num_pairs):
+        if style == "interleaved":
+            i, j = 2 * pair, 2 * pair + 1
+        else:
+            segment, within = divmod(pair, width // 2)
+            i = segment * width + within
+            j = i + width // 2
+        for token in range(len(x)):
+            c, s = cos[token, pair], sin[token, pair]
+            for head in range(x.shape[1]):
+                a, b = x[token, head, i].item(), x[token, head, j].item()
+                out[token, head, i] = a * c - b * s
+                out[token, head, j] = b * c + a * s
+    return out
+
+
+# --- a step with its cache -------------------------------------------------------------------
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 40
+
+
+def make_row(start: int, count: int, bidirectional_len: int, table: Sequence[int]) -> StepRow:
+    return StepRow(
+        sequence_id=0,
+        request_id="",
+        index=0,
+        token_ids=[0] * count,
+        positions=np.zeros((1, count), dtype=np.int64),
+        start=start,
+        block_table=table,
+        bidirectional_len=bidirectional_len,
+        images=(),
+        samples=True,
+        sampling=SamplingParams(),
+        stop_token_ids=frozenset(),
+        seed=0,
+        prompt_ids=(),
+        output_ids=(),
+    )
+
+
+class Step:
+    """Random queries, keys and values of one step over a cache filled with earlier tokens.
+
+    rows: (start, count, bidirectional_len); decodes first. Blocks are dealt in a shuffled order.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[int, int, int]],
+        heads: tuple[int, int] = (4, 2),
+        dim: int = 16,
+        dtype: torch.dtype = torch.float32,
+        filler: float = 0.0,
+    ) -> None:
+        num_heads, num_kv_heads = heads
+        blocks = iter(torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(3)))
+        self.rows = [
+            make_row(start, count, b, [int(next(blocks)) for _ in range(self.blocks(start, count))])
+            for start, count, b in rows
+        ]
+        num_tokens = sum(count for _, count, _ in rows)
+        self.query = normal(num_tokens, num_heads, dim, seed=1, dtype=dtype)
+        self.key = normal(num_tokens, num_kv_heads, dim, seed=2, dtype=dtype)
+        self.value = normal(num_tokens, num_kv_heads, dim, seed=4, dtype=dtype)
+        shape = (NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, dim)
+        self.cache = KVCache(
+            torch.full(shape, filler, dtype=dtype), torch.full(shape, filler, dtype=dtype)
+        )
+        self.scale = dim**-0.5
+        for seed, row in enumerate(self.rows):
+            for i in range(row.start):
+                block, offset = row.block_table[i // BLOCK_SIZE], i % BLOCK_SIZE
+                for tensor, salt in ((self.cache.key, 100), (self.cache.value, 200)):
+                    entry = normal(num_kv_heads, dim, seed=salt + 1000 * seed + i, dtype=dtype)
+                    tensor[block, offset] = entry
+
+    @staticmethod
+    def blocks(start: int, count: int) -> int:
+        return -(-(start + count) // BLOCK_SIZE)
+
+    def run(self, device: Device) -> Tensor:
+        """Write, then attend, on a device. Returns the result on the CPU."""
+        at = device.torch_device
+        batch = flatten(StepPlan(tuple(self.rows)), BLOCK_SIZE, self.query.dtype, at).attention
+        cache = KVCache(self.cache.key.to(at, copy=True), self.cache.value.to(at, copy=True))
+        query, key, value = self.query.to(at), self.key.to(at), self.value.to(at)
+        device.write_kv(key, value, cache, batch.slots)
+        return device.paged_attention(query, key, value, cache, batch, self.scale).cpu()
+
+    def naive(self) -> Tensor:
+        """Token by token, from each row's own list of earlier tokens and the step's new ones."""
+        out, at = [], 0
+        for row in self.rows:
+            count = len(row.token_ids)
+            old = [(row.block_table[i // BLOCK_SIZE], i % BLOCK_SIZE) for i in range(row.start)]
+            keys = [self.cache.key[place] for place in old] + list(self.key[at : at + count])
+            values = [self.cache.value[place] for place in old] + list(self.value[at : at + count])
+            for k in range(count):
+                seen = max(row.start + k + 1, row.bidirectional_len)
+                args = torch.stack(keys[:seen]), torch.stack(values[:seen]), self.scale
+                out.append(naive_attend(self.query[at + k], *args))
+            at += count
+        return torch.stack(out)
+
+
+STEPS = {
+    "one whole prompt": [(0, 6, 0)],
+    "one token": [(0, 1, 0)],
+    "one decode": [(5, 1, 0)],
+    "decodes of unequal lengths": [(1, 1, 0), (11, 1, 0), (7, 1, 0)],
+    "block edges": [(3, 1, 0), (4, 1, 0), (8, 1, 0), (0, 4, 0), (0, 8, 0), (4, 4, 0), (8, 5, 0)],
+    "short decode beside a long prompt": [(2, 1, 0), (0, 13, 0)],
+    "long decode beside a short prompt": [(13, 1, 0), (0, 2, 0)],
+    "a chunk on a cached context": [(9, 3, 0)],
+    "a bidirectional prompt": [(0, 7, 6)],
+    "a bidirectional prompt partly cached": [(4, 5, 8)],
+    "a recomputed bidirectional sequence": [(0, 10, 6)],
+    "a chunk after a bidirectional context": [(8, 3, 6)],
+    "everything at once": [(6, 1, 5), (3, 1, 0), (0, 5, 0), (4, 7, 0), (0, 9, 8), (4, 5, 8)],
+}
+HEADS_AND_DIMS = [((16, 1), 16), ((2, 2), 88), ((2, 2), 112), ((32, 2), 128), ((4, 4), 128)]
+
+
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+def test_paged_attention_sees_what_it_may_and_nothing_else(rows):
+    """Would catch a wrong block, mask, offset or order in any mixture of rows."""
+    step = Step(rows)
+    torch.testing.assert_close(step.run(Device()).double(), step.naive(), **FLOAT32)
+
+
+@pytest.mark.parametrize(("heads", "dim"), HEADS_AND_DIMS)
+def test_paged_attention_pairs_heads_and_scales_for_every_real_size(heads, dim):
+    """Would catch a query head reading another group's keys, or a head size that is padded.
+
+    16 query heads per KV head are GLM-4's, 1 is VisualGLM's; 88 and 112 are the towers' sizes.
+    """
+    step = Step([(5, 1, 0), (9, 1, 0), (0, 3, 0), (4, 4, 0), (0, 3, 2)], heads, dim)
+    torch.testing.assert_close(step.run(Device()).double(), step.naive(), **FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paged_attention_runs_in_sixteen_bits(dtype):
+    """Would catch a mask of another dtype than the queries, or a softmax in 16 bits."""
+    step = Step(STEPS["everything at once"], dtype=dtype)
+    result = step.run(Device())
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), step.naive(), **SIXTEEN_BIT)
+
+
+def test_what_other_sequences_left_in_the_cache_does_not_show():
+    """Would catch a masked slot that still weighs something: the filler is huge but finite."""
+    rows = STEPS["everything at once"]
+    clean, littered = Step(rows).run(Device()), Step(rows, filler=3e4).run(Device())
+    torch.testing.assert_close(littered, clean, rtol=0, atol=0)
+
+
+def test_a_sequence_that_is_not_finite_stays_alone():
+    """Would catch NaN flowing to a neighbour over masked padding, since 0 * NaN is NaN."""
+    step = Step([(2, 1, 0), (9, 1, 0), (5, 1, 0), (0, 3, 0)])
+    bad = 1
+    first, second = step.rows[0].block_table[0], step.rows[bad].block_table[0]
+    # The bad sequence holds block 0, which is what a careless padding reads.
+    swapped = {0: second, second: 0}
+    for index, row in enumerate(step.rows):
+        table = [swapped.get(b, b) for b in row.block_table]
+        step.rows[index] = replace(row, block_table=table)
+    assert first != 0
+    step.value[bad] = step.key[bad] = math.nan
+    step.cache.key[0] = step.cache.value[0] = math.nan
+    result = step.run(Device())
+    assert [bool(row.isnan().any()) for row in result] == [False, True, False, False, False, False]
+
+
+def test_write_kv_touches_only_its_slots():
+    """Would catch keys and values swapped, or a slot written that belongs to another."""
+    cache = KVCache(torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2, 5))
+    key, value = normal(3, 2, 5, seed=1), normal(3, 2, 5, seed=2)
+    Device().write_kv(key, value, cache, torch.tensor([11, 0, 6]))
+    for tensor, new in ((cache.key, key), (cache.value, value)):
+        assert torch.equal(tensor[2, 3], new[0])
+        assert torch.equal(tensor[0, 0], new[1])
+        assert torch.equal(tensor[1, 2], new[2])
+        assert int(tensor.any(-1).any(-1).sum()) == 3
+
+
+# --- attention inside packed pictures --------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 6), (7, 1, 4), (2, 5, 3, 6), (1, 4, 2, 8, 3)])
+@pytest.mark.parametrize("dim", [88, 112])
+def test_each_picture_attends_to_itself_alone(lengths, dim):
+    """Would catch pictures that see each other, for any number: mlx-vlm split for three only."""
+    starts = [0, *np.cumsum(lengths).tolist()]
+    q, k, v = (normal(starts[-1], 2, dim, seed=s) for s in (1, 2, 3))
+    result = Device().varlen_attention(q, k, v, starts, starts, dim**-0.5)
+    naive = [
+        naive_attend(q[i], k[a:b], v[a:b], dim**-0.5)
+        for a, b in pairwise(starts)
+        for i in range(a, b)
+    ]
+    torch.testing.assert_close(result.double(), torch.stack(naive), **FLOAT32)
+
+
+def test_queries_may_be_fewer_or_more_than_keys():
+    """Would catch query offsets used for keys: the Q-Former has 32 queries over 257 states."""
+    q_starts, k_starts = [0, 2, 4, 9], [0, 7, 10, 12]
+    q, k, v = normal(9, 3, 8, seed=1), normal(12, 3, 8, seed=2), normal(12, 3, 8, seed=3)
+    result = Device().varlen_attention(q, k, v, q_starts, k_starts, 0.3)
+    for s in range(3):
+        keys = slice(k_starts[s], k_starts[s + 1])
+        for i in range(q_starts[s], q_starts[s + 1]):
+            naive = naive_attend(q[i], k[keys], v[keys], 0.3)
+            torch.testing.assert_close(result[i].double(), naive, **FLOAT32)
+
+
+def test_packed_attention_takes_views_of_a_fused_product():
+    """Would catch a result in the layout of an unbound view, or an operation that refuses one."""
+    fused = normal(7, 3, 2, 16, seed=5)
+    views = fused.unbind(1)
+    starts = [0, 4, 7]
+    args = (starts, starts, 0.25)
+    expected = Device().varlen_attention(*(view.contiguous() for view in views), *args)
+    result = Device().varlen_attention(*views, *args)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert torch.equal(result.flatten(1), result.reshape(7, 32))
+
+
+# --- small operations ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["interleaved", "half"])
+@pytest.mark.parametrize(
+    ("dim", "num_pairs", "num_segments"),
+    [(16, 8, 1), (16, 4, 1), (16, 8, 2), (24, 6, 3), (4, 1, 1)],
+)
+def test_rotate_turns_the_pairs_that_its_docstring_names(style, dim, num_pairs, num_segments):
+    """Would catch a wrong pairing, a flipped sign, or dims turned that must pass through.
+
+    (16, 8, 2) in halves is VisualGLM's head, (16, 4, 1) interleaved GLM-4's, both shrunk.
+    """
+    x = normal(3, 2, dim, seed=1)
+    angle = normal(3, num_pairs, seed=2)
+    result = Device().rotate(x, angle.cos(), angle.sin(), style, num_segments)
+    naive = naive_rotate(x, angle.cos(), angle.sin(), style, num_segments)
+    torch.testing.assert_close(result, naive, rtol=1e-6, atol=1e-6)
+    assert torch.equal(result[..., 2 * num_pairs :], x[..., 2 * num_pairs :])
+
+
+@pytest.mark.parametrize("style", ["interleaved", "half"])
+def test_rotate_leaves_its_input_alone_and_keeps_its_dtype(style):
+    """Would catch a rotation in place (the value would be turned with the key) or in float32."""
+    x = normal(3, 2, 8, seed=1, dtype=torch.bfloat16)
+    before = x.clone()
+    angle = normal(3, 4, seed=2)
+    result = Device().rotate(
+        x, angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16), style, 1
+    )
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(x, before)
+
+
+def test_rms_norm_casts_once_after_the_weight():
+    """Would catch LLaMA's order: normalise, cast to bfloat16, then multiply by the weight."""
+    x, weight = normal(50, 64, seed=1, dtype=torch.bfloat16), normal(64, dtype=torch.bfloat16)
+    wide = x.float()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    glm, llama = (normed * weight.float()).bfloat16(), normed.bfloat16() * weight
+    result = Device().rms_norm(x, weight, 1e-5)
+    assert result.dtype == torch.bfloat16
+    # rsqrt against 1 / sqrt differ in the last float32 bit, which rarely moves a bfloat16 one.
+    assert (result != glm).float().mean() < 0.002
+    assert (llama != glm).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_squares_in_float32(dtype):
+    """Would catch a mean of squares in float16, which overflows beyond 255."""
+    x = normal(3, 64, seed=1, dtype=dtype) * 300
+    result = Device().rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
+    exact = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(result.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_keeps_its_statistics_in_float32(dtype):
+    """Would catch mean and variance in 16 bits: a row far from zero would lose all its digits."""
+    x = normal(4, 256, seed=1, dtype=dtype) * 100 + 500
+    weight, bias = normal(256, seed=2, dtype=dtype), normal(256, seed=3, dtype=dtype)
+    result = Device().layer_norm(x, weight, bias, 1e-5)
+    wide = x.double()
+    normed = (wide - wide.mean(-1, keepdim=True)) / (
+        wide.var(-1, keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
+    exact = normed * weight.double() + bias.double()
+    torch.testing.assert_close(result.double(), exact, **SIXTEEN_BIT)
+
+
+def test_layer_norm_adds_its_epsilon_to_the_variance():
+    """Would catch an epsilon outside the root or left out: a constant row would divide by 0."""
+    x = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    result = Device().layer_norm(x, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), 3.0)
+    assert result.tolist() == [[-0.5, 2.0], [0.0, 1.0]]
+
+
+def test_the_two_gelus_are_the_two_gelus():
+    """Would catch the tanh form in the tower or the exact one in VisualGLM's language model."""
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    tanh = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x]
+    erf = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    torch.testing.assert_close(Device().gelu_tanh(x), torch.stack(tanh))
+    torch.testing.assert_close(Device().gelu_erf(x), torch.stack(erf))
+    assert (torch.stack(tanh) - torch.stack(erf)).abs().max() > 1e-4
+
+
+def test_silu_acts_on_the_gate():
+    """Would catch gate and up swapped."""
+    gate, up = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
+    expected = [3 / (1 + math.exp(-1)), -10 / (1 + math.exp(2))]
+    torch.testing.assert_close(Device().silu_mul(gate, up), torch.tensor(expected))
+
+
+def test_linear_and_embedding_by_hand():
+    """Would catch a transposed weight or a forgotten bias."""
+    device = Device()
+    x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    assert device.linear(x, weight, None).tolist() == [[11, 17, 23]]
+    assert device.linear(x, weight, torch.tensor([1.0, 0, -1])).tolist() == [[12, 17, 22]]
+    assert device.embedding(torch.tensor([2, 0]), weight).tolist() == [[7, 8], [3, 4]]
+
+
+# --- every device gives the base's results ---------------------------------------------------
+
+
+def device_params() -> list[Any]:
+    """One test case per device; those of a card carry its mark."""
+    marked = {"cuda": pytest.mark.cuda, "npu": pytest.mark.npu}
+    return [
+        pytest.param(name, marks=[marked[name]] if name in marked else [], id=name)
+        for name in all_devices()
+    ]
+
+
+@pytest.fixture(params=device_params())
+def device(request: pytest.FixtureRequest) -> Device:
+    reason = all_devices()[request.param].unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+    return open_device(request.param)
+
+
+def cases(t: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every small operation; a name may say which variant after a colon."""
+    x, table = normal(5, 48, dtype=t), normal(33, 48, seed=3, dtype=t)
+    weight, bias = normal(48, seed=1, dtype=t), normal(48, seed=2, dtype=t)
+    heads, angle = normal(5, 3, 16, dtype=t), normal(5, 8, seed=1)
+    cos, sin = angle.cos().to(t), angle.sin().to(t)
+    q, k, v = (normal(9, 2, 88, seed=s, dtype=t) for s in range(3))
+    return {
+        "embedding": (torch.tensor([3, 0, 3]), table),
+        "linear:plain": (x, table, None),
+        "linear:bias": (x[:1], table, normal(33, seed=4, dtype=t)),
+        "layer_norm": (x, weight, bias, 1e-6),
+        "rms_norm": (x, weight, 1e-5),
+        "gelu_tanh": (x,),
+        "gelu_erf": (x,),
+        "silu_mul": (x, x.flip(0)),
+        "rotate:interleaved": (heads, cos[:, :4], sin[:, :4], "interleaved", 1),
+        "rotate:half": (heads, cos, sin, "half", 2),
+        "varlen_attention:self": (q, k, v, [0, 4, 9], [0, 4, 9], 0.1),
+        "varlen_attention:cross": (q[:4], k, v, [0, 1, 4], [0, 4, 9], 0.1),
+    }
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return FLOAT32 if dtype == torch.float32 else SIXTEEN_BIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases(torch.float32))
+def test_every_device_computes_what_the_base_computes(device, case, dtype):
+    """Would catch an override that is fast and wrong, or returns another dtype or shape."""
+    name, args = case.split(":")[0], cases(dtype)[case]
+    there = [arg.to(device.torch_device) if isinstance(arg, Tensor) else arg for arg in args]
+    expected, result = getattr(Device(), name)(*args), getattr(device, name)(*there).cpu()
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result, expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("heads", [(16, 1), (3, 3)], ids=["16:1", "1:1"])
+def test_every_device_attends_as_the_base_attends(device, heads, rows, dtype):
+    """Would catch a fused attention with another mask, head order or block walk."""
+    step = Step(rows, heads=heads, dtype=dtype)
+    torch.testing.assert_close(step.run(device), step.run(Device()), **tolerance(dtype))
+
+
+def test_every_device_computes_in_a_dtype_that_it_takes(device):
+    """Would catch a preferred dtype that no weight can have."""
+    for declared in DTYPES:
+        assert device.preferred_dtype(declared) in DTYPES
+    assert device.preferred_dtype(torch.float32) == torch.float32
+    assert device.free_bytes() > 0
+
+
+def test_the_cpu_prefers_bfloat16_to_float16():
+    """Would catch VisualGLM, which is published in float16, overflowing or crawling on a CPU."""
+    cpu = open_device("cpu")
+    preferred = [cpu.preferred_dtype(dtype) for dtype in DTYPES]
+    assert preferred == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+# --- finding devices -------------------------------------------------------------------------
+
+
+def test_every_device_is_found_under_its_own_name():
+    """Would catch two files of one name, or a class that cannot stand in for the base."""
+    devices = all_devices()
+    assert "cpu" in devices
+    for name, kind in devices.items():
+        assert kind.name == name
+        assert issubclass(kind, Device)
+
+
+def test_the_base_class_is_no_choice_of_the_user():
+    """Would catch `--device base`."""
+    assert "base" not in all_devices()
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones():
+    """Would catch a KeyError, or an error that does not say what can be chosen."""
+    with pytest.raises(ConfigError) as caught:
+        open_device("tpu")
+    (problem,) = caught.value.problems
+    assert "'tpu' is unknown" in problem
+    assert all(name in problem for name in all_devices())
+
+
+def test_an_unusable_device_is_refused_with_its_reason(monkeypatch):
+    """Would catch a device opened although its driver or card is missing."""
+
+    class Absent(Device):
+        name = "absent"
+
+        def __init__(self) -> None:
+            raise AssertionError("opened although it is not usable")
+
+        @classmethod
+        def unavailable_reason(cls) -> str | None:
+            return "no card was found; install its driver"
+
+    monkeypatch.setattr(glimt.devices.base, "all_devices", lambda: {"absent": Absent})
+    with pytest.raises(ConfigError, match="absent cannot be used here: no card was found"):
+        open_device("absent")
+
+
+def test_free_memory_is_a_guess_where_the_system_does_not_say(monkeypatch):
+    """Would catch a crash at start on a system without /proc/meminfo."""
+
+    def no_such_file(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", no_such_file)
+    assert Device().free_bytes() == 4 * 2**30

@@ -1,0 +1,146 @@
+"""Sizes of the real models' caches, and the zeroing of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from glimt.devices.base import KVCache, open_device
+from glimt.models.base import BuildContext, Model, find_family
+from glimt.runner.kv_cache import allocate_kv, clear_blocks, kv_bytes_per_token
+
+# The real config.json numbers, as far as they shape the model: specs/visualglm-6b.md 1.1 and 11,
+# specs/glm-4v-9b.md 1.1 and 2.1.
+VISUALGLM_6B: dict[str, Any] = {
+    "model_type": "chatglm",
+    "vocab_size": 130528,
+    "hidden_size": 4096,
+    "num_layers": 28,
+    "num_attention_heads": 32,
+    "inner_hidden_size": 16384,
+    "layernorm_epsilon": 1e-5,
+    "max_sequence_length": 2048,
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "gmask_token_id": 130001,
+    "image_length": 32,
+    "torch_dtype": "float16",
+    "eva_config": {
+        "num_layers": 39,
+        "hidden_size": 1408,
+        "num_attention_heads": 16,
+        "inner_hidden_size": 6144,
+        "layernorm_epsilon": 1e-6,
+        "image_size": [224, 224],
+        "patch_size": 14,
+        "max_sequence_length": 257,
+    },
+    "qformer_config": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "vocab_size": 32,
+        "layernorm_order": "post",
+        "is_decoder": [True, False] * 6,
+        "cross_attn_hidden_size": 1408,
+        "layernorm_epsilon": 1e-12,
+    },
+}
+GLM_4V_9B: dict[str, Any] = {
+    "model_type": "chatglm",
+    "num_layers": 40,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 13696,
+    "padded_vocab_size": 151552,
+    "layernorm_epsilon": 1.5625e-07,
+    "add_qkv_bias": True,
+    "add_bias_linear": False,
+    "seq_length": 8192,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [151329, 151336, 151338],
+    "boi_token_id": 151339,
+    "eoi_token_id": 151340,
+    "vision_config": {
+        "num_hidden_layers": 63,
+        "hidden_size": 1792,
+        "num_heads": 16,
+        "intermediate_size": 15360,
+        "patch_size": 14,
+        "image_size": 1120,
+        "in_channels": 3,
+        "num_positions": 6401,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "scaling_factor": 8,
+    },
+}
+
+
+def build(raw: dict[str, Any], dtype: torch.dtype) -> Model:
+    """The real model's modules, with parameters that have a shape and no memory."""
+    family = find_family(raw, "config.json")
+    config = family.config.from_json(raw, "config.json")
+    return family.build(config, BuildContext(open_device("cpu"), dtype, config.max_positions))
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype", "kv_bytes", "shape"),
+    [
+        (VISUALGLM_6B, torch.float16, 458_752, (28, 32, 128)),
+        (VISUALGLM_6B, torch.float32, 917_504, (28, 32, 128)),
+        (GLM_4V_9B, torch.bfloat16, 40_960, (40, 2, 128)),
+    ],
+    ids=["visualglm-float16", "visualglm-float32", "glm4v-bfloat16"],
+)
+def test_a_token_of_the_real_models_takes_what_the_papers_say(raw, dtype, kv_bytes, shape):
+    """Would catch keys counted without values, query heads in place of KV heads, or a wrong dtype.
+
+    The numbers are those of specs/visualglm-6b.md 1.6 and specs/glm-4v-9b.md 5.
+    """
+    model = build(raw, dtype)
+    assert (model.num_layers, model.num_kv_heads, model.head_dim) == shape
+    assert kv_bytes_per_token(model, dtype) == kv_bytes
+
+
+class Geometry:
+    """As much of a model as the cache asks for."""
+
+    num_layers, num_kv_heads, head_dim = 3, 2, 4
+
+
+def test_a_cache_is_as_large_as_was_counted_and_zero():
+    """Would catch a budget that differs from what is allocated, and padding that reads NaN."""
+    caches = allocate_kv(Geometry(), 5, 8, torch.bfloat16, torch.device("cpu"))
+    assert [cache.block_size for cache in caches] == [8] * 3
+    total = sum(cache.key.nbytes + cache.value.nbytes for cache in caches)
+    assert total == kv_bytes_per_token(Geometry(), torch.bfloat16) * 5 * 8
+    assert all(not cache.key.any() and not cache.value.any() for cache in caches)
+    storages = {t.data_ptr() for cache in caches for t in (cache.key, cache.value)}
+    assert len(storages) == 6
+
+
+def test_clearing_zeroes_these_blocks_and_no_others():
+    """Would catch a NaN left in one layer, in the keys only, or a neighbour's block wiped."""
+    bad = [1, 3]
+    caches = [
+        KVCache(torch.full((5, 2, 2, 4), float("nan")), torch.full((5, 2, 2, 4), float("nan")))
+        for _ in range(3)
+    ]
+    clear_blocks(caches, bad)
+    for tensor in (t for cache in caches for t in (cache.key, cache.value)):
+        assert [bool(block.isnan().any()) for block in tensor] == [True, False, True, False, True]
+        assert not tensor[bad].any()
+
+
+def test_clearing_nothing_changes_nothing():
+    """Would catch an empty index being refused, or read as all blocks."""
+    cache = KVCache(torch.ones(2, 2, 1, 1), torch.ones(2, 2, 1, 1))
+    clear_blocks([cache], [])
+    assert cache.key.all()
+    assert cache.value.all()

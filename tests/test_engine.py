@@ -400,6 +400,23 @@ def test_stop_strings_stop_ids_and_lengths_end_a_request_once(folder: Path) -> N
     assert free.finish_reason == "length"
 
 
+def test_ignore_eos_drops_the_familys_stop_ids_alone(folder: Path) -> None:
+    """Catches load tests that end early, and a stop id asked for that is ignored with the rest."""
+    engine = make_engine(folder)
+    own = engine.opened.processor.stop_token_ids
+    assert own
+    for ignore, expected in ((True, {3}), (False, own | {3})):
+        sampling = SamplingParams(stop_token_ids=(3,), ignore_eos=ignore)
+        assert engine.prepare_chat(ask("abc"), sampling).stop_token_ids == expected
+    stop = min(own)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=3, min_tokens=3, logit_bias={stop: 100.0}, ignore_eos=True
+    )
+    output = run_one(engine, engine.prepare_chat(ask("abc"), sampling))
+    assert output.token_ids == (stop, stop, stop)
+    assert output.finish_reason == "length"
+
+
 def test_defaults_of_each_family_apply_only_when_sampling(folders: dict[str, Path]) -> None:
     """Catches a repetition penalty or a minimum length that changes a plain argmax."""
     visual = make_engine(folders["visualglm"])

@@ -179,11 +179,6 @@ def test_stop_ids_are_banned_until_min_tokens_are_out() -> None:
     assert choices == [2, 2, 0, 0]
 
 
-def test_ignore_eos_bans_nothing() -> None:
-    """Catches load tests (ignore_eos) that change which tokens come out."""
-    assert _greedy([3.0, 1.0], stops=[0], min_tokens=5, ignore_eos=True) == 0
-
-
 def test_repetition_comes_before_presence_and_before_bias() -> None:
     """Catches another order: it would scale the additive terms too."""
     assert _greedy([2.0, 0.6], output=[0], repetition_penalty=2.0, presence_penalty=0.5) == 1

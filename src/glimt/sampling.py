@@ -147,11 +147,8 @@ def _add_bias(scores: np.ndarray, row: StepRow) -> bool:
 
 
 def _ban_stops(scores: np.ndarray, row: StepRow) -> bool:
-    """Forbid the stop ids while the output is shorter than min_tokens.
-
-    With ignore_eos they end nothing, so they are ordinary tokens.
-    """
-    if row.sampling.ignore_eos or len(row.output_ids) >= _given(row.sampling.min_tokens):
+    """Forbid the stop ids while the output is shorter than min_tokens."""
+    if len(row.output_ids) >= _given(row.sampling.min_tokens):
         return False
     scores[_in_vocabulary(row.stop_token_ids, len(scores))] = -math.inf
     return True

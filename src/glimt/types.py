@@ -86,7 +86,7 @@ class SamplingParams:
     min_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
     n: int = 1
 
@@ -238,7 +238,7 @@ class Request:
     """A request that passed every check and waits for the scheduler.
 
     sampling:       every default filled in
-    stop_token_ids: the family's and the request's own
+    stop_token_ids: the ids that end it: the request's own and, without ignore_eos, the family's
     seeds:          one per choice (sampling.n)
     cache_salt:     requests share cached prefixes only with requests of the same salt
     """

@@ -179,6 +179,23 @@ def test_masks_have_the_models_dtype(dtype):
     assert batch.attention.prefill_masks[0].dtype == dtype
 
 
+def test_a_block_is_opened_once_by_the_row_that_ends_in_it():
+    """Would catch a block zeroed under its own earlier tokens, or never: what its last owner left
+    behind its end is read by decodes, and NaN under a mask is NaN.
+    """
+    batch = flat(
+        make_row(8, 1, (1, 2, 3)),  # opens block 3
+        make_row(9, 1, (4, 5, 6)),  # goes on in block 6
+        make_row(11, 1, (7, 8, 9)),  # fills block 9
+        make_row(0, 6, (10, 11, 12)),  # fills 10 and opens 11
+        make_row(0, 8, (13, 14, 15)),  # fills both
+        make_row(5, 2, (16, 17)),  # goes on in block 17
+        make_row(3, 3, (18, 19)),  # fills 18 and opens 19
+        make_row(0, 1, (20,)),  # opens block 20
+    )
+    assert batch.opened_blocks == (3, 11, 19, 20)
+
+
 # --- properties ------------------------------------------------------------------------------
 
 
@@ -221,3 +238,24 @@ def test_every_token_sees_exactly_what_it_may(planned):
     ends = np.cumsum([len(row.token_ids) for row in plan.rows])
     samples = [row.samples for row in plan.rows]
     assert batch.sampled.tolist() == [e - 1 for e, s in zip(ends, samples, strict=True) if s]
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans())
+def test_every_slot_a_decode_reads_was_written_or_zeroed(planned):
+    """Would catch a slot behind a row's end that still holds what an earlier owner left.
+
+    Each sequence is played from its first token: what it has opened or written is clean.
+    """
+    plan, block_size = planned
+    for row in plan.rows:
+        clean: set[int] = set()
+        for start, count in [(0, row.start), (row.start, len(row.token_ids))]:
+            if count:
+                batch = flat(make_row(start, count, row.block_table), block_size=block_size)
+                clean.update(batch.attention.slots.tolist())
+                clean.update(
+                    b * block_size + i for b in batch.opened_blocks for i in range(block_size)
+                )
+                read = set(batch.attention.block_tables.flatten().tolist())
+        assert {b * block_size + i for b in read for i in range(block_size)} <= clean

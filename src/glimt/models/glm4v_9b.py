@@ -218,7 +218,6 @@ class Glm4vProcessor:
         named = (self._filler, self._roles["user"], self._roles["observation"])
         self.stop_token_ids = frozenset(stops or named)
         self.sampling_defaults = _sampling_defaults(generation)
-        self.takes_images = config.vision is not None
         self.image_settings = (
             f"glm4v_9b bicubic squash {config.vision and config.vision.image_size}"
         )

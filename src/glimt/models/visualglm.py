@@ -216,7 +216,6 @@ class VisualGlmProcessor:
     sampling_defaults = SamplingDefaults(
         temperature=0.8, top_k=100, top_p=0.4, repetition_penalty=1.2, min_length=100
     )
-    takes_images = True
 
     def __init__(self, folder: Path, config: VisualGlmConfig, tokenizer: Tokenizer) -> None:
         self.config = config

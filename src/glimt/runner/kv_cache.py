@@ -32,10 +32,10 @@ def allocate_kv(
 
 
 def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
-    """Zero blocks that hold values which are not finite, before anyone reuses them."""
+    """Zero blocks, so that reads beyond what is written in them find nothing that is not finite."""
     if not blocks:
         return
+    index = torch.tensor(blocks, device=caches[0].key.device)
     for cache in caches:
-        index = torch.tensor(blocks, device=cache.key.device)
         cache.key.index_fill_(0, index, 0)
         cache.value.index_fill_(0, index, 0)

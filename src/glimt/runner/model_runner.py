@@ -62,6 +62,8 @@ class ModelRunner:
         """Compute a step's tokens. Returns the logits of its sampled rows, in order."""
         block_size = self.caches[0].block_size
         batch = flatten(plan, block_size, self.dtype, self.device.torch_device)
+        # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
+        clear_blocks(self.caches, batch.opened_blocks)
         pictures, image_s = self._pictures(plan)
         self._cut = _cut_pictures(plan, pictures)
         hidden = self.model.embed(batch.token_ids)
@@ -116,7 +118,8 @@ class ModelRunner:
         for group in _groups(images, self.tower_patches):
             for image, features in zip(group, self.model.image_features(group), strict=True):
                 ready[image.digest] = features
-                self.features.put(image.digest, features)
+                if features.isfinite().all():  # or the picture's next request would fail as well
+                    self.features.put(image.digest, features)
         spent = time.perf_counter() - began
         self.counters.tower_images += len(images)
         self.counters.tower_s += spent

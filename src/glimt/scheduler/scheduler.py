@@ -244,7 +244,7 @@ def _finish_reason(
     request = sequence.request
     if token.error is not None:
         return "error", None
-    if not request.sampling.ignore_eos and token.token_id in request.stop_token_ids:
+    if token.token_id in request.stop_token_ids:
         return "stop", token.token_id
     if len(sequence.output_ids) >= request.max_tokens:
         return "length", None

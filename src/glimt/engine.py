@@ -156,22 +156,16 @@ class Engine:
         return [output for row in plan.rows for output in self._run(StepPlan((row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
-        """Tell the scheduler what only the text showed: stop strings; clean up after errors."""
-        sampled = zip(plan.sampled_rows, outputs, strict=True)
-        for row, output in sampled:
+        """Tell the scheduler what only the text showed: stop strings."""
+        for row, output in zip(plan.sampled_rows, outputs, strict=True):
             if output.finish_reason and self.scheduler.is_open(row.sequence_id):
                 self.scheduler.finish(row.sequence_id)
-            if output.finish_reason == "error":
-                self.runner.drop_features([part.image for part in row.images])
-        self.runner.clear_blocks(self.scheduler.take_poisoned())
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The step itself failed: its request ends with an error, the others go on."""
         log.error("a step failed", exc_info=error)
         said = f"the engine failed: {type(error).__name__}: {error}"
-        outputs = [self._end(row.sequence_id, "error", said) for row in plan.rows]
-        self.runner.clear_blocks(self.scheduler.take_poisoned())
-        return outputs
+        return [self._end(row.sequence_id, "error", said) for row in plan.rows]
 
     def _end(self, sequence_id: int, reason: FinishReason, error: str | None = None) -> StepOutput:
         sequence = self.scheduler.finish(sequence_id, is_poisoned=reason == "error")

@@ -73,16 +73,6 @@ class ModelRunner:
         hidden = self.model(hidden, batch.positions, batch.attention, self.caches)
         return StepLogits(self.model.logits(hidden[batch.sampled]), image_s)
 
-    def clear_blocks(self, blocks: Sequence[int]) -> None:
-        """Zero cache blocks whose values are not finite."""
-        clear_blocks(self.caches, blocks)
-
-    def drop_features(self, images: Sequence[ImageInput]) -> None:
-        """Forget pictures whose features are not finite."""
-        for image in images:
-            self.features.drop(image.digest)
-            self._cut.pop(image.digest, None)
-
     def _pictures(self, plan: StepPlan) -> tuple[dict[bytes, Tensor], dict[int, float]]:
         """Features of every picture the step needs, from the cache or the tower."""
         ready: dict[bytes, Tensor] = {}

@@ -38,7 +38,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
         self._next_id = 0
-        self._poisoned: list[int] = []
 
     # --- requests come and go ---
 
@@ -75,17 +74,10 @@ class Scheduler:
         queue = self.running if sequence in self.running else self.waiting
         queue.remove(sequence)
         if is_poisoned:
-            self._poisoned += sequence.block_table
             for block in sequence.block_table:
                 self.pool.forget(block)
         self._free(sequence)
         return sequence
-
-    def take_poisoned(self) -> list[int]:
-        """Blocks nobody holds whose values are not finite; the caller must zero them now."""
-        blocks = [block for block in self._poisoned if self.pool.ref_count(block) == 0]
-        self._poisoned = []
-        return blocks
 
     # --- one step ---
 

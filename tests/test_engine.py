@@ -291,7 +291,7 @@ def test_an_abort_does_not_change_the_others(
 def test_what_can_never_fit_is_refused_with_the_numbers(folder: Path) -> None:
     """Catches a request that waits for ever, or one that is cut in silence."""
     engine = make_engine(folder, num_blocks=4)
-    with pytest.raises(PromptTooLong, match=r"prompt is \d+ tokens .* holds 128 tokens"):
+    with pytest.raises(PromptTooLong, match=r"of them 1 picture\).* holds 128 .* raise kv_bytes"):
         engine.prepare_chat(ask("图" * 200, picture(1)), GREEDY)
     with pytest.raises(PromptTooLong, match=r"max_tokens: is 500 but only \d+ fit") as caught:
         engine.prepare_chat(ask("图"), replace(GREEDY, max_tokens=500))
@@ -309,6 +309,8 @@ def test_positions_run_out_separately_from_the_cache(folders: dict[str, Path]) -
     request = engine.prepare_chat(ask("图", *pictures), SamplingParams())
     assert len(request.prompt.token_ids) > 1024 > int(request.prompt.positions.max())
     assert request.max_tokens == 1024 - request.prompt.decode_start[0]
+    with pytest.raises(PromptTooLong, match="knows no more positions"):
+        engine.prepare_chat(ask("图", *pictures), SamplingParams(max_tokens=1000))
 
 
 def test_nan_logits_end_one_request_with_an_error(folder: Path) -> None:

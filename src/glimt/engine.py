@@ -63,11 +63,7 @@ class Engine:
         self.config = _fitted_config(config, opened)
         self.opened = opened
         num_blocks = _num_blocks(self.config, opened)
-        limits = RequestLimits(
-            max_model_len=min(opened.max_model_len, num_blocks * config.block_size),
-            max_positions=opened.config.max_positions,
-            vocab_size=opened.config.vocab_size,
-        )
+        limits = _request_limits(opened, num_blocks * config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
         self.runner = _build_runner(self.config, opened, num_blocks)
@@ -195,6 +191,18 @@ def _fitted_config(config: EngineConfig, opened: OpenedModel) -> EngineConfig:
         return config
     log.info("max_num_batched_tokens raised to %d: prompts of this family run whole", least)
     return replace(config, max_num_batched_tokens=least)
+
+
+def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
+    """One sequence must fit the whole cache alone, or it could wait for ever."""
+    is_cache_short = cache_tokens < opened.max_model_len
+    more = "kv_bytes or num_blocks" if is_cache_short else "max_model_len (--max-model-len)"
+    return RequestLimits(
+        max_model_len=min(opened.max_model_len, cache_tokens),
+        max_positions=opened.config.max_positions,
+        vocab_size=opened.config.vocab_size,
+        advice=f"shorten the conversation, ask for fewer tokens, or raise {more}",
+    )
 
 
 _MAX_DEFAULT_KV_BYTES = 8 * 2**30

@@ -21,7 +21,7 @@ from glimt.models.base import (
     ModelFamily,
     Processor,
     find_family,
-    read_json,
+    read_model_config,
 )
 from glimt.weights import load_weights
 
@@ -56,7 +56,7 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     Raises ConfigError or CheckpointError, each listing everything it found.
     """
     folder = _model_folder(engine.model)
-    raw = read_json(folder / "config.json")
+    raw = read_model_config(folder)
     where = str(folder / "config.json")
     family = find_family(raw, where)
     config = family.config.from_json(raw, where)

@@ -13,7 +13,7 @@ import torch
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError
-from glimt.models.base import BuildContext, FamilyConfig, Model, find_family, read_json
+from glimt.models.base import BuildContext, FamilyConfig, Model, find_family, read_model_config
 from glimt.weights import LoadPlan, plan_weights
 
 GroupName = Literal["language", "vision", "other"]
@@ -67,7 +67,7 @@ def describe(folder: Path) -> CheckpointSummary:
     Raises ConfigError if config.json is missing, wrong or of no family that is known; what is
     wrong with the weights is listed in `problems` instead.
     """
-    raw = read_json(folder / "config.json")
+    raw = read_model_config(folder)
     family = find_family(raw, str(folder))
     config = family.config.from_json(raw, str(folder))
     context = BuildContext(open_device("cpu"), torch.float32, config.max_positions)

@@ -23,11 +23,18 @@ class RequestLimits:
 
     max_model_len: cache slots of one sequence, in tokens with pictures expanded
     max_positions: rotary positions that exist
+    advice: what gives longer sequences a place, where positions are not the limit
     """
 
     max_model_len: int
     max_positions: int
     vocab_size: int
+    advice: str
+
+
+_NO_POSITIONS = (
+    "shorten the conversation or ask for fewer tokens: the model knows no more positions"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,18 +106,17 @@ class RequestFactory:
 
     def _check_fit(self, prompt: EncodedPrompt, sampling: SamplingParams) -> int:
         """How many tokens may be generated. Raises PromptTooLong, with the numbers."""
-        num_prompt = len(prompt.token_ids)
-        room = min(self.limits.max_model_len - num_prompt, self._position_room(prompt))
-        if num_prompt == 0:
+        cache_room = self.limits.max_model_len - len(prompt.token_ids)
+        position_room = self._position_room(prompt)
+        room = min(cache_room, position_room)
+        advice = _NO_POSITIONS if position_room <= cache_room else self.limits.advice
+        if not prompt.token_ids:
             raise RequestError("prompt", "is empty")
         if room < 1:
-            raise PromptTooLong("prompt", f"{self._describe(prompt)}; {self._advice()}")
+            raise PromptTooLong("prompt", f"{self._describe(prompt)}; {advice}")
         if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise PromptTooLong(
-                "max_tokens",
-                f"is {sampling.max_tokens} but only {room} fit: {self._describe(prompt)}; "
-                f"{self._advice()}",
-            )
+            said = f"is {sampling.max_tokens} but only {room} fit: {self._describe(prompt)}"
+            raise PromptTooLong("max_tokens", f"{said}; {advice}")
         return sampling.max_tokens or room
 
     def _position_room(self, prompt: EncodedPrompt) -> int:
@@ -124,16 +130,14 @@ class RequestFactory:
         return min(rooms, default=self.limits.max_positions) if is_inside else 0
 
     def _describe(self, prompt: EncodedPrompt) -> str:
-        pictures = sum(span.length for span in prompt.spans)
+        tokens = sum(span.length for span in prompt.spans)
+        count = len(prompt.spans)
+        of_pictures = f" ({tokens} of them {count} picture{'s' * (count > 1)})" if count else ""
         return (
-            f"the prompt is {len(prompt.token_ids)} tokens ({pictures} of them "
-            f"{len(prompt.spans)} pictures) and reaches position "
+            f"the prompt is {len(prompt.token_ids)} tokens{of_pictures} and reaches position "
             f"{int(prompt.positions.max(initial=0))}, but the context holds "
             f"{self.limits.max_model_len} tokens and {self.limits.max_positions} positions"
         )
-
-    def _advice(self) -> str:
-        return "shorten the conversation, ask for fewer tokens, or raise --max-model-len"
 
     def _request(
         self,

@@ -241,6 +241,14 @@ def all_families() -> tuple[ModelFamily[Any], ...]:
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json. Raises ConfigError; names VisualGLM's other weight form."""
+    if not (folder / "config.json").exists() and (folder / "model_config.json").exists():
+        said = "holds VisualGLM's SAT form (model_config.json); make the hub form of it first: "
+        raise ConfigError(str(folder), [f"{said}glimt convert"])
+    return read_json(folder / "config.json")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ConfigError naming the file."""
     try:

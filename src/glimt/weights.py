@@ -70,6 +70,17 @@ def checkpoint_shapes(model: Model) -> dict[str, Shape]:
     }
 
 
+def checkpoint_names(model: Model) -> dict[str, str]:
+    """Parameter name -> its name in a checkpoint, for writing one.
+
+    Only for tables that rename: a line that converts cannot be turned round.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    steps = _expand(model.weight_table, shapes)
+    assert all(step.line.convert is None for step in steps), "this family's layout is converted"
+    return {step.targets[0]: step.sources[0] for step in steps}
+
+
 def _expand(table: WeightTable, parameters: Collection[str]) -> list[LoadStep]:
     """Every line once for each number with which its first target is a parameter."""
     steps = [step for line in table.weights for step in _expand_line(line, parameters)]

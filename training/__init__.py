@@ -1,0 +1,1 @@
+"""How the two demo models were made: their data, their training, their tests."""

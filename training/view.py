@@ -1,0 +1,164 @@
+"""A training view of the engine's own models: the same modules and parameters, without a cache.
+
+Attention over paged caches cannot be differentiated, so TrainingDevice computes it over padded
+rows instead; everything else of a model runs as it is served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glimt.devices.base import AttentionBatch, KVCache
+from glimt.devices.cpu import CpuDevice
+from glimt.models.base import BuildContext, Model, ModelFamily
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedRows:
+    """Rows of equal length, padded at the end; stands where the engine passes its AttentionBatch.
+
+    mask: [num_rows, 1, length, length], true where a query may look; None means causal
+    slots: where the engine would store keys and values; nothing is stored here
+    """
+
+    num_rows: int
+    length: int
+    mask: Tensor | None
+    slots: None = None
+
+
+class TrainingDevice(CpuDevice):
+    """Differentiable attention over PaddedRows; keeps no cache."""
+
+    name = "training"
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Nothing is cached."""
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scale: float,
+    ) -> Tensor:
+        """query: [num_rows * length, num_heads, head_dim] -> the same."""
+        rows: Any = batch
+        q, k, v = (
+            x.unflatten(0, (rows.num_rows, rows.length)).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        group = q.shape[1] // k.shape[1]
+        q, v = q.to(v.dtype), v.repeat_interleave(group, 1)  # rotation may have widened q and k
+        k = k.to(v.dtype).repeat_interleave(group, 1)
+        mask = _causal(rows.length) if rows.mask is None else rows.mask
+        return _attend(q, k, v, scale, mask).transpose(1, 2).flatten(0, 1)
+
+    def varlen_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: Sequence[int],
+        key_starts: Sequence[int],
+        scale: float,
+    ) -> Tensor:
+        """All pictures are of one size here, so that they are one batch."""
+        count = len(query_starts) - 1
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value))
+        return _attend(q, k, v, scale, None).transpose(1, 2).flatten(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """[…, heads, queries, head_dim] over […, heads, keys, head_dim]; mask true where to look.
+
+    Written out: for rows this short, the backward pass of torch's fused attention took 44 % of a
+    training step.
+    """
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """One batch of conversations, padded to one length.
+
+    token_ids: [num_rows, length] int64
+    positions: [channels, num_rows, length] int64
+    labels:    [num_rows, length] int64, the next token where it is learnt, else -100
+    mask:      as in PaddedRows
+    pixels:    [num_images, 3, height, width] float32, normalised
+    places:    [num_rows, length] int64: the row of all pictures' features that stands there, or -1
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    pixels: Tensor | None
+    places: Tensor
+
+
+class _NoCache:
+    """Stands for a layer's cache, which training does not have."""
+
+
+def build(family: ModelFamily[Any], raw: dict[str, Any], max_positions: int) -> Model:
+    """A family's model in float32 with fresh weights that can be trained."""
+    config = family.config.from_json(raw, "config.json")
+    context = BuildContext(TrainingDevice(), torch.float32, max_positions)
+    model = family.build(config, context)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        fresh = nn.Parameter(_initial(name, tuple(parameter.shape), model.num_layers))
+        setattr(model.get_submodule(owner), attribute, fresh)
+    return model
+
+
+def _initial(name: str, shape: tuple[int, ...], num_layers: int) -> Tensor:
+    """Gains 1, biases 0, tables 0.02, matrices 1/sqrt(fan-in), smaller where a branch ends."""
+    if len(shape) == 1:
+        return (
+            torch.ones(shape) if "norm" in name and name.endswith("weight") else torch.zeros(shape)
+        )
+    if "embedding" in name or "position" in name or "cls" in name or "head" in name:
+        return torch.randn(shape) * 0.02
+    if "queries" in name or name.endswith(("begin", "end")):
+        return torch.randn(shape) * 0.5
+    ends_branch = name.endswith(("dense.weight", "down.weight"))
+    scale = 1 / math.sqrt(2 * num_layers) if ends_branch else 1.0
+    return torch.randn(shape) * scale / math.sqrt(math.prod(shape[1:]))
+
+
+def forward(model: Model, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits and labels of the learnt tokens [num_learnt, vocab_size], [num_learnt], and the
+    pictures' features [num_images, num_tokens, hidden_size].
+    """
+    num_rows, length = rows.token_ids.shape
+    hidden = model.embed(rows.token_ids.flatten())
+    features = None
+    if rows.pixels is not None:
+        features = model.encode_pixels(rows.pixels)  # type: ignore[operator]
+        at = rows.places.flatten()
+        placed = features.flatten(0, 1)[at.clamp(min=0)].to(hidden.dtype)
+        hidden = torch.where((at >= 0)[:, None], placed, hidden)
+    batch: Any = PaddedRows(num_rows, length, rows.mask)
+    caches: Any = [_NoCache()] * model.num_layers
+    hidden = model(hidden, rows.positions.flatten(1), batch, caches)
+    labels = rows.labels.flatten()
+    learnt = labels >= 0
+    return model.logits(hidden[learnt]), labels[learnt], features

@@ -111,6 +111,8 @@ def test_an_absent_rope_ratio_is_one() -> None:
         ("glm4v_9b", {"rmsnorm": False}, "rmsnorm is False; only True is supported"),
         ("glm4v_9b", {"multi_query_group_num": 3}, "num_attention_heads is 4"),
         ("glm4v_9b", {"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
+        ("glm4v_9b", {"eos_token_id": ["x", None]}, "eos_token_id is ['x', None]"),
+        ("glm4v_9b", {"eos_token_id": True}, "eos_token_id is True"),
         ("visualglm", {"quantization_bit": 4}, "quantization_bit is 4; only 0 is supported"),
         ("visualglm", {"image_length": 16}, "image_length is 16; only 32 is supported"),
         ("visualglm", {"position_encoding_2d": False}, "position_encoding_2d is False"),

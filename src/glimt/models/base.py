@@ -343,6 +343,15 @@ class ConfigReader:
         self._problem(name, said)
         return (False,) * count
 
+    def ids(self, name: str) -> tuple[int, ...]:
+        """One token id or a list of them; none when absent."""
+        value = self.raw.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            self._problem(name, f"is {value!r}; a token id or a list of them is needed")
+            return ()
+        return tuple(ids)
+
     def dtype(self) -> str:
         """torch_dtype (or dtype), float32 when absent."""
         value = self.raw.get("torch_dtype", self.raw.get("dtype", "float32"))

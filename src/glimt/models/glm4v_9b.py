@@ -131,7 +131,7 @@ class Glm4vConfig:
             rope_ratio=r.number("rope_ratio", default=1.0),
             seq_length=r.integer("seq_length"),
             torch_dtype=r.dtype(),
-            eos_token_ids=_read_ids(raw.get("eos_token_id")),
+            eos_token_ids=r.ids("eos_token_id"),
             boi_token_id=r.integer("boi_token_id", low=0) if vision else -1,
             eoi_token_id=r.integer("eoi_token_id", low=0) if vision else -1,
             vision=vision,
@@ -151,11 +151,6 @@ _ONLY: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pre_seq_len": None,
 }
-
-
-def _read_ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [value]
-    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
 
 
 def _read_vision(r: ConfigReader) -> VisionConfig:
@@ -213,11 +208,12 @@ class Glm4vProcessor:
         self._newline = tokenizer.encode("\n")
         self._filler = special_id(ids, "<|endoftext|>")
         self._check_image_ids(folder)
-        generation = _generation_config(folder)
-        stops = config.eos_token_ids or _read_ids(generation.get("eos_token_id"))
+        generation = ConfigReader(_generation_config(folder), "generation_config.json")
+        stops = config.eos_token_ids or generation.ids("eos_token_id")
         named = (self._filler, self._roles["user"], self._roles["observation"])
         self.stop_token_ids = frozenset(stops or named)
         self.sampling_defaults = _sampling_defaults(generation)
+        generation.check()
         self.image_settings = (
             f"glm4v_9b bicubic squash {config.vision and config.vision.image_size}"
         )
@@ -326,17 +322,14 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+def _sampling_defaults(r: ConfigReader) -> SamplingDefaults:
     """Temperature 0.8 and top-p 0.8 are the original chat()'s own, used when the file is absent."""
-    r = ConfigReader(generation, "generation_config.json")
-    defaults = SamplingDefaults(
+    return SamplingDefaults(
         temperature=r.number("temperature", default=0.8) if r.flag("do_sample", True) else 0.0,
         top_p=r.number("top_p", default=0.8),
         top_k=r.integer("top_k", low=0, default=0),
         repetition_penalty=r.number("repetition_penalty", default=1.0),
     )
-    r.check()
-    return defaults
 
 
 # --- tower and adapter -----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from glimt.commands.convert import convert_sat
 from glimt.demo.noise import write_noise_model
 from glimt.devices.base import Device
 from glimt.models import glm4v_9b, visualglm
-from glimt.models.base import ModelFamily
+from glimt.models.base import ConfigReader, ModelFamily
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "glimt"
@@ -302,7 +302,9 @@ def test_the_memory_table_follows_from_the_parameter_counts():
 
 def test_the_sampling_table_is_the_families_own():
     """Catches defaults that changed in the code, or two columns swapped."""
-    defaults = glm4v_9b._sampling_defaults({}), visualglm.VisualGlmProcessor.sampling_defaults
+    empty = ConfigReader({}, "generation_config.json")
+    ours = glm4v_9b._sampling_defaults(empty)
+    defaults = ours, visualglm.VisualGlmProcessor.sampling_defaults
     assert table_row(README, "temperature") == [str(d.temperature) for d in defaults]
     assert table_row(README, "top-p") == [str(d.top_p) for d in defaults]
     assert table_row(README, "top-k") == [str(d.top_k or "all") for d in defaults]

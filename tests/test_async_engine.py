@@ -14,6 +14,7 @@ from glimt.demo.noise import write_noise_model
 
 GREEDY = glimt.SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 ENDLESS = glimt.SamplingParams(temperature=0, ignore_eos=True)
+FAR_FROM_ITS_END = 900  # tokens; ENDLESS ends by itself after about 1,000
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def test_leaving_a_stream_aborts_its_request(engine: glimt.AsyncEngine) -> None:
         await until_quiet(engine)
 
     asyncio.run(main())
+    assert engine.stats().decode_tokens < FAR_FROM_ITS_END
 
 
 def test_a_cancelled_caller_aborts_its_request(engine: glimt.AsyncEngine) -> None:
@@ -87,13 +89,15 @@ def test_a_cancelled_caller_aborts_its_request(engine: glimt.AsyncEngine) -> Non
 
     async def main() -> None:
         task = asyncio.create_task(engine.chat(ask("你好"), ENDLESS))
-        await asyncio.sleep(0.05)
+        while not engine.stats().num_running:
+            await asyncio.sleep(0.002)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until_quiet(engine)
 
     asyncio.run(main())
+    assert engine.stats().decode_tokens < FAR_FROM_ITS_END
 
 
 def test_an_abort_by_id_ends_the_stream_with_that_reason(engine: glimt.AsyncEngine) -> None:

@@ -20,7 +20,7 @@ from glimt.errors import PromptTooLong, RequestError
 from glimt.inputs.request import RequestOptions
 from glimt.loader import open_model
 from glimt.outputs.assembler import OutputAssembler
-from glimt.types import Request, RequestOutput, SamplingParams
+from glimt.types import ImageSpan, Request, RequestOutput, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -306,6 +306,9 @@ def test_positions_run_out_separately_from_the_cache(folders: dict[str, Path]) -
     """Catches a limit on expanded tokens where the original's limit is on positions."""
     engine = make_engine(folders["glm4v_9b"], max_model_len=4096, num_blocks=200)
     pictures = [picture(i) for i in range(60)]
+    for count in (1200, 5000):  # with and without room in the cache
+        with pytest.raises(PromptTooLong, match="knows no more positions"):
+            engine.prepare_text("图 " * count, SamplingParams(max_tokens=1))
     request = engine.prepare_chat(ask("图", *pictures), SamplingParams())
     assert len(request.prompt.token_ids) > 1024 > int(request.prompt.positions.max())
     assert request.max_tokens == 1024 - request.prompt.decode_start[0]
@@ -453,6 +456,66 @@ def test_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(RequestError, match="is not between 0 and"):
             engine.prepare_chat(ask("a"), sampling)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", 5),
+        ("stop", [b"x"]),
+        ("stop", [""]),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", [True]),
+        ("logit_bias", [1]),
+        ("logit_bias", {65: None}),
+        ("logit_bias", {65: float("nan")}),
+        ("ignore_eos", "no"),
+        ("temperature", "1"),
+        ("top_k", 1.5),
+    ],
+)
+def test_sampling_values_of_the_wrong_kind_are_refused_by_name(field: str, value: Any) -> None:
+    """Catches a TypeError, or a value that fails only once the request runs."""
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.field.startswith(field)
+
+
+def test_one_stop_string_is_one_and_none_is_none() -> None:
+    """Catches stop="END" read as three stop strings of one letter, in silence."""
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=[3]).stop_token_ids == (3,)
+    empty: Any = None
+    sampling = SamplingParams(stop=empty, stop_token_ids=empty, logit_bias=empty)
+    assert (sampling.stop, sampling.stop_token_ids, sampling.logit_bias) == ((), (), {})
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 2048])
+def test_a_picture_spread_over_several_spans_is_whole(folders: dict[str, Path], chunk: int) -> None:
+    """Catches a second span that repeats the first one's rows, or shares its cached blocks."""
+    engine = make_engine(folders["glm4v_9b"], max_num_batched_tokens=chunk, block_size=4)
+    request = engine.prepare_chat(ask("这是什么？", picture(1)), GREEDY)
+    (span,) = request.prompt.spans
+    halves = (
+        ImageSpan(span.start, 7, 0),
+        ImageSpan(span.start + 7, span.length - 7, 0, feature_start=7),
+    )
+    split = replace(request, request_id="split", prompt=replace(request.prompt, spans=halves))
+    swapped = (
+        ImageSpan(span.start, 7, 0, feature_start=11),
+        ImageSpan(span.start + 7, span.length - 7, 0, feature_start=0),
+    )
+    other = replace(request, request_id="other", prompt=replace(request.prompt, spans=swapped))
+    asked = [replace(r, sampling=replace(r.sampling, logprobs=0)) for r in (request, split, other)]
+    outputs = [run_one(engine, r) for r in asked]
+    assert outputs[1].token_ids == outputs[0].token_ids
+    assert engine.stats().tower_images == 1
+    cold = make_engine(folders["glm4v_9b"], enable_prefix_cache=False)
+    alone = run_one(cold, asked[2])
+    assert outputs[2].token_ids == alone.token_ids
+    first = [o.completions[0].logprobs[0].logprob for o in (outputs[0], outputs[2])]
+    assert abs(first[0] - first[1]) > 1e-4
 
 
 def test_an_id_in_use_is_refused(folder: Path) -> None:

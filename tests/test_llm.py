@@ -118,6 +118,17 @@ def test_an_invalid_conversation_of_a_batch_is_told_before_anything_runs(llm: gl
     assert llm.stats().prefill_tokens == before
 
 
+@pytest.mark.parametrize("wrong", [None, {"role": "user"}, iter([]), b"x", 5])
+def test_arguments_of_the_wrong_kind_are_refused_by_name(llm: glimt.LLM, wrong: Any) -> None:
+    """Catches a KeyError or a TypeError from somewhere inside."""
+    with pytest.raises(glimt.RequestError, match="messages"):
+        llm.chat(wrong, GREEDY)
+    with pytest.raises(glimt.RequestError, match="prompt"):
+        llm.generate(wrong, GREEDY)
+    with pytest.raises(glimt.RequestError, match="prompt"):
+        llm.generate([wrong], GREEDY)
+
+
 def test_an_unknown_option_is_an_error() -> None:
     """Catches a typo in an engine option that is swallowed."""
     with pytest.raises(TypeError, match="max_model_length"):

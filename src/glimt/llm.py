@@ -70,6 +70,7 @@ class LLM:
         invalid. A request that fails while running finishes with reason "error" instead.
         """
         options = options or RequestOptions()
+        _check_sequence("messages", messages, "messages, or of conversations")
         if _is_conversation(messages):
             one = _one(sampling)
             return self._run([self.engine.prepare_chat(messages, one, options)])[0]
@@ -107,6 +108,7 @@ class LLM:
         Raises RequestError as `chat` does.
         """
         options = options or RequestOptions()
+        _check_sequence("prompt", prompts, "texts")
         if isinstance(prompts, str):
             return self._run([self.engine.prepare_text(prompts, _one(sampling), options)])[0]
         pairs = zip(prompts, _spread(sampling, len(prompts)), strict=True)
@@ -163,6 +165,11 @@ class LLM:
             for output in self.engine.step():
                 self._inboxes[output.request_id].append(output)
         return inbox.popleft()
+
+
+def _check_sequence(field: str, value: Any, what: str) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
+        raise RequestError(field, f"must be a list of {what}, not a {type(value).__name__}")
 
 
 def _is_conversation(messages: Conversation | Sequence[Conversation]) -> TypeGuard[Conversation]:

@@ -7,8 +7,10 @@ Every row of a step goes through the same stages, in this order:
     temperature > top-k > top-p > min-p > one draw                                on sorted scores
 
 Promises:
-- A row's token depends on that row alone: not on its neighbours, its place in the batch, or how
-  often the sequence was preempted. The random number is a function of (seed, output length).
+- A row's token depends on that row's logits alone: not on its neighbours, its place in the batch,
+  or how often the sequence was preempted. The random number is a function of (seed, output length).
+  (The logits themselves may differ in their last bits between batches; two tokens that almost tie
+  can then change places, and with them what a draw between them gives.)
 - Temperature 0 and top_k 1 choose the largest score; of equal scores, the lowest id.
 - The kept tokens never depend on `num_candidates`, which only sets how soon the answer is found.
 

@@ -84,8 +84,8 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None  # None: up to the end of the context
     min_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] | str = ()  # kept as a tuple; one text is one stop string
+    stop_token_ids: Sequence[int] = ()  # kept as a tuple
     ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
     n: int = 1
@@ -103,16 +103,28 @@ class SamplingParams:
         _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, integer=True)
         _check_range("logprobs", self.logprobs, 0, _MAX_TOP_LOGPROBS, integer=True)
         _check_range("n", self.n, 1, _MAX_N, integer=True)
-        for token_id, bias in self.logit_bias.items():
-            _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        self._check_logit_bias()
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
+        object.__setattr__(self, "stop_token_ids", ids)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", f"must be true or false, not {self.ignore_eos!r}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(
                 "min_tokens", f"is {self.min_tokens} but max_tokens is {self.max_tokens}"
             )
         if len(self.stop) > _MAX_STOP_STRINGS:
             raise RequestError("stop", f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS}")
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        if "" in self.stop:
             raise RequestError("stop", "every stop string must be a text of at least 1 character")
+
+    def _check_logit_bias(self) -> None:
+        given: Any = self.logit_bias
+        object.__setattr__(self, "logit_bias", {} if given is None else given)
+        if not isinstance(given, (Mapping, type(None))):
+            raise RequestError("logit_bias", f"must map token ids to biases, not {given!r}")
+        for token_id, bias in self.logit_bias.items():
+            _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, optional=False)
 
     def with_defaults(self, defaults: SamplingDefaults, prompt_tokens: int) -> SamplingParams:
         """Fill every None but seed, max_tokens and logprobs from the family's defaults.
@@ -156,17 +168,29 @@ def _check_range(
     *,
     integer: bool = False,
     open_low: bool = False,
+    optional: bool = True,
 ) -> None:
-    if value is None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise RequestError(
             name, f"must be {'an integer' if integer else 'a number'}, not {value!r}"
         )
+    assert value is not None
     below = value <= low if open_low else value < low
     if math.isnan(value) or below or value > high:
         sign = "above" if open_low else "at least"
         raise RequestError(name, f"is {value}; it must be {sign} {low} and at most {high}")
+
+
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """One or many of a kind as a tuple; none for None. Raises RequestError for anything else."""
+    values = () if value is None else (value,) if isinstance(value, (str, kind)) else value
+    is_many = isinstance(values, Sequence) and not isinstance(values, (bytes, bytearray))
+    if not is_many or any(not isinstance(v, kind) or isinstance(v, bool) for v in values):
+        what = {str: "texts", int: "token ids"}[kind]
+        raise RequestError(name, f"must be a list of {what}, not {value!r}")
+    return tuple(values)
 
 
 # --- what the inputs stage makes of it -------------------------------------------------------
@@ -191,11 +215,16 @@ class ImageInput:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where picture number `image` of a request stands: token_ids[start : start + length]."""
+    """Where a part of picture number `image` stands: token_ids[start : start + length].
+
+    feature_start: the first of the picture's rows that stands there; 0 unless the picture is
+        spread over several spans
+    """
 
     start: int
     length: int
     image: int
+    feature_start: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,7 +233,7 @@ class EncodedPrompt:
 
     token_ids:          one per cache slot; pictures expanded to their full length
     original_token_ids: the same prompt as the original implementation writes it
-    spans:              the pictures' places, in order, not overlapping
+    spans:              the pictures' places, in order, not overlapping; one or several each
     positions:          [channels, len(token_ids)] int64 rotary positions
     decode_start, decode_step: the k-th output token (k = 0, 1, …) stands at rotary position
                         decode_start[c] + k * decode_step[c] in channel c

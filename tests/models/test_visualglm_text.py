@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glimt.errors import RequestError
-from glimt.models.visualglm import VisualGlmProcessor, _rounds
+from glimt.models.visualglm import VisualGlmProcessor, _query, _rounds
 from glimt.types import Message, TextPart
 
 PROCESSOR = object.__new__(VisualGlmProcessor)  # the text rules need neither config nor tokenizer
@@ -57,6 +57,14 @@ def test_plain_words_are_streamed_at_once() -> None:
     """Catches a held-back tail so long that streaming stutters."""
     for raw in ("图片里是一只猫", "a cat on the mat", "第一行\n第二行"):
         assert PROCESSOR.stable_length(raw) == len(raw)
+
+
+def test_the_query_alone_chooses_the_template() -> None:
+    """Catches a Chinese system text, or an earlier question, that makes an English one Chinese."""
+    turns = [("system", "规则"), ("user", "甲"), ("assistant", "乙"), ("user", "What is it?")]
+    messages = [Message(role, (TextPart(text),)) for role, text in turns]  # type: ignore[arg-type]
+    assert _query(messages) == "What is it?"
+    assert _query(messages[:2]) == "甲"
 
 
 def say(*turns: tuple[str, str]) -> list[tuple[str, str]]:

@@ -82,6 +82,8 @@ class RequestFactory:
     def from_text(self, text: str, sampling: SamplingParams, options: RequestOptions) -> Request:
         """Encode a bare text to be continued."""
         arrival_s = time.monotonic()
+        if not isinstance(text, str):
+            raise RequestError("prompt", f"must be a text, not a {type(text).__name__}")
         prompt = self.processor.encode_text(text)
         max_tokens = self._check_fit(prompt, sampling)
         return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
@@ -109,7 +111,8 @@ class RequestFactory:
         cache_room = self.limits.max_model_len - len(prompt.token_ids)
         position_room = self._position_room(prompt)
         room = min(cache_room, position_room)
-        advice = _NO_POSITIONS if position_room <= cache_room else self.limits.advice
+        is_out_of_positions = position_room < 1 or position_room <= cache_room
+        advice = _NO_POSITIONS if is_out_of_positions else self.limits.advice
         if not prompt.token_ids:
             raise RequestError("prompt", "is empty")
         if room < 1:
@@ -131,7 +134,7 @@ class RequestFactory:
 
     def _describe(self, prompt: EncodedPrompt) -> str:
         tokens = sum(span.length for span in prompt.spans)
-        count = len(prompt.spans)
+        count = len({span.image for span in prompt.spans})
         of_pictures = f" ({tokens} of them {count} picture{'s' * (count > 1)})" if count else ""
         return (
             f"the prompt is {len(prompt.token_ids)} tokens{of_pictures} and reaches position "

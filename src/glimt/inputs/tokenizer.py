@@ -339,7 +339,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(_read_file(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(path), [f"is not readable as JSON: {error}"]) from error
     if not isinstance(config, dict):
         raise CheckpointError(str(path), [f"holds a {type(config).__name__}, not an object"])

@@ -255,7 +255,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(str(path.parent), [f"{path.name} is missing"]) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [f"is not readable as JSON: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), [f"holds a {type(raw).__name__}, not an object"])
@@ -337,7 +337,8 @@ class ConfigReader:
     def flags(self, name: str, count: int) -> tuple[bool, ...]:
         """A list of `count` true or false."""
         value = self.raw.get(name)
-        if isinstance(value, list) and len(value) == count and set(value) <= {True, False}:
+        is_flags = isinstance(value, list) and all(isinstance(flag, bool) for flag in value)
+        if isinstance(value, list) and is_flags and len(value) == count:
             return tuple(value)
         said = "is missing" if value is None else f"is {value!r}; {count} flags are needed"
         self._problem(name, said)

@@ -256,7 +256,7 @@ class VisualGlmProcessor:
         """Encode a conversation; pictures stand at the very front, whatever turn showed them."""
         rounds = _rounds(messages)
         if language == "auto":
-            language = "zh" if _CHINESE_QUERY.search(rounds[-1][0]) else "en"
+            language = "zh" if _CHINESE_QUERY.search(_query(messages)) else "en"
         if language not in _TEMPLATES:
             raise RequestError("language", f"is {language!r}; choose auto, zh or en")
         return self._encode(_render(rounds, *_TEMPLATES[language]), image_costs)
@@ -292,6 +292,12 @@ class VisualGlmProcessor:
                 break
             length -= cut
         return length
+
+
+def _query(messages: Sequence[Message]) -> str:
+    """What the user asked last; a system text does not choose the template."""
+    asked = (message.text for message in reversed(messages) if message.role != "system")
+    return next(asked, "")
 
 
 def _rounds(messages: Sequence[Message]) -> list[tuple[str, str]]:

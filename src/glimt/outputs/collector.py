@@ -73,7 +73,7 @@ class OutputCollector:
                 self.processor.tokenizer.decoder(),
                 self.processor.finish_text,
                 self.processor.stable_length,
-                request.sampling.stop,
+                tuple(request.sampling.stop),
             )
             for _ in range(request.sampling.n)
         ]

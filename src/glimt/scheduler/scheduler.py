@@ -84,11 +84,8 @@ class Scheduler:
     def plan_step(self) -> StepPlan:
         """Choose the rows of the next step and give them their cache blocks."""
         planned: dict[int, int] = {}
-        preemptions = self.counters.preemptions
         budget = self._plan_running(planned, self.config.max_num_batched_tokens)
-        if self.counters.preemptions == preemptions:
-            # Admitting right after a preemption would only preempt again.
-            self._plan_waiting(planned, budget)
+        self._plan_waiting(planned, budget)
         rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
         return StepPlan(tuple(sorted(rows, key=lambda row: not row.is_decode)))
 

@@ -86,7 +86,8 @@ class Sequence:
             first, last = max(start, span.start), min(stop, span.start + span.length)
             if first < last:
                 image = self.request.images[span.image]
-                slices.append(ImageSlice(image, first - start, first - span.start, last - first))
+                row = span.feature_start + first - span.start
+                slices.append(ImageSlice(image, first - start, row, last - first))
         return tuple(slices)
 
     # --- block hashes ---
@@ -112,8 +113,8 @@ class Sequence:
         parts = b""
         for span in self.request.prompt.spans:
             if span.start < stop and span.start + span.length > start:
-                offset = (span.start - start).to_bytes(8, "little", signed=True)
-                parts += offset + self.request.images[span.image].digest
+                places = array("q", (span.start - start, span.feature_start)).tobytes()
+                parts += places + self.request.images[span.image].digest
         return parts
 
     def _root_hash(self) -> bytes:

@@ -5,16 +5,30 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from glimt.models.base import CLIP_MEAN, CLIP_STD, Processor, normalise
+from glimt.models.base import Processor
 from glimt.types import EncodedPrompt, ImagePart, Message, TextPart
 from training.data.sample import Exchange, Sample
-from training.view import Rows
+from training.view import Batch, Pictures, Rows
+
+_LENGTH_STEP = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A picture of the tower's size, [height, width, 3] uint8, and a sample's truth about it.
+
+    layout: [num_patches] int64, -1 where it is not known
+    """
+
+    pixels: np.ndarray
+    garment: int
+    layout: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +41,7 @@ class EncodedRow:
     context: int
     image_start: int
     image_length: int
-    pixels: Tensor | None
+    picture: Picture | None
 
 
 def choose_turns(sample: Sample, rng: random.Random, max_turns: int) -> list[Exchange]:
@@ -97,9 +111,6 @@ def _row(
     learnt: list[bool],
 ) -> EncodedRow:
     span = prompt.spans[0] if prompt.spans else None
-    pixels = None
-    if sample.image is not None:
-        pixels = normalise(processor.prepare_image(sample.image, b"").pixels, CLIP_MEAN, CLIP_STD)
     return EncodedRow(
         token_ids=ids,
         learnt=learnt,
@@ -107,32 +118,59 @@ def _row(
         context=prompt.bidirectional_len,
         image_start=span.start if span else 0,
         image_length=span.length if span else 0,
-        pixels=pixels,
+        picture=encode_picture(processor, sample),
     )
 
 
-def collate(rows: Sequence[EncodedRow], is_causal: bool) -> Rows:
-    """Pad rows at the end to the longest of them."""
-    length = max(len(row.token_ids) for row in rows)
+def encode_picture(processor: Processor, sample: Sample) -> Picture | None:
+    """A sample's picture as the tower will see it; a patch is what its middle is."""
+    if sample.image is None:
+        return None
+    prepared = processor.prepare_image(sample.image, b"")
+    rows, columns = prepared.grid
+    layout = np.full(rows * columns, -1)
+    if sample.layout is not None:
+        small = sample.layout.resize((columns, rows), Image.Resampling.NEAREST)
+        layout = np.asarray(small, dtype=np.int64).flatten()
+    return Picture(prepared.pixels, sample.label, layout)
+
+
+def stack(pictures: Sequence[Picture]) -> Pictures | None:
+    """None of no pictures."""
+    if not pictures:
+        return None
+    return Pictures(
+        torch.from_numpy(np.stack([picture.pixels for picture in pictures])),
+        torch.tensor([picture.garment for picture in pictures]),
+        torch.from_numpy(np.stack([picture.layout for picture in pictures])),
+    )
+
+
+def collate(rows: Sequence[EncodedRow], is_causal: bool, more: Sequence[Picture] = ()) -> Batch:
+    """Pad rows at the end to the longest of them; few lengths make torch keep few plans of work.
+
+    more: pictures that no row shows
+    """
+    length = -(-max(len(row.token_ids) for row in rows) // _LENGTH_STEP) * _LENGTH_STEP
     count, channels = len(rows), rows[0].positions.shape[0]
     ids = torch.zeros(count, length, dtype=torch.int64)
     labels = torch.full((count, length), -100)
     places = torch.full((count, length), -1)
     positions = torch.zeros(channels, count, length, dtype=torch.int64)
-    pictures = [row for row in rows if row.pixels is not None]
-    first = dict(zip(map(id, pictures), range(len(pictures)), strict=True))
+    pictures: list[Picture] = []
     for i, row in enumerate(rows):
         n = len(row.token_ids)
         ids[i, :n] = torch.tensor(row.token_ids)
         positions[:, i, :n] = torch.from_numpy(np.ascontiguousarray(row.positions))
         targets = torch.where(torch.tensor(row.learnt), ids[i, :n], -100)
         labels[i, : n - 1] = targets[1:]
-        if row.pixels is not None:
-            start = first[id(row)] * row.image_length
+        if row.picture is not None:
+            start = len(pictures) * row.image_length
             stop = row.image_start + row.image_length
             places[i, row.image_start : stop] = torch.arange(start, start + row.image_length)
-    pixels: Any = torch.stack([row.pixels for row in pictures]) if pictures else None  # type: ignore[misc]
-    return Rows(ids, positions, labels, _mask(rows, length, is_causal), pixels, places)
+            pictures.append(row.picture)
+    padded = Rows(ids, positions, labels, _mask(rows, length, is_causal), places)
+    return Batch(padded, stack([*pictures, *more]))
 
 
 def _mask(rows: Sequence[EncodedRow], length: int, is_causal: bool) -> Tensor | None:

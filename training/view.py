@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from glimt.devices.base import AttentionBatch, KVCache
 from glimt.devices.cpu import CpuDevice
-from glimt.models.base import BuildContext, Model, ModelFamily
+from glimt.models.base import CLIP_MEAN, CLIP_STD, BuildContext, Model, ModelFamily
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ class TrainingDevice(CpuDevice):
         group = q.shape[1] // k.shape[1]
         q, v = q.to(v.dtype), v.repeat_interleave(group, 1)  # rotation may have widened q and k
         k = k.to(v.dtype).repeat_interleave(group, 1)
-        mask = _causal(rows.length) if rows.mask is None else rows.mask
+        mask = _causal(rows.length, query.device) if rows.mask is None else rows.mask
         return _attend(q, k, v, scale, mask).transpose(1, 2).flatten(0, 1)
 
     def varlen_attention(
@@ -89,19 +89,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def _causal(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).tril()
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """One batch of conversations, padded to one length.
+    """Conversations, padded to one length.
 
     token_ids: [num_rows, length] int64
     positions: [channels, num_rows, length] int64
     labels:    [num_rows, length] int64, the next token where it is learnt, else -100
     mask:      as in PaddedRows
-    pixels:    [num_images, 3, height, width] float32, normalised
     places:    [num_rows, length] int64: the row of all pictures' features that stands there, or -1
     """
 
@@ -109,22 +108,72 @@ class Rows:
     positions: Tensor
     labels: Tensor
     mask: Tensor | None
-    pixels: Tensor | None
     places: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pictures:
+    """Pictures and what is known of them.
+
+    pixels:   [num_images, height, width, 3] uint8
+    garments: [num_images] int64, which garment; -1 where there is none
+    layouts:  [num_images, num_patches] int64, what is where (training.data.layout); -1: not known
+    """
+
+    pixels: Tensor
+    garments: Tensor
+    layouts: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one step trains on.
+
+    rows:     None while the tower is trained alone
+    pictures: those of the rows come first; None where no row has one
+    """
+
+    rows: Rows | None
+    pictures: Pictures | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(
+            self.rows and _moved(self.rows, device), self.pictures and _moved(self.pictures, device)
+        )
+
+
+Held = TypeVar("Held", Rows, Pictures)
+
+
+def _moved(tensors: Held, device: torch.device) -> Held:
+    values = {field.name: getattr(tensors, field.name) for field in fields(tensors)}
+    moved: dict[str, Any] = {k: x if x is None else x.to(device) for k, x in values.items()}
+    return type(tensors)(**moved)
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    """[num_images, height, width, 3] uint8 -> [num_images, 3, height, width] float32."""
+    mean, std = (torch.tensor(x, device=pixels.device) for x in (CLIP_MEAN, CLIP_STD))
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class _NoCache:
     """Stands for a layer's cache, which training does not have."""
 
 
-def build(family: ModelFamily[Any], raw: dict[str, Any], max_positions: int) -> Model:
-    """A family's model in float32 with fresh weights that can be trained."""
+def build(
+    family: ModelFamily[Any], raw: dict[str, Any], max_positions: int, torch_device: str = "cpu"
+) -> Model:
+    """A family's model in float32 with fresh weights that can be trained; the same everywhere."""
     config = family.config.from_json(raw, "config.json")
-    context = BuildContext(TrainingDevice(), torch.float32, max_positions)
+    device = TrainingDevice(torch_device)
+    context = BuildContext(device, torch.float32, max_positions)
     model = family.build(config, context)
     for name, parameter in list(model.named_parameters()):
         owner, _, attribute = name.rpartition(".")
-        fresh = nn.Parameter(_initial(name, tuple(parameter.shape), model.num_layers))
+        initial = _initial(name, tuple(parameter.shape), model.num_layers)
+        fresh = nn.Parameter(initial.to(device.torch_device))
         setattr(model.get_submodule(owner), attribute, fresh)
     return model
 
@@ -144,15 +193,34 @@ def _initial(name: str, shape: tuple[int, ...], num_layers: int) -> Tensor:
     return torch.randn(shape) * scale / math.sqrt(math.prod(shape[1:]))
 
 
-def forward(model: Model, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and labels of the learnt tokens [num_learnt, vocab_size], [num_learnt], and the
-    pictures' features [num_images, num_tokens, hidden_size].
+class Seen(NamedTuple):
+    """What a model makes of pictures.
+
+    features: [num_images, num_tokens, hidden_size], what the language model is given
+    states:   [num_images, num_patches, size], the tower's last, without its class token
     """
+
+    features: Tensor
+    states: Tensor
+
+
+def see(model: Model, pixels: Tensor) -> Seen:
+    """pixels: [num_images, height, width, 3] uint8."""
+    kept: list[Tensor] = []
+    tower: nn.Module = model.tower  # type: ignore[assignment]
+    hook = tower.register_forward_hook(lambda _, __, states: kept.append(states))
+    try:
+        features = model.encode_pixels(_normalised(pixels))  # type: ignore[operator]
+    finally:
+        hook.remove()
+    return Seen(features, kept[0].view(len(pixels), -1, kept[0].shape[-1])[:, 1:])
+
+
+def answer(model: Model, rows: Rows, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the learnt tokens: [num_learnt, vocab_size], [num_learnt]."""
     num_rows, length = rows.token_ids.shape
     hidden = model.embed(rows.token_ids.flatten())
-    features = None
-    if rows.pixels is not None:
-        features = model.encode_pixels(rows.pixels)  # type: ignore[operator]
+    if features is not None:
         at = rows.places.flatten()
         placed = features.flatten(0, 1)[at.clamp(min=0)].to(hidden.dtype)
         hidden = torch.where((at >= 0)[:, None], placed, hidden)
@@ -161,4 +229,4 @@ def forward(model: Model, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden = model(hidden, rows.positions.flatten(1), batch, caches)
     labels = rows.labels.flatten()
     learnt = labels >= 0
-    return model.logits(hidden[learnt]), labels[learnt], features
+    return model.logits(hidden[learnt]), labels[learnt]

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training.batches import BatchGroups, batches
+from training.data.mixture import Mixtures
 from training.data.sample import Exchange, Sample
 from training.encode import choose_turns, collate, encode
 from training.export import export
-from training.view import Rows, build, forward
+from training.plan import Plan
+from training.view import Batch, Rows, answer, build, see
 from training.vocabulary import write_sentencepiece, write_tiktoken
 
 from glimt.config import EngineConfig
@@ -42,8 +45,8 @@ def samples(count: int) -> list[Sample]:
 class FixedMixture:
     """Draws from a handful of samples."""
 
-    def __init__(self) -> None:
-        self.samples = samples(12)
+    def __init__(self, *, only_pictures: bool = False) -> None:
+        self.samples = [s for s in samples(12) if s.image or not only_pictures]
 
     def draw(self, rng: random.Random) -> Sample:
         return rng.choice(self.samples)
@@ -64,7 +67,7 @@ def opened(
     return (request.param, folder, *train.open_family(request.param, folder))
 
 
-def rows_of(opened: Any, count: int = 6) -> Rows:
+def batch_of(opened: Any, count: int = 6) -> Batch:
     name, _, _, _, processor = opened
     is_causal = name == "glm4v_9b"
     rng = random.Random(1)
@@ -73,6 +76,16 @@ def rows_of(opened: Any, count: int = 6) -> Rows:
         for sample in samples(count)
     ]
     return collate(encoded, is_causal)
+
+
+def rows_of(batch: Batch) -> Rows:
+    assert batch.rows
+    return batch.rows
+
+
+def forward(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    features = see(model, batch.pictures.pixels).features if batch.pictures else None
+    return answer(model, rows_of(batch), features)
 
 
 def test_the_training_view_gives_the_served_logits(opened: Any) -> None:
@@ -88,7 +101,7 @@ def test_the_training_view_gives_the_served_logits(opened: Any) -> None:
     turns = sample.exchanges[:1]
     row = encode(processor, sample, turns, name == "glm4v_9b")
     with torch.no_grad():
-        logits, labels, _ = forward(model, collate([row], name == "glm4v_9b"))
+        logits, labels = forward(model, collate([row], name == "glm4v_9b"))
     parts = [{"type": "image", "image": sample.image}, {"type": "text", "text": turns[0].question}]
     sampling = SamplingParams(temperature=0, max_tokens=len(labels), ignore_eos=True, logprobs=0)
     forced: list[float] = []
@@ -121,7 +134,7 @@ def _forced_logprob(engine: Engine, answer: list[int]) -> float:
 def test_only_answers_are_learnt(opened: Any) -> None:
     """Catches a loss on questions, pictures or padding, or without the token that ends a reply."""
     processor = opened[-1]
-    rows = rows_of(opened, 3)
+    rows = rows_of(batch_of(opened, 3))
     for i, sample in enumerate(samples(3)):
         learnt = rows.labels[i][rows.labels[i] >= 0].tolist()
         text = processor.tokenizer.decode(learnt)
@@ -146,15 +159,16 @@ def test_padding_changes_nothing(opened: Any) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(opened: Any, tmp_path: Path) -> None:
     """Catches state that is not saved: the optimiser, the average, or the place in the data."""
     name, _, family, raw, processor = opened
-    plan = train.Plan(steps=6, batch_rows=3, warmup_steps=2, save_every=2)
+    mixtures: Any = Mixtures(FixedMixture(), FixedMixture(only_pictures=True))
+    plan = Plan(steps=6, tower_steps=2, batch_rows=3, tower_pictures=3, more_pictures=2)
+    groups = BatchGroups(mixtures, processor, name == "glm4v_9b", plan)
 
     def run(stop_after: int, folder: Path) -> train.Run:
         torch.manual_seed(0)
-        run = train.start(build(family, raw, max_positions=256), raw["hidden_size"], plan)
+        run = train.start(build(family, raw, max_positions=256), raw, plan)
         train.resume(run, folder)
-        stream = train.batches(FixedMixture(), processor, name == "glm4v_9b", plan, run.step)
-        for rows, garments in stream:
-            train.train_step(run, rows, garments, plan)
+        for batch in batches(groups, run.step, plan.steps, num_workers=0):
+            train.train_step(run, batch, plan)
             if run.step == stop_after:
                 break
         train.save(run, folder)
@@ -175,12 +189,11 @@ def test_training_lowers_the_loss(opened: Any) -> None:
     """Catches gradients that do not reach the model: a frozen part or a wrong sign."""
     family, raw = opened[2:4]
     torch.manual_seed(0)
-    plan = train.Plan(steps=12, batch_rows=6, warmup_steps=2, peak_rate=1e-3)
-    run = train.start(build(family, raw, max_positions=256), raw["hidden_size"], plan)
+    plan = Plan(steps=12, batch_rows=6, warmup_steps=2, peak_rate=1e-3)
+    run = train.start(build(family, raw, max_positions=256), raw, plan)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    rows = rows_of(opened)
-    garments = torch.tensor([1, 2, 4, 5])
-    losses = [train.train_step(run, rows, garments, plan)["loss"] for _ in range(12)]
+    batch = batch_of(opened)
+    losses = [train.train_step(run, batch, plan)["loss"] for _ in range(12)]
     assert losses[-1] < 0.7 * losses[0]
     unmoved = [n for n, p in run.model.named_parameters() if torch.equal(p.detach(), before[n])]
     assert unmoved == []

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from training.data.easy_vqa import EasyVqaSource
 from training.data.garments import FASHION_FOLDER, GarmentSource
@@ -39,29 +40,46 @@ class Mixture:
             yield self.draw(rng)
 
 
-def training_mixture(
+class Mixtures(NamedTuple):
+    """What the demo models are trained on.
+
+    conversations: all tasks
+    pictures:      those of which is known what is where in them, for losses on the tower alone
+    """
+
+    conversations: Mixture
+    pictures: Mixture
+
+
+def training_mixtures(
     *,
     fashion: Path = FASHION_FOLDER,
     font: Path = FONT,
     photos: Path | None = None,
     easy_vqa: Path | None = None,
-) -> Mixture:
-    """The mixture that the demo models are trained on.
+) -> Mixtures:
+    """The mixtures that the demo models are trained on.
 
     photos:   folder of photographs; without it, pictures to decline are only drawn
     easy_vqa: data folder of easy-vqa; None finds it where pip installed it
     """
     paths = photographs(photos) if photos else []
-    return Mixture(
-        {
-            "scenes": (SceneSource(), 0.34),
-            "texts": (TextSource(font), 0.27),
-            "garments": (GarmentSource(fashion), 0.19),
-            "easy_vqa": (EasyVqaSource(easy_vqa), 0.09),
-            "photos": (PhotoSource(paths), 0.07),
-            "talk": (TalkSource(), 0.04),
-        }
-    )
+    scenes, texts, garments = SceneSource(), TextSource(font), GarmentSource(fashion)
+    conversations: dict[str, tuple[Source, float]] = {
+        "scenes": (scenes, 0.36),
+        "texts": (texts, 0.27),
+        "garments": (garments, 0.17),
+        "easy_vqa": (EasyVqaSource(easy_vqa), 0.09),
+        "photos": (PhotoSource(paths), 0.07),
+        "talk": (TalkSource(), 0.04),
+    }
+    plain_scenes = SceneSource(num_exchanges=1, follow_ups=0)
+    pictures: dict[str, tuple[Source, float]] = {
+        "scenes": (plain_scenes, 0.2),
+        "texts": (texts, 0.35),
+        "garments": (garments, 0.45),
+    }
+    return Mixtures(Mixture(conversations), Mixture(pictures))
 
 
 def corpus(
@@ -73,7 +91,7 @@ def corpus(
     easy_vqa: Path | None = None,
 ) -> Iterator[str]:
     """`count` questions and answers as the mixture has them, to train a tokenizer on."""
-    mixture = training_mixture(fashion=fashion, font=font, easy_vqa=easy_vqa)
+    mixture = training_mixtures(fashion=fashion, font=font, easy_vqa=easy_vqa).conversations
     num_given = 0
     for sample in mixture.samples(seed):
         for text in _texts_of(sample):

@@ -36,7 +36,8 @@ class Exchange:
 class Sample:
     """One picture (RGB, of any size) or none, and exchanges about it, each true on its own.
 
-    label: which garment the picture shows, for a classification loss; -1 where it shows none
+    label:  which garment the picture shows, for a classification loss; -1 where it shows none
+    layout: what is where in it (training.data.layout), None where nobody knows
     """
 
     image: Image.Image | None
@@ -44,6 +45,7 @@ class Sample:
     task: str
     language: Language
     label: int = -1
+    layout: Image.Image | None = None
 
 
 class Source(Protocol):

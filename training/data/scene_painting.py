@@ -7,6 +7,7 @@ import random
 
 from PIL import Image, ImageChops, ImageDraw
 
+from training.data.layout import object_kind
 from training.data.scene import Object, Scene
 
 _Colour = tuple[int, int, int]
@@ -48,6 +49,17 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
     return image
 
 
+def layout_of(scene: Scene) -> Image.Image:
+    """Which object is where, as training.data.layout says."""
+    layout = Image.new("L", (scene.width, scene.height))
+    draw = ImageDraw.Draw(layout)
+    for thing in scene.objects:
+        middle = thing.x * scene.width, thing.y * scene.height
+        diameter = thing.diameter * min(scene.width, scene.height)
+        _draw_shape(draw, thing, middle, diameter, object_kind(thing))
+    return layout
+
+
 def _between(ends: _Range, rng: random.Random) -> _Colour:
     share = rng.random()
     red, green, blue = (round(a + share * (b - a)) for a, b in zip(*ends, strict=True))
@@ -71,22 +83,26 @@ def _paint_object(image: Image.Image, thing: Object, colour: _Colour, is_smooth:
     side = math.ceil(diameter * BOX) + 1
     mask = Image.new("L", (side * scale, side * scale))
     middle = (thing.x * image.width - left) * scale, (thing.y * image.height - top) * scale
-    _draw_shape(ImageDraw.Draw(mask), thing, middle, diameter * scale)
+    _draw_shape(ImageDraw.Draw(mask), thing, middle, diameter * scale, 255)
     image.paste(colour, (left, top), mask.reduce(scale) if scale > 1 else mask)
 
 
 def _draw_shape(
-    draw: ImageDraw.ImageDraw, thing: Object, middle: tuple[float, float], diameter: float
+    draw: ImageDraw.ImageDraw,
+    thing: Object,
+    middle: tuple[float, float],
+    diameter: float,
+    fill: int,
 ) -> None:
     x, y = middle
     if thing.shape == "circle":
         half = diameter / 2
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=255)
+        draw.ellipse((x - half, y - half, x + half, y + half), fill=fill)
         return
     turn = math.radians(thing.angle)
     cos, sin = math.cos(turn) * diameter, math.sin(turn) * diameter
     corners = _unit_corners(thing.shape)
-    draw.polygon([(x + a * cos - b * sin, y + a * sin + b * cos) for a, b in corners], fill=255)
+    draw.polygon([(x + a * cos - b * sin, y + a * sin + b * cos) for a, b in corners], fill=fill)
 
 
 def _unit_corners(shape: str) -> list[tuple[float, float]]:

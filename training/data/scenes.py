@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from training.data.sample import Language, Sample
 from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
-from training.data.scene_painting import BOX, MAX_ANGLE, paint
+from training.data.scene_painting import BOX, MAX_ANGLE, layout_of, paint
 from training.data.scene_questions import KINDS, ask
 
 _SIDES = (96, 300)  # pixels, of the shorter side; the longer has up to 4/3 of that
@@ -50,7 +50,8 @@ class SceneSource:
                 scene, rng, language, self._num_exchanges, self._kinds, self._follow_ups
             )
             if exchanges:
-                return Sample(paint(scene, rng), exchanges, self.task, language), scene
+                image, layout = paint(scene, rng), layout_of(scene)
+                return Sample(image, exchanges, self.task, language, layout=layout), scene
 
 
 def invent(rng: random.Random) -> Scene:

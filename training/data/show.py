@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-from training.data.mixture import held_out_questions, training_mixture
+from training.data.mixture import held_out_questions, training_mixtures
 from training.data.sample import Exchange, Sample
 from training.data.texts import FONT
 
@@ -72,7 +72,7 @@ def main(
     if held_out:
         samples = list(held_out_questions(held_out, count, seed, photos=photos))
     else:
-        mixture, rng = training_mixture(photos=photos), random.Random(seed)
+        mixture, rng = training_mixtures(photos=photos).conversations, random.Random(seed)
         samples = [mixture.draw(rng) for _ in range(count)]
     contact_sheet(samples).save(path)
     typer.echo(f"{path}: {len(samples)} samples")

@@ -12,14 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from training.data.sample import (
-    DataMissing,
-    Exchange,
-    Language,
-    Sample,
-    Wordings,
-    Words,
-)
+from training.data.layout import character_kind
+from training.data.sample import DataMissing, Exchange, Language, Sample, Wordings, Words
 
 FONT = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 DIGITS = "0123456789"
@@ -91,7 +85,8 @@ class TextSource:
         text = self._invent(rng)
         answer = ANSWER.said(language).format(text)
         exchange = Exchange(QUESTIONS.choose(rng, language), answer, "text")
-        return Sample(self._render(text, rng), (exchange,), self.task, language)
+        image, layout = self._render(text, rng)
+        return Sample(image, (exchange,), self.task, language, layout=layout)
 
     def _invent(self, rng: random.Random) -> str:
         weights = _HELD_OUT_WEIGHTS if self._is_held_out else _TRAINING_WEIGHTS
@@ -103,10 +98,10 @@ class TextSource:
             if is_ours and is_clear(text):
                 return text
 
-    def _render(self, text: str, rng: random.Random) -> Image.Image:
-        """The text somewhere in a picture of a size that leaves it legible."""
+    def _render(self, text: str, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+        """The text somewhere in a picture of a size that leaves it legible, and the layout."""
         em = rng.choice(_EM_PIXELS)
-        line = _line(text, self._fonts[em], rng)
+        line, kinds = _line(text, self._fonts[em], rng)
         margin = em // 12
         size = _picture_size(line, em, margin, rng)
         left = rng.randint(margin, size[0] - line.width - margin)
@@ -114,7 +109,9 @@ class TextSource:
         ink, paper = _inks(rng)
         image = Image.new("RGB", size, paper)
         image.paste(ink, (left, top), line)
-        return _noisy(image, rng) if rng.random() < 0.5 else image
+        layout = Image.new("L", size)
+        layout.paste(kinds, (left, top))
+        return (_noisy(image, rng) if rng.random() < 0.5 else image), layout
 
 
 def is_held_out(text: str) -> bool:
@@ -130,19 +127,35 @@ def is_clear(text: str) -> bool:
     return "0" not in text or not others or not others <= set(LETTERS)
 
 
-def _line(text: str, font: ImageFont.FreeTypeFont, rng: random.Random) -> Image.Image:
-    """A mask that just holds the text, mostly turned a little, at times bold."""
+def _line(
+    text: str, font: ImageFont.FreeTypeFont, rng: random.Random
+) -> tuple[Image.Image, Image.Image]:
+    """A mask that just holds the text, mostly turned a little, at times bold; its layout."""
     stroke = rng.choice((0, 0, int(font.size) // 32))
     left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
     mask = Image.new("L", (round(right - left) + 2, round(bottom - top) + 2))
     draw = ImageDraw.Draw(mask)
     draw.text((1 - left, 1 - top), text, fill=255, font=font, stroke_width=stroke)
+    kinds = _kinds(text, font, 1 - left, mask.size)
     if rng.random() < 0.3:
-        return mask
-    turned = mask.rotate(
-        rng.uniform(-_MAX_ANGLE, _MAX_ANGLE), Image.Resampling.BILINEAR, expand=True
-    )
-    return turned.crop(turned.getbbox())
+        return mask, kinds
+    angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
+    turned = mask.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    box = turned.getbbox()
+    return turned.crop(box), kinds.rotate(angle, expand=True).crop(box)
+
+
+def _kinds(
+    text: str, font: ImageFont.FreeTypeFont, start: float, size: tuple[int, int]
+) -> Image.Image:
+    """The layout of a line that is not turned: each character as wide as it moves the pen."""
+    kinds = Image.new("L", size)
+    draw = ImageDraw.Draw(kinds)
+    for number, character in enumerate(text):
+        from_x, to_x = (start + font.getlength(text[:n]) for n in (number, number + 1))
+        kind = character_kind(CHARACTERS.index(character))
+        draw.rectangle((from_x, 0, to_x, size[1]), fill=kind)
+    return kinds
 
 
 def _picture_size(line: Image.Image, em: int, margin: int, rng: random.Random) -> tuple[int, int]:

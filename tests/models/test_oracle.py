@@ -214,8 +214,8 @@ def test_conversations_encode_to_the_originals_ids(oracle: Any) -> None:
             Message(role, (*([ImagePart(None)] if pictured else []), TextPart(text)))
             for role, text, pictured in turns
         ]
-        costs = [processor.image_cost(640, 480)] * sum(m.num_images for m in messages)
-        prompt = processor.encode_chat(messages, costs, "auto")
+        sizes = [(640, 480)] * sum(m.num_images for m in messages)
+        prompt = processor.encode_chat(messages, sizes, "auto")
         golden = oracle.prompt(case)
         assert list(prompt.original_token_ids) == oracle.arrays[f"{case}.input_ids"].tolist()
         assert prompt.token_ids == golden.token_ids

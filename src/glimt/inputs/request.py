@@ -73,8 +73,8 @@ class RequestFactory:
         arrival_s = time.monotonic()
         parsed = parse_messages(messages, self.image_limits)
         opened = self._open_images(parsed, options.allow_files)
-        costs = [self.processor.image_cost(image.width, image.height) for image in opened]
-        prompt = self.processor.encode_chat(parsed, costs, options.language)
+        sizes = [(image.width, image.height) for image in opened]
+        prompt = self.processor.encode_chat(parsed, sizes, options.language)
         max_tokens = self._check_fit(prompt, sampling)
         images = tuple(self._prepare(image) for image in opened)
         return self._request(prompt, images, sampling, max_tokens, arrival_s, options)
@@ -125,7 +125,7 @@ class RequestFactory:
     def _position_room(self, prompt: EncodedPrompt) -> int:
         """Output tokens whose rotary positions still exist."""
         rooms = [
-            (self.limits.max_positions - start) // step
+            -(-(self.limits.max_positions - start) // step)
             for start, step in zip(prompt.decode_start, prompt.decode_step, strict=True)
             if step
         ]

@@ -124,11 +124,12 @@ class Processor(Protocol):
         """Resize a decoded RGB picture as the tower wants it."""
 
     def encode_chat(
-        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
         """Encode a conversation that ends where the assistant must speak.
 
-        image_costs: places per picture, in reading order over all messages
+        image_sizes: width and height of each picture, in reading order over all messages; what it
+            costs and where its tokens stand follow from them, before anything is decoded
         language:    "auto", "zh" or "en": the template, where a family has one per language
         """
 

@@ -149,7 +149,7 @@ class Engine:
         if len(plan.rows) == 1:
             return self._fail(plan, error)
         log.warning("a step of %d sequences failed; each is tried alone: %r", len(plan.rows), error)
-        return [output for row in plan.rows for output in self._run(StepPlan((row,)))]
+        return [output for row in plan.rows for output in self._run(replace(plan, rows=(row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
         """Tell the scheduler what only the text showed: stop strings."""

@@ -288,12 +288,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageSlice:
-    """Rows feature_start … feature_start+length-1 of a picture, at token `offset` of the row."""
+    """Rows feature_start … feature_start+length-1 of a picture, at token `offset` of the row.
+
+    is_first: the prompt shows no earlier part of the picture
+    """
 
     image: ImageInput
     offset: int
     feature_start: int
     length: int
+    is_first: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,9 +335,14 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """Which tokens of which sequences run now; rows that decode come first."""
+    """Which tokens of which sequences run now; rows that decode come first.
+
+    open_images: digests of the pictures that running sequences, in this step or not, have begun
+        and will go on with in a later step
+    """
 
     rows: tuple[StepRow, ...]
+    open_images: frozenset[bytes] = frozenset()
 
     @property
     def sampled_rows(self) -> list[StepRow]:

@@ -83,7 +83,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int | None = None  # None: up to the end of the context
-    min_tokens: int | None = None
+    min_tokens: int | None = None  # stop ids are barred before; a stop string still ends it
     stop: Sequence[str] | str = ()  # kept as a tuple; one text is one stop string
     stop_token_ids: Sequence[int] = ()  # kept as a tuple
     ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
@@ -102,7 +102,7 @@ class SamplingParams:
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1, integer=True)
         _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, integer=True)
         _check_range("logprobs", self.logprobs, 0, _MAX_TOP_LOGPROBS, integer=True)
-        _check_range("n", self.n, 1, _MAX_N, integer=True)
+        _check_range("n", self.n, 1, _MAX_N, integer=True, optional=False)
         self._check_logit_bias()
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
         ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
@@ -119,11 +119,14 @@ class SamplingParams:
             raise RequestError("stop", "every stop string must be a text of at least 1 character")
 
     def _check_logit_bias(self) -> None:
-        given: Any = self.logit_bias
-        object.__setattr__(self, "logit_bias", {} if given is None else given)
-        if not isinstance(given, (Mapping, type(None))):
+        given: Any = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(given, Mapping):
             raise RequestError("logit_bias", f"must map token ids to biases, not {given!r}")
+        # A copy: what the caller does to the mapping afterwards would not be checked.
+        object.__setattr__(self, "logit_bias", dict(given))
         for token_id, bias in self.logit_bias.items():
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise RequestError("logit_bias", f"must map token ids to biases, not {token_id!r}")
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, optional=False)
 
     def with_defaults(self, defaults: SamplingDefaults, prompt_tokens: int) -> SamplingParams:

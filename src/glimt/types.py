@@ -60,7 +60,10 @@ class Message:
 
 
 _MAX_N = 64
-_MAX_STOP_STRINGS = 64
+# The widest limits of the protocols to be served (MindIE's); every token searches all of it.
+_MAX_STOP_STRINGS = 1024
+_MAX_STOP_CHARS = 1024
+_MAX_STOP_CHARS_IN_ALL = 32768
 _MAX_TOP_LOGPROBS = 64
 
 
@@ -113,10 +116,19 @@ class SamplingParams:
             raise RequestError(
                 "min_tokens", f"is {self.min_tokens} but max_tokens is {self.max_tokens}"
             )
+        self._check_stop_lengths()
+
+    def _check_stop_lengths(self) -> None:
         if len(self.stop) > _MAX_STOP_STRINGS:
             raise RequestError("stop", f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS}")
-        if "" in self.stop:
-            raise RequestError("stop", "every stop string must be a text of at least 1 character")
+        lengths = [len(text) for text in self.stop]
+        if any(not 1 <= length <= _MAX_STOP_CHARS for length in lengths):
+            raise RequestError(
+                "stop", f"every stop string must have 1 to {_MAX_STOP_CHARS} characters"
+            )
+        if sum(lengths) > _MAX_STOP_CHARS_IN_ALL:
+            said = f"has {sum(lengths)} characters in all; at most {_MAX_STOP_CHARS_IN_ALL}"
+            raise RequestError("stop", said)
 
     def _check_logit_bias(self) -> None:
         given: Any = {} if self.logit_bias is None else self.logit_bias

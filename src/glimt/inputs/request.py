@@ -151,7 +151,7 @@ class RequestFactory:
             name = "max_tokens" if sampling.max_tokens else "min_tokens"
             said = f"is {wanted} but only {room} fit: {self._describe(prompt)}"
             raise PromptTooLong(
-                name, f"{said}; shorten the conversation, ask for fewer tokens{remedy}"
+                name, f"{said}; shorten the conversation or ask for fewer tokens{remedy}"
             )
         return sampling.max_tokens or room
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 import glimt
 import glimt.models
 from glimt.demo.noise import random_weights
-from glimt.demo.toy_tokenizer import write_toy_tiktoken
 from glimt.models.base import all_families
 from glimt.types import Request
 
@@ -30,7 +29,7 @@ CONFIG = {
     "num_kv_heads": 2,
     "head_dim": 16,
     "ffn_size": 40,
-    "vocab_size": 544,
+    "vocab_size": 272,
     "max_positions": 256,
     "torch_dtype": "float32",
 }
@@ -43,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = str(Path(__file__).parent / "third_family")
     glimt.models.__path__.append(place)
     all_families.cache_clear()
-    write_toy_tiktoken(folder)
+    (folder / "specials.txt").write_text("<|user|> <|assistant|> <patch> <line>")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "preprocessor_config.json").write_text('{"max_side": 24}')
     weights = random_weights(CONFIG, seed=1)

@@ -65,17 +65,19 @@ class Tokenizer(Protocol):
 class TokenizerSpec:
     """Which tokenizer file a family has and how it is read (see inputs/tokenizer.py).
 
-    kind: "tiktoken" or "sentencepiece"
+    kind: "tiktoken", "sentencepiece", or "own": the family brings its own reader
     file: its name in the model folder
     pattern: the regular expression that splits text before merging (tiktoken only)
     special_names: special tokens in id order, for a tokenizer_config.json that does not list
         them: they follow the ranks (tiktoken only)
+    load: model folder -> tokenizer ("own" only)
     """
 
-    kind: Literal["tiktoken", "sentencepiece"]
+    kind: Literal["tiktoken", "sentencepiece", "own"]
     file: str
     pattern: str = ""
     special_names: tuple[str, ...] = ()
+    load: Callable[[Path], Tokenizer] | None = None
 
 
 # --- the family ------------------------------------------------------------------------------

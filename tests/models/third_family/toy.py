@@ -3,11 +3,13 @@
 A picture keeps its own grid; its rows of patches are divided by line ids, so it has one span per
 row. Positions have three channels, of which the third stands still while decoding. The tower takes
 packed patches of unequal lengths; blocks have four norms, heads have query and key norms, the
-head is the embedding, and the checkpoint stores things otherwise than the model.
+head is the embedding, the checkpoint stores things otherwise than the model, and the tokenizer
+file has a form of its own.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -53,6 +55,34 @@ from glimt.types import (
 )
 
 PATCH = 4
+
+
+class ByteTokenizer:
+    """Bytes, then the special tokens in the order of the file."""
+
+    def __init__(self, folder: Path) -> None:
+        names = (folder / "specials.txt").read_text(encoding="utf-8").split()
+        self.special_ids = {name: 256 + number for number, name in enumerate(names)}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+    def decoder(self) -> ByteDecoder:
+        return ByteDecoder()
+
+
+class ByteDecoder:
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        return self._utf8.decode(bytes([token_id]) if token_id < 256 else b"")
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +142,7 @@ class ToyProcessor:
     def encode_chat(
         self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
-        prompt = _Prompt(special_id(self._ids, "[MASK]"), special_id(self._ids, "<eop>"))
+        prompt = _Prompt(special_id(self._ids, "<patch>"), special_id(self._ids, "<line>"))
         grids = iter([self._grid(*size) for size in image_sizes])
         for message in messages:
             prompt.add_text([special_id(self._ids, f"<|{message.role}|>")])
@@ -329,12 +359,7 @@ FAMILY = ModelFamily(
     name="toy",
     claims=lambda raw: raw.get("model_type") == "toy",
     config=ToyConfig,
-    tokenizer=TokenizerSpec(
-        kind="tiktoken",
-        file="tokenizer.model",
-        pattern=r"\s*\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+",
-        special_names=("<|user|>", "<|assistant|>", "[MASK]", "<eop>"),
-    ),
+    tokenizer=TokenizerSpec(kind="own", file="specials.txt", load=ByteTokenizer),
     processor=ToyProcessor,
     build=ToyModel,
     prompt_attention="causal",

@@ -31,6 +31,7 @@ CONFIG = {
     "ffn_size": 40,
     "vocab_size": 272,
     "max_positions": 256,
+    "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
 

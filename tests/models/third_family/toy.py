@@ -63,6 +63,7 @@ class ByteTokenizer:
     def __init__(self, folder: Path) -> None:
         names = (folder / "specials.txt").read_text(encoding="utf-8").split()
         self.special_ids = {name: 256 + number for number, name in enumerate(names)}
+        self.num_ids = 256 + len(names)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -194,6 +194,25 @@ def test_a_bare_text_can_be_streamed(engine: glimt.AsyncEngine) -> None:
     assert streamed == whole
 
 
+def test_a_request_the_engine_cannot_take_is_told_to_its_caller_alone(
+    engine: glimt.AsyncEngine,
+) -> None:
+    """Catches an exception while queueing that stops the thread and strands its caller."""
+    add = engine._engine.add_request
+
+    def explode(request: Any) -> None:
+        raise RuntimeError("no place for it")
+
+    async def main() -> glimt.RequestOutput:
+        engine._engine.add_request = explode  # type: ignore[method-assign]
+        with pytest.raises(glimt.EngineError, match="no place for it"):
+            await engine.chat(ask("你好"), GREEDY)
+        engine._engine.add_request = add  # type: ignore[method-assign]
+        return await engine.chat(ask("你好"), GREEDY)
+
+    assert asyncio.run(main()).finish_reason == "length"
+
+
 def test_a_dead_engine_tells_everyone(engine: glimt.AsyncEngine) -> None:
     """Catches callers that wait for ever on an engine whose thread has gone."""
 

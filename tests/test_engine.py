@@ -582,6 +582,27 @@ def test_sampling_values_of_the_wrong_kind_are_refused_by_name(field: str, value
     assert caught.value.field.startswith(field)
 
 
+def test_what_the_caller_does_to_its_bias_later_changes_nothing() -> None:
+    """Catches a mapping kept as it was given, whose later values nobody checks."""
+    bias = {5: 1.0}
+    sampling = SamplingParams(logit_bias=bias)
+    bias[-7] = 1e9
+    assert sampling.logit_bias == {5: 1.0}
+
+
+def test_an_abort_is_not_blamed_on_a_stop_string(folders: dict[str, Path]) -> None:
+    """Catches a stop string in the text that the abort released, named as the reason."""
+    engine = make_engine(folders["visualglm"])
+    comma = engine.opened.processor.tokenizer.encode("a,")[-1]
+    sampling = replace(GREEDY, logit_bias={comma: 100.0}, stop=",")
+    options = RequestOptions(request_id="held")
+    engine.add_request(engine.prepare_chat(ask("abc"), sampling, options))
+    for _ in range(4):  # the mark waits for its right neighbour, so it is not text yet
+        assert [output.finish_reason for output in engine.step()] == [None]
+    (output,) = engine.abort("held")
+    assert (output.finish_reason, output.stop_reason, output.text) == ("abort", None, "")
+
+
 def test_one_stop_string_is_one_and_none_is_none() -> None:
     """Catches stop="END" read as three stop strings of one letter, in silence."""
     assert SamplingParams(stop="END").stop == ("END",)

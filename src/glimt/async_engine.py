@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from glimt.config import EngineConfig
 from glimt.engine import Engine, EngineStats
-from glimt.errors import EngineError
+from glimt.errors import EngineError, RequestError
 from glimt.inputs.request import RequestOptions
 from glimt.llm import Conversation
 from glimt.outputs.assembler import OutputAssembler
@@ -201,8 +201,12 @@ class AsyncEngine:
         request = subscriber.request
         try:
             self._engine.add_request(request)
-        except Exception as error:  # whatever it is, its caller must hear of it
+        except RequestError as error:
             subscriber.send(error)
+            return
+        except Exception as error:  # whatever it is, its caller must hear of it, and nobody else
+            log.exception("request %s could not be queued", request.request_id)
+            subscriber.send(EngineError(f"the engine failed: {type(error).__name__}: {error}"))
             return
         self._subscribers[request.request_id] = subscriber
 

@@ -183,6 +183,26 @@ def visualglm_oracle(visualglm_folder: Path) -> Oracle:
     return Oracle("visualglm-tiny", visualglm_folder, GOLDEN / "visualglm-tiny.golden.npz")
 
 
+@pytest.fixture(scope="session")
+def glm4v_wide_oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return wide_oracle("glm-4v-wide", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def visualglm_wide_oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return wide_oracle("visualglm-wide", tmp_path_factory)
+
+
+def wide_oracle(name: str, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder = make_checkpoint(GOLDEN / f"{name}.spec.json", tmp_path_factory.mktemp(name))
+    return Oracle(name, folder, GOLDEN / f"{name}.golden.npz")
+
+
 @pytest.fixture(scope="session", params=["glm4v", "visualglm"])
+def tiny_oracle(request: pytest.FixtureRequest) -> Oracle:
+    return request.getfixturevalue(f"{request.param}_oracle")
+
+
+@pytest.fixture(scope="session", params=["glm4v", "visualglm", "glm4v_wide", "visualglm_wide"])
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     return request.getfixturevalue(f"{request.param}_oracle")

@@ -145,6 +145,74 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on(engine: glimt.AsyncEngine
     assert asyncio.run(main()).finish_reason == "length"
 
 
+def test_a_refused_caller_who_leaves_does_not_end_the_first(engine: glimt.AsyncEngine) -> None:
+    """Catches an abort by id from one whose request never ran, because the id was taken."""
+    options = glimt.RequestOptions(request_id="same")
+
+    async def main() -> glimt.RequestOutput:
+        first = asyncio.create_task(engine.chat(ask("你好"), ENDLESS, options))
+        while not engine.stats().num_running:
+            await asyncio.sleep(0.002)
+        second = engine.stream(await engine.prepare_chat(ask("别的"), GREEDY, options))
+        waiting = asyncio.ensure_future(anext(second))
+        await asyncio.sleep(0)  # asked, and gone before the engine has answered
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return await first
+
+    assert asyncio.run(main()).finish_reason == "length"
+
+
+def test_closing_a_stream_has_aborted_its_request_on_return(engine: glimt.AsyncEngine) -> None:
+    """Catches an abort that waits for the garbage collector."""
+    aborted: list[str] = []
+    abort = engine._engine.abort
+    engine._engine.abort = lambda name: aborted.append(name) or abort(name)  # type: ignore
+
+    async def main() -> None:
+        options = glimt.RequestOptions(request_id="mine")
+        stream = engine.stream_chat(ask("你好"), ENDLESS, options)
+        await anext(stream)
+        await stream.aclose()
+        engine._command(lambda: aborted.append("later"))
+        await until_quiet(engine)
+
+    asyncio.run(main())
+    assert aborted[0] == "mine"
+
+
+def test_a_bare_text_can_be_streamed(engine: glimt.AsyncEngine) -> None:
+    """Catches a completion that only comes whole."""
+
+    async def main() -> tuple[str, str]:
+        whole = await engine.generate("once upon", GREEDY)
+        request = await engine.prepare_text("once upon", GREEDY)
+        return whole.text, "".join([piece.text async for piece in engine.stream(request)])
+
+    whole, streamed = asyncio.run(main())
+    assert streamed == whole
+
+
+def test_a_request_the_engine_cannot_take_is_told_to_its_caller_alone(
+    engine: glimt.AsyncEngine,
+) -> None:
+    """Catches an exception while queueing that stops the thread and strands its caller."""
+    add = engine._engine.add_request
+
+    def explode(request: Any) -> None:
+        raise RuntimeError("no place for it")
+
+    async def main() -> glimt.RequestOutput:
+        engine._engine.add_request = explode  # type: ignore[method-assign]
+        with pytest.raises(glimt.EngineError, match="no place for it"):
+            await engine.chat(ask("你好"), GREEDY)
+        engine._engine.add_request = add  # type: ignore[method-assign]
+        return await engine.chat(ask("你好"), GREEDY)
+
+    assert asyncio.run(main()).finish_reason == "length"
+
+
 def test_a_dead_engine_tells_everyone(engine: glimt.AsyncEngine) -> None:
     """Catches callers that wait for ever on an engine whose thread has gone."""
 

@@ -288,6 +288,101 @@ def test_an_abort_does_not_change_the_others(
     assert {name: tuple(tokens[name]) for name in kept} == {n: undisturbed[n] for n in kept}
 
 
+def everything_requests(engine: Engine, count: int = 24) -> list[Request]:
+    """Rows that differ in every sampling parameter, in the number of choices and in pictures."""
+    rng = random.Random(3)
+    requests = []
+    for i in range(count):
+        text = "".join(rng.choices("图片里有什么颜色的圆形 abc?,!", k=rng.randint(1, 60)))
+        images = [picture(rng.randint(0, 5)) for _ in range(rng.choice([0, 1, 1, 2]))]
+        sampling = SamplingParams(
+            temperature=rng.choice([0, 0.7, 1.3]),
+            top_k=rng.choice([None, 0, 1, 5]),
+            top_p=rng.choice([None, 1.0, 0.5]),
+            min_p=rng.choice([None, 0.1]),
+            repetition_penalty=rng.choice([None, 1.3]),
+            presence_penalty=rng.choice([None, 0.5]),
+            frequency_penalty=rng.choice([None, 0.4]),
+            logit_bias=rng.choice([{}, {5: 2.0, 77: -5.0}]),
+            seed=i,
+            max_tokens=rng.randint(1, 24),
+            min_tokens=rng.choice([None, 0, 1]),
+            stop=rng.choice([(), ("a",), ("的", "e")]),
+            stop_token_ids=rng.choice([(), (65, 70, 90)]),
+            ignore_eos=rng.choice([True, False]),
+            logprobs=rng.choice([None, 2]),
+            n=rng.choice([1, 2, 3]),
+        )
+        options = RequestOptions(request_id=f"e{i}")
+        requests.append(engine.prepare_chat(ask(text, *images), sampling, options))
+    return requests
+
+
+def choices_of(output: RequestOutput) -> list[Any]:
+    return [(c.text, c.token_ids, c.finish_reason, c.stop_reason) for c in output.completions]
+
+
+def logprobs_of(output: RequestOutput) -> list[float]:
+    tokens = [token for c in output.completions for token in c.logprobs or ()]
+    assert all(len(token.top_logprobs) == 2 for token in tokens)
+    return [x for t in tokens for x in (t.logprob or 0.0, *(p.logprob for p in t.top_logprobs))]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 9, "feature_cache_bytes": 0}])
+def test_rows_that_differ_in_everything_repeat_their_single_runs(
+    folder: Path, options: dict[str, Any]
+) -> None:
+    """Catches penalties, stop strings, seeds or logprobs that preemption or neighbours change."""
+    single = make_engine(folder, enable_prefix_cache=False)
+    alone = {r.request_id: run_one(single, r) for r in everything_requests(single)}
+    longest = max(o.usage.prompt_tokens for o in alone.values()) + 24
+    crowd = make_engine(folder, block_size=4, num_blocks=longest // 4 + 4, **options)
+    found = run(crowd, everything_requests(crowd))
+    assert crowd.stats().preemptions > 0
+    for name, output in found.items():
+        assert choices_of(output) == choices_of(alone[name])
+        np.testing.assert_allclose(logprobs_of(output), logprobs_of(alone[name]), atol=1e-4)
+
+
+def test_following_the_advice_makes_a_refused_request_fit(folder: Path) -> None:
+    """Catches advice that names one limit where two stand in the way, or a number too small."""
+    small = {"num_blocks": 8, "max_model_len": 300}
+    sampling = replace(GREEDY, max_tokens=40)
+    for length, raised in ((220, ("num_blocks",)), (310, ("num_blocks", "max_model_len"))):
+        with pytest.raises(PromptTooLong) as caught:
+            make_engine(folder, **small).prepare_text("图" * length, sampling)
+        assert [name for name in small if name in caught.value.message] == [*sorted(raised)[::-1]]
+        needed = int(caught.value.message.split()[-1])
+        bigger = small | {"num_blocks": -(-needed // 32)}
+        if "max_model_len" in raised:
+            bigger["max_model_len"] = needed
+        engine = make_engine(folder, **bigger)
+        assert engine.prepare_text("图" * length, sampling).max_tokens == 40
+        with pytest.raises(PromptTooLong):
+            engine.prepare_text("图" * length, replace(sampling, max_tokens=40 + 32))
+    with pytest.raises(PromptTooLong, match="min_tokens: is 5000 but only") as caught:
+        make_engine(folder).prepare_text("图", SamplingParams(min_tokens=5000))
+    assert caught.value.field == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("request_id", 5),
+        ("request_id", ""),
+        ("language", "fr"),
+        ("language", None),
+        ("cache_salt", 5),
+        ("allow_files", "no"),
+    ],
+)
+def test_request_options_of_the_wrong_kind_are_refused_by_name(field: str, value: Any) -> None:
+    """Catches a salt that is no text, which would stop the engine when the prompt is hashed."""
+    with pytest.raises(RequestError) as caught:
+        RequestOptions(**{field: value})
+    assert caught.value.field == field
+
+
 def test_what_can_never_fit_is_refused_with_the_numbers(folder: Path) -> None:
     """Catches a request that waits for ever, or one that is cut in silence."""
     engine = make_engine(folder, num_blocks=4)
@@ -464,10 +559,16 @@ def test_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
         ("stop", 5),
         ("stop", [b"x"]),
         ("stop", [""]),
+        ("stop", ["x"] * 1025),
+        ("stop", "x" * 1025),
+        ("stop", ["x" * 1024] * 33),
         ("stop_token_ids", "12"),
         ("stop_token_ids", [True]),
         ("logit_bias", [1]),
         ("logit_bias", {65: None}),
+        ("logit_bias", {"65": 1.0}),
+        ("logit_bias", {True: 1.0}),
+        ("n", None),
         ("logit_bias", {65: float("nan")}),
         ("ignore_eos", "no"),
         ("temperature", "1"),
@@ -479,6 +580,27 @@ def test_sampling_values_of_the_wrong_kind_are_refused_by_name(field: str, value
     with pytest.raises(RequestError) as caught:
         SamplingParams(**{field: value})
     assert caught.value.field.startswith(field)
+
+
+def test_what_the_caller_does_to_its_bias_later_changes_nothing() -> None:
+    """Catches a mapping kept as it was given, whose later values nobody checks."""
+    bias = {5: 1.0}
+    sampling = SamplingParams(logit_bias=bias)
+    bias[-7] = 1e9
+    assert sampling.logit_bias == {5: 1.0}
+
+
+def test_an_abort_is_not_blamed_on_a_stop_string(folders: dict[str, Path]) -> None:
+    """Catches a stop string in the text that the abort released, named as the reason."""
+    engine = make_engine(folders["visualglm"])
+    comma = engine.opened.processor.tokenizer.encode("a,")[-1]
+    sampling = replace(GREEDY, logit_bias={comma: 100.0}, stop=",")
+    options = RequestOptions(request_id="held")
+    engine.add_request(engine.prepare_chat(ask("abc"), sampling, options))
+    for _ in range(4):  # the mark waits for its right neighbour, so it is not text yet
+        assert [output.finish_reason for output in engine.step()] == [None]
+    (output,) = engine.abort("held")
+    assert (output.finish_reason, output.stop_reason, output.text) == ("abort", None, "")
 
 
 def test_one_stop_string_is_one_and_none_is_none() -> None:

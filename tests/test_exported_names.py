@@ -30,11 +30,13 @@ PUBLIC = [
     "RequestError",
     "RequestOptions",
     "RequestOutput",
+    "SampledToken",
     "SamplingParams",
     "SetupError",
     "StepOutput",
     "TextPart",
     "Timings",
+    "TokenLogprob",
     "Usage",
 ]
 

@@ -129,6 +129,51 @@ def test_arguments_of_the_wrong_kind_are_refused_by_name(llm: glimt.LLM, wrong: 
         llm.generate([wrong], GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (glimt.Message("bot", ()), "messages[0].role"),  # type: ignore[arg-type]
+        (glimt.Message("user", "abc"), "messages[0].parts"),  # type: ignore[arg-type]
+        (glimt.Message("user", ("abc",)), "messages[0].parts[0]"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_message_object_is_checked_as_a_dictionary_is(
+    llm: glimt.LLM, message: glimt.Message, field: str
+) -> None:
+    """Catches a KeyError, and text that is dropped because its part is no TextPart."""
+    with pytest.raises(glimt.RequestError) as caught:
+        llm.chat([message], GREEDY)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {}, 5])
+def test_sampling_and_options_must_be_what_they_are_called(llm: glimt.LLM, wrong: Any) -> None:
+    """Catches a dictionary that is taken for the defaults."""
+    with pytest.raises(glimt.RequestError, match="sampling"):
+        llm.chat(ask("a"), wrong)
+    with pytest.raises(glimt.RequestError, match="sampling"):
+        llm.chat([ask("a")], wrong)
+    with pytest.raises(glimt.RequestError, match="sampling"):
+        llm.chat([ask("a")], [wrong])
+    with pytest.raises(glimt.RequestError, match="options"):
+        llm.chat(ask("a"), GREEDY, options=wrong)
+
+
+def test_every_engine_setting_of_the_wrong_kind_is_listed() -> None:
+    """Catches a TypeError from a comparison, and a setting that fails only while running."""
+    wrong: dict[str, Any] = {
+        "max_num_seqs": "4",
+        "num_blocks": True,
+        "kv_bytes": 1.5,
+        "feature_cache_bytes": -1,
+        "enable_prefix_cache": "no",
+        "image_limits": None,
+    }
+    with pytest.raises(glimt.ConfigError) as caught:
+        glimt.EngineConfig(model="anywhere", **wrong)
+    assert [problem.split()[0] for problem in caught.value.problems] == [*wrong]
+
+
 def test_an_unknown_option_is_an_error() -> None:
     """Catches a typo in an engine option that is swallowed."""
     with pytest.raises(TypeError, match="max_model_length"):

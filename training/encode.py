@@ -63,12 +63,12 @@ def encode(
 ) -> EncodedRow:
     """A causal family learns every answer of the conversation, a bidirectional one the last."""
     messages = _messages(sample, turns)
-    costs = [processor.image_cost(1, 1)] if sample.image else []
+    sizes = [(1, 1)] if sample.image else []  # every picture of these families costs the same
     if is_causal:
-        prompt = processor.encode_chat(messages, costs, "auto")
+        prompt = processor.encode_chat(messages, sizes, "auto")
         ids, learnt = _causal_answers(processor, list(prompt.token_ids))
     else:
-        prompt = processor.encode_chat(messages[:-1], costs, "auto")
+        prompt = processor.encode_chat(messages[:-1], sizes, "auto")
         (stop,) = processor.stop_token_ids
         answer = [*processor.tokenizer.encode(turns[-1].answer), stop]
         ids = [*prompt.token_ids, *answer]

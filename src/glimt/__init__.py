@@ -33,10 +33,12 @@ if TYPE_CHECKING:
         ImagePart,
         Message,
         RequestOutput,
+        SampledToken,
         SamplingParams,
         StepOutput,
         TextPart,
         Timings,
+        TokenLogprob,
         Usage,
     )
 
@@ -67,10 +69,12 @@ _HOMES = {
         "ImagePart",
         "Message",
         "RequestOutput",
+        "SampledToken",
         "SamplingParams",
         "StepOutput",
         "TextPart",
         "Timings",
+        "TokenLogprob",
         "Usage",
     ),
 }
@@ -97,11 +101,13 @@ __all__ = [
     "RequestError",
     "RequestOptions",
     "RequestOutput",
+    "SampledToken",
     "SamplingParams",
     "SetupError",
     "StepOutput",
     "TextPart",
     "Timings",
+    "TokenLogprob",
     "Usage",
 ]
 

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from glimt.config import EngineConfig
@@ -68,14 +69,16 @@ class AsyncEngine:
         messages: Conversation,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
-    ) -> AsyncIterator[StepOutput]:
+    ) -> AsyncGenerator[StepOutput, None]:
         """Answer a conversation piece by piece; leaving the iteration aborts the request.
 
         Raises RequestError for an invalid request, EngineError when the engine has stopped.
         """
         request = await self.prepare_chat(messages, sampling, options)
-        async for output in self.stream(request):
-            yield output
+        # Closed at once with this generator, and not when the garbage collector finds it.
+        async with aclosing(self.stream(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def chat(
         self,
@@ -93,9 +96,7 @@ class AsyncEngine:
         options: RequestOptions | None = None,
     ) -> RequestOutput:
         """Continue a bare text without a chat template. Raises as stream_chat does."""
-        options = options or RequestOptions()
-        request = await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
-        return await self.run(request)
+        return await self.run(await self.prepare_text(prompt, sampling, options))
 
     async def prepare_chat(
         self,
@@ -104,19 +105,30 @@ class AsyncEngine:
         options: RequestOptions | None = None,
     ) -> Request:
         """Encode a conversation in a worker thread. Raises RequestError."""
-        options = options or RequestOptions()
+        options = RequestOptions() if options is None else options
         return await asyncio.to_thread(self._engine.prepare_chat, messages, sampling, options)
+
+    async def prepare_text(
+        self,
+        prompt: str,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
+        """Encode a bare text in a worker thread. Raises RequestError."""
+        options = RequestOptions() if options is None else options
+        return await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
 
     async def run(self, request: Request) -> RequestOutput:
         """Run a prepared request to its end."""
         assembler = OutputAssembler(request)
-        async for output in self.stream(request):
-            whole = assembler.add(output)
-            if whole is not None:
-                return whole
+        async with aclosing(self.stream(request)) as outputs:
+            async for output in outputs:
+                whole = assembler.add(output)
+                if whole is not None:
+                    return whole
         raise EngineError(f"request {request.request_id} ended without its last output")
 
-    async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
+    async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Run a prepared request; leaving the iteration before its end aborts it."""
         subscriber = _Subscriber(request, asyncio.get_running_loop(), asyncio.Queue())
         self._command(lambda: self._add(subscriber))
@@ -131,12 +143,11 @@ class AsyncEngine:
                 yield item
         finally:
             if num_open:
-                self.abort(request.request_id)
+                self._commands.put(lambda: self._leave(subscriber))
 
     def abort(self, request_id: str) -> None:
         """End a request soon; its stream finishes with reason "abort". Unknown ids do nothing."""
-        if not self._is_closed:
-            self._commands.put(lambda: self._abort(request_id))
+        self._commands.put(lambda: self._abort(request_id))
 
     def stats(self) -> EngineStats:
         """Counters; read without stopping the engine, so single figures may be a step apart."""
@@ -193,7 +204,17 @@ class AsyncEngine:
         except RequestError as error:
             subscriber.send(error)
             return
+        except Exception as error:  # whatever it is, its caller must hear of it, and nobody else
+            log.exception("request %s could not be queued", request.request_id)
+            subscriber.send(EngineError(f"the engine failed: {type(error).__name__}: {error}"))
+            return
         self._subscribers[request.request_id] = subscriber
+
+    def _leave(self, subscriber: _Subscriber) -> None:
+        """Abort the request of one who has gone, but never another one of the same id."""
+        request_id = subscriber.request.request_id
+        if self._subscribers.get(request_id) is subscriber:
+            self._abort(request_id)
 
     def _abort(self, request_id: str) -> None:
         self._publish(self._engine.abort(request_id))
@@ -205,12 +226,18 @@ class AsyncEngine:
             if not self._engine.is_open(request_id):
                 del self._subscribers[request_id]
 
+    def _run_last(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:  # a broken engine may not even abort; the others wait to be told
+            log.exception("a command to the stopped engine failed")
+
     def _drain(self) -> None:
         """Nobody may wait for ever: tell running and queued requests that the engine is gone."""
         while not self._commands.empty():
             command = self._commands.get()
             if command is not None:
-                command()
+                self._run_last(command)
         error = EngineError(f"the engine has stopped{self._because()}")
         for subscriber in self._subscribers.values():
             subscriber.send(error)

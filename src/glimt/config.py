@@ -21,6 +21,23 @@ class ImageLimits:
     max_images: int = 64  # per request
 
 
+_LEAST = {
+    "max_model_len": 1,
+    "max_num_batched_tokens": 1,
+    "max_num_seqs": 1,
+    "block_size": 1,
+    "num_blocks": 1,
+    "kv_bytes": 1,
+    "feature_cache_bytes": 0,
+    "tower_patches": 1,
+}
+_OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes")
+
+
+def _is_count(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine.
@@ -41,29 +58,21 @@ class EngineConfig:
     num_blocks: int | None = None  # None: from kv_bytes
     kv_bytes: int | None = None  # of the KV cache; None: what max_num_seqs could use, at most
     #                              a quarter of the free memory
-    feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit
+    feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit; 0: no cache
     tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
     enable_prefix_cache: bool = True
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value}; it must be at least 1"
-            for name in (
-                "max_model_len",
-                "max_num_batched_tokens",
-                "max_num_seqs",
-                "block_size",
-                "num_blocks",
-                "kv_bytes",
-                "tower_patches",
-            )
-            if (value := getattr(self, name)) is not None and value < 1
+            f"{name} is {value!r}; a whole number of at least {low} is needed"
+            for name, low in _LEAST.items()
+            if not _is_count(value := getattr(self, name), low)
+            and not (value is None and name in _OPTIONAL)
         ]
-        if self.feature_cache_bytes < 0:
-            problems.append(
-                f"feature_cache_bytes is {self.feature_cache_bytes}; use 0 to turn it off"
-            )
+        for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):
+            if not isinstance(value := getattr(self, name), kind):
+                problems.append(f"{name} is {value!r}; {kind.__name__} is needed")
         if self.dtype not in DTYPES:
             problems.append(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         if self.rotary_table not in ROTARY_TABLES:

@@ -87,7 +87,8 @@ class Engine:
         options: RequestOptions = _DEFAULT_OPTIONS,
     ) -> Request:
         """Encode a conversation. Raises RequestError naming the field. Any thread."""
-        return self.inputs.from_chat(messages, sampling or SamplingParams(), options)
+        params = SamplingParams() if sampling is None else sampling
+        return self.inputs.from_chat(messages, params, options)
 
     def prepare_text(
         self,
@@ -96,7 +97,8 @@ class Engine:
         options: RequestOptions = _DEFAULT_OPTIONS,
     ) -> Request:
         """Encode a bare text to be continued. Raises RequestError. Any thread."""
-        return self.inputs.from_text(text, sampling or SamplingParams(), options)
+        params = SamplingParams() if sampling is None else sampling
+        return self.inputs.from_text(text, params, options)
 
     def add_request(self, request: Request) -> None:
         """Queue a prepared request. Raises RequestError when its id is in use."""
@@ -149,7 +151,7 @@ class Engine:
         if len(plan.rows) == 1:
             return self._fail(plan, error)
         log.warning("a step of %d sequences failed; each is tried alone: %r", len(plan.rows), error)
-        return [output for row in plan.rows for output in self._run(StepPlan((row,)))]
+        return [output for row in plan.rows for output in self._run(replace(plan, rows=(row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
         """Tell the scheduler what only the text showed: stop strings."""
@@ -194,14 +196,11 @@ def _fitted_config(config: EngineConfig, opened: OpenedModel) -> EngineConfig:
 
 
 def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
-    """One sequence must fit the whole cache alone, or it could wait for ever."""
-    is_cache_short = cache_tokens < opened.max_model_len
-    more = "kv_bytes or num_blocks" if is_cache_short else "max_model_len (--max-model-len)"
     return RequestLimits(
-        max_model_len=min(opened.max_model_len, cache_tokens),
+        context_tokens=opened.max_model_len,
+        cache_tokens=cache_tokens,
         max_positions=opened.config.max_positions,
         vocab_size=opened.config.vocab_size,
-        advice=f"shorten the conversation, ask for fewer tokens, or raise {more}",
     )
 
 

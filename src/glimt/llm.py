@@ -69,7 +69,7 @@ class LLM:
         Raises RequestError, naming the field, before anything runs if any conversation is
         invalid. A request that fails while running finishes with reason "error" instead.
         """
-        options = options or RequestOptions()
+        options = RequestOptions() if options is None else options
         _check_sequence("messages", messages, "messages, or of conversations")
         if _is_conversation(messages):
             one = _one(sampling)
@@ -107,7 +107,7 @@ class LLM:
 
         Raises RequestError as `chat` does.
         """
-        options = options or RequestOptions()
+        options = RequestOptions() if options is None else options
         _check_sequence("prompt", prompts, "texts")
         if isinstance(prompts, str):
             return self._run([self.engine.prepare_text(prompts, _one(sampling), options)])[0]
@@ -122,7 +122,9 @@ class LLM:
         options: RequestOptions | None = None,
     ) -> Iterator[StepOutput]:
         """Answer a conversation piece by piece. Closing the iterator aborts the request."""
-        request = self.engine.prepare_chat(messages, sampling, options or RequestOptions())
+        request = self.engine.prepare_chat(
+            messages, sampling, RequestOptions() if options is None else options
+        )
         return self._stream([request])
 
     def stats(self) -> EngineStats:
@@ -186,6 +188,8 @@ def _one(sampling: Sampling) -> SamplingParams | None:
 def _spread(sampling: Sampling, count: int) -> Sequence[SamplingParams | None]:
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling] * count
+    if not isinstance(sampling, Sequence):
+        raise RequestError("sampling", f"must be SamplingParams, not a {type(sampling).__name__}")
     if len(sampling) != count:
         raise RequestError("sampling", f"has {len(sampling)} entries for {count} prompts")
     return sampling

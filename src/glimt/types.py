@@ -60,7 +60,10 @@ class Message:
 
 
 _MAX_N = 64
-_MAX_STOP_STRINGS = 64
+# The widest limits of the protocols to be served (MindIE's); every token searches all of it.
+_MAX_STOP_STRINGS = 1024
+_MAX_STOP_CHARS = 1024
+_MAX_STOP_CHARS_IN_ALL = 32768
 _MAX_TOP_LOGPROBS = 64
 
 
@@ -83,7 +86,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int | None = None  # None: up to the end of the context
-    min_tokens: int | None = None
+    min_tokens: int | None = None  # stop ids are barred before; a stop string still ends it
     stop: Sequence[str] | str = ()  # kept as a tuple; one text is one stop string
     stop_token_ids: Sequence[int] = ()  # kept as a tuple
     ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
@@ -102,7 +105,7 @@ class SamplingParams:
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1, integer=True)
         _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, integer=True)
         _check_range("logprobs", self.logprobs, 0, _MAX_TOP_LOGPROBS, integer=True)
-        _check_range("n", self.n, 1, _MAX_N, integer=True)
+        _check_range("n", self.n, 1, _MAX_N, integer=True, optional=False)
         self._check_logit_bias()
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
         ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
@@ -113,17 +116,29 @@ class SamplingParams:
             raise RequestError(
                 "min_tokens", f"is {self.min_tokens} but max_tokens is {self.max_tokens}"
             )
+        self._check_stop_lengths()
+
+    def _check_stop_lengths(self) -> None:
         if len(self.stop) > _MAX_STOP_STRINGS:
             raise RequestError("stop", f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS}")
-        if "" in self.stop:
-            raise RequestError("stop", "every stop string must be a text of at least 1 character")
+        lengths = [len(text) for text in self.stop]
+        if any(not 1 <= length <= _MAX_STOP_CHARS for length in lengths):
+            raise RequestError(
+                "stop", f"every stop string must have 1 to {_MAX_STOP_CHARS} characters"
+            )
+        if sum(lengths) > _MAX_STOP_CHARS_IN_ALL:
+            said = f"has {sum(lengths)} characters in all; at most {_MAX_STOP_CHARS_IN_ALL}"
+            raise RequestError("stop", said)
 
     def _check_logit_bias(self) -> None:
-        given: Any = self.logit_bias
-        object.__setattr__(self, "logit_bias", {} if given is None else given)
-        if not isinstance(given, (Mapping, type(None))):
+        given: Any = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(given, Mapping):
             raise RequestError("logit_bias", f"must map token ids to biases, not {given!r}")
+        # A copy: what the caller does to the mapping afterwards would not be checked.
+        object.__setattr__(self, "logit_bias", dict(given))
         for token_id, bias in self.logit_bias.items():
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise RequestError("logit_bias", f"must map token ids to biases, not {token_id!r}")
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, optional=False)
 
     def with_defaults(self, defaults: SamplingDefaults, prompt_tokens: int) -> SamplingParams:
@@ -288,12 +303,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageSlice:
-    """Rows feature_start … feature_start+length-1 of a picture, at token `offset` of the row."""
+    """Rows feature_start … feature_start+length-1 of a picture, at token `offset` of the row.
+
+    is_first: the prompt shows no earlier part of the picture
+    """
 
     image: ImageInput
     offset: int
     feature_start: int
     length: int
+    is_first: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,9 +350,14 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """Which tokens of which sequences run now; rows that decode come first."""
+    """Which tokens of which sequences run now; rows that decode come first.
+
+    open_images: digests of the pictures that running sequences, in this step or not, have begun
+        and will go on with in a later step
+    """
 
     rows: tuple[StepRow, ...]
+    open_images: frozenset[bytes] = frozenset()
 
     @property
     def sampled_rows(self) -> list[StepRow]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,3 +79,12 @@ def test_partial_stop_is_the_longest_proper_prefix_at_the_end(text: str, stops: 
     """The definition, tried out over every length of every stop string."""
     lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
     assert partial_stop(text, stops) == max(lengths, default=0)
+
+
+def test_the_most_stop_strings_allowed_are_searched_in_milliseconds():
+    """Catches a search that grows with the square of a stop string, which one request may send."""
+    stops = tuple("a" * 1023 + chr(0x4E00 + i) for i in range(32))
+    began = time.perf_counter()
+    for _ in range(10):
+        assert partial_stop("b" * 20000 + "a" * 10, stops) == 10
+    assert time.perf_counter() - began < 1.0

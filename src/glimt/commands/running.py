@@ -9,11 +9,11 @@ from glimt.commands.console import byte_bar
 from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.errors import RequestError
+from glimt.inputs.request import LANGUAGES
 from glimt.loader import open_model
 from glimt.types import Request, StepOutput, Timings, Usage
 from glimt.weights import plan_weights
 
-LANGUAGES = ("auto", "zh", "en")
 _MIN_BAR_BYTES = 256 * 2**20  # what loads faster needs no bar
 
 

@@ -82,10 +82,7 @@ def load_messages_file(path: Path) -> list[Any]:
 
 def _parse_message(raw: Any, path: str) -> Message:
     if isinstance(raw, Message):
-        for j, part in enumerate(raw.parts):
-            if isinstance(part, TextPart):
-                _check_text(part.text, f"{path}.parts[{j}].text")
-        return raw
+        return _check_message(raw, path)
     if not isinstance(raw, Mapping):
         raise RequestError(path, f"is {_kind(raw)}; an object with role and content is needed")
     _refuse_tool_calls(raw, path)
@@ -93,6 +90,25 @@ def _parse_message(raw: Any, path: str) -> Message:
     role = _parse_role(_required(raw, "role", path), f"{path}.role")
     content = _required(raw, "content", path)
     return Message(role, _parse_content(content, role, f"{path}.content"))
+
+
+def _check_message(message: Message, path: str) -> Message:
+    """A Message as it is: its fields can hold anything, whatever their types say."""
+    role: Any = message.role
+    parts: Any = message.parts
+    if role not in list(_ROLES.values()):
+        known = ", ".join(dict.fromkeys(_ROLES.values()))
+        said = f"is {reprlib.repr(role)}; it must be one of {known}"
+        raise RequestError(f"{path}.role", said)
+    if not isinstance(parts, (list, tuple)):
+        raise RequestError(f"{path}.parts", f"is {_kind(parts)}; a tuple of parts is needed")
+    for j, part in enumerate(parts):
+        if isinstance(part, TextPart):
+            _check_text(part.text, f"{path}.parts[{j}].text")
+        elif not isinstance(part, ImagePart):
+            needed = "a TextPart or an ImagePart is needed"
+            raise RequestError(f"{path}.parts[{j}]", f"is {_kind(part)}; {needed}")
+    return message
 
 
 def _parse_role(raw: Any, path: str) -> Role:

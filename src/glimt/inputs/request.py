@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +21,33 @@ from glimt.types import EncodedPrompt, ImageInput, ImagePart, Message, Request, 
 class RequestLimits:
     """What any request must fit.
 
-    max_model_len: cache slots of one sequence, in tokens with pictures expanded
+    context_tokens: the longest sequence that is allowed, in tokens with pictures expanded
+    cache_tokens: what the whole KV cache holds; one sequence must fit it alone, or it could wait
+        for ever
     max_positions: rotary positions that exist
-    advice: what gives longer sequences a place, where positions are not the limit
     """
 
-    max_model_len: int
+    context_tokens: int
+    cache_tokens: int
     max_positions: int
     vocab_size: int
-    advice: str
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one sequence, prompt and answer."""
+        return min(self.context_tokens, self.cache_tokens)
+
+    def remedy(self, num_tokens: int) -> str:
+        """Which settings must be raised, and to what, for a sequence of so many tokens."""
+        settings = []
+        if self.context_tokens < num_tokens:
+            settings.append(f"max_model_len (--max-model-len) to {num_tokens}")
+        if self.cache_tokens < num_tokens:
+            settings.append(f"kv_bytes or num_blocks until the cache holds {num_tokens}")
+        return f"or raise {' and '.join(settings)}"
 
 
-_NO_POSITIONS = (
-    "shorten the conversation or ask for fewer tokens: the model knows no more positions"
-)
+LANGUAGES = ("auto", "zh", "en")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +58,26 @@ class RequestOptions:
     language:    "auto", "zh" or "en": the prompt template, where a family has one per language
     cache_salt:  cached prefixes are shared only between equal salts
     allow_files: whether text may name a file on this machine
+    Raises RequestError, naming the field, for a value of the wrong kind.
     """
 
     request_id: str | None = None
     language: str = "auto"
     cache_salt: str = ""
     allow_files: bool = True
+
+    def __post_init__(self) -> None:
+        if self.request_id is not None and not (
+            isinstance(self.request_id, str) and self.request_id
+        ):
+            raise RequestError("request_id", f"must be a text, not {self.request_id!r}")
+        if self.language not in LANGUAGES:
+            known = ", ".join(LANGUAGES)
+            raise RequestError("language", f"is {self.language!r}; choose one of {known}")
+        if not isinstance(self.cache_salt, str):
+            raise RequestError("cache_salt", f"must be a text, not {self.cache_salt!r}")
+        if not isinstance(self.allow_files, bool):
+            raise RequestError("allow_files", f"must be true or false, not {self.allow_files!r}")
 
 
 class RequestFactory:
@@ -71,10 +98,11 @@ class RequestFactory:
     ) -> Request:
         """Encode a conversation. Pictures are decoded only once the prompt is known to fit."""
         arrival_s = time.monotonic()
+        _check_kinds(sampling, options)
         parsed = parse_messages(messages, self.image_limits)
         opened = self._open_images(parsed, options.allow_files)
-        costs = [self.processor.image_cost(image.width, image.height) for image in opened]
-        prompt = self.processor.encode_chat(parsed, costs, options.language)
+        sizes = [(image.width, image.height) for image in opened]
+        prompt = self.processor.encode_chat(parsed, sizes, options.language)
         max_tokens = self._check_fit(prompt, sampling)
         images = tuple(self._prepare(image) for image in opened)
         return self._request(prompt, images, sampling, max_tokens, arrival_s, options)
@@ -82,6 +110,7 @@ class RequestFactory:
     def from_text(self, text: str, sampling: SamplingParams, options: RequestOptions) -> Request:
         """Encode a bare text to be continued."""
         arrival_s = time.monotonic()
+        _check_kinds(sampling, options)
         if not isinstance(text, str):
             raise RequestError("prompt", f"must be a text, not a {type(text).__name__}")
         prompt = self.processor.encode_text(text)
@@ -108,24 +137,34 @@ class RequestFactory:
 
     def _check_fit(self, prompt: EncodedPrompt, sampling: SamplingParams) -> int:
         """How many tokens may be generated. Raises PromptTooLong, with the numbers."""
-        cache_room = self.limits.max_model_len - len(prompt.token_ids)
-        position_room = self._position_room(prompt)
-        room = min(cache_room, position_room)
-        is_out_of_positions = position_room < 1 or position_room <= cache_room
-        advice = _NO_POSITIONS if is_out_of_positions else self.limits.advice
         if not prompt.token_ids:
             raise RequestError("prompt", "is empty")
+        cache_room = self.limits.max_model_len - len(prompt.token_ids)
+        room = min(cache_room, self._position_room(prompt))
+        wanted = max(1, sampling.max_tokens or 0, sampling.min_tokens or 0)
+        remedy = self._remedy(prompt, wanted)
         if room < 1:
-            raise PromptTooLong("prompt", f"{self._describe(prompt)}; {advice}")
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            said = f"is {sampling.max_tokens} but only {room} fit: {self._describe(prompt)}"
-            raise PromptTooLong("max_tokens", f"{said}; {advice}")
+            raise PromptTooLong(
+                "prompt", f"{self._describe(prompt)}; shorten the conversation{remedy}"
+            )
+        if room < wanted:
+            name = "max_tokens" if sampling.max_tokens else "min_tokens"
+            said = f"is {wanted} but only {room} fit: {self._describe(prompt)}"
+            raise PromptTooLong(
+                name, f"{said}; shorten the conversation or ask for fewer tokens{remedy}"
+            )
         return sampling.max_tokens or room
+
+    def _remedy(self, prompt: EncodedPrompt, num_outputs: int) -> str:
+        """What else lets so many tokens follow the prompt; nothing gives a model positions."""
+        if self._position_room(prompt) < num_outputs:
+            return ": the model knows no more positions"
+        return f", {self.limits.remedy(len(prompt.token_ids) + num_outputs)}"
 
     def _position_room(self, prompt: EncodedPrompt) -> int:
         """Output tokens whose rotary positions still exist."""
         rooms = [
-            (self.limits.max_positions - start) // step
+            -(-(self.limits.max_positions - start) // step)
             for start, step in zip(prompt.decode_start, prompt.decode_step, strict=True)
             if step
         ]
@@ -174,9 +213,19 @@ class RequestFactory:
         family = frozenset() if sampling.ignore_eos else self.processor.stop_token_ids
         return family | frozenset(sampling.stop_token_ids)
 
-    def _check_ids(self, field: str, token_ids: Any) -> None:
+    def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
         """An id outside the vocabulary would index another row's logits."""
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < self.limits.vocab_size:
+            if not 0 <= token_id < self.limits.vocab_size:
                 last = self.limits.vocab_size - 1
                 raise RequestError(field, f"token id {token_id!r} is not between 0 and {last}")
+
+
+def _check_kinds(sampling: Any, options: Any) -> None:
+    """A dictionary is refused by name: read as defaults it would be ignored in silence."""
+    if not isinstance(sampling, SamplingParams):
+        kind = type(sampling).__name__
+        raise RequestError("sampling", f"must be a SamplingParams, not a {kind}")
+    if not isinstance(options, RequestOptions):
+        kind = type(options).__name__
+        raise RequestError("options", f"must be a RequestOptions, not a {kind}")

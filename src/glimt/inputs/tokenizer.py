@@ -32,6 +32,8 @@ def load_tokenizer(folder: Path, spec: TokenizerSpec) -> Tokenizer:
 
     Raises CheckpointError naming the file that is missing, damaged or only a Git LFS pointer.
     """
+    if spec.load is not None:
+        return spec.load(folder)
     if spec.kind == "tiktoken":
         token_bytes = _read_ranks(folder / spec.file)
         special_ids = _read_special_ids(folder, spec.special_names, len(token_bytes))

@@ -65,17 +65,19 @@ class Tokenizer(Protocol):
 class TokenizerSpec:
     """Which tokenizer file a family has and how it is read (see inputs/tokenizer.py).
 
-    kind: "tiktoken" or "sentencepiece"
+    kind: "tiktoken", "sentencepiece", or "own": the family brings its own reader
     file: its name in the model folder
     pattern: the regular expression that splits text before merging (tiktoken only)
     special_names: special tokens in id order, for a tokenizer_config.json that does not list
         them: they follow the ranks (tiktoken only)
+    load: model folder -> tokenizer ("own" only)
     """
 
-    kind: Literal["tiktoken", "sentencepiece"]
+    kind: Literal["tiktoken", "sentencepiece", "own"]
     file: str
     pattern: str = ""
     special_names: tuple[str, ...] = ()
+    load: Callable[[Path], Tokenizer] | None = None
 
 
 # --- the family ------------------------------------------------------------------------------
@@ -124,11 +126,12 @@ class Processor(Protocol):
         """Resize a decoded RGB picture as the tower wants it."""
 
     def encode_chat(
-        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
         """Encode a conversation that ends where the assistant must speak.
 
-        image_costs: places per picture, in reading order over all messages
+        image_sizes: width and height of each picture, in reading order over all messages; what it
+            costs and where its tokens stand follow from them, before anything is decoded
         language:    "auto", "zh" or "en": the template, where a family has one per language
         """
 

@@ -247,11 +247,11 @@ class Glm4vProcessor:
         return ImageInput(digest, vision.num_image_tokens, grid, pixels)
 
     def encode_chat(
-        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
         """Encode a conversation; a message with neither text nor picture emits nothing."""
         prompt = _PromptBuilder(self._prefix)
-        costs = iter(image_costs)
+        costs = iter([self.image_cost(*size) for size in image_sizes])
         for message in messages:
             if not message.text and not message.num_images:
                 continue

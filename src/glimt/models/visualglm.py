@@ -251,7 +251,7 @@ class VisualGlmProcessor:
         )
 
     def encode_chat(
-        self, messages: Sequence[Message], image_costs: Sequence[int], language: str
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
         """Encode a conversation; pictures stand at the very front, whatever turn showed them."""
         rounds = _rounds(messages)
@@ -259,7 +259,8 @@ class VisualGlmProcessor:
             language = "zh" if _CHINESE_QUERY.search(_query(messages)) else "en"
         if language not in _TEMPLATES:
             raise RequestError("language", f"is {language!r}; choose auto, zh or en")
-        return self._encode(_render(rounds, *_TEMPLATES[language]), image_costs)
+        costs = [self.image_cost(*size) for size in image_sizes]
+        return self._encode(_render(rounds, *_TEMPLATES[language]), costs)
 
     def encode_text(self, text: str) -> EncodedPrompt:
         """The text and `[gMASK]<sop>`."""

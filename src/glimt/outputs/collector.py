@@ -142,11 +142,20 @@ class OutputCollector:
             token_ids=(outcome.sampled.token_id,) if outcome else (),
             logprobs=_logprobs(outcome) if outcome else (),
             finish_reason=reason,
-            stop_reason=stream.stop_reason or (outcome.stop_reason if outcome else None),
+            stop_reason=_stop_reason(reason, stream, outcome),
             error=error,
             usage=record.usage(),
             timings=record.timings(self.clock()),
         )
+
+
+def _stop_reason(
+    reason: FinishReason, stream: TextStream, outcome: TokenOutcome | None
+) -> str | int | None:
+    """A stop string in the text that an abort or an error released did not end the choice."""
+    if reason != "stop":
+        return None
+    return stream.stop_reason or (outcome.stop_reason if outcome else None)
 
 
 def _logprobs(outcome: TokenOutcome) -> tuple[SampledToken, ...]:

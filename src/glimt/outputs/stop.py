@@ -25,9 +25,10 @@ def find_stop(text: str, stops: Sequence[str], start: int) -> tuple[int, str] | 
 
 def partial_stop(text: str, stops: Sequence[str]) -> int:
     """Length of the longest tail of `text` that begins a stop string without completing it."""
-    longest = max(map(len, stops), default=1)
-    for length in range(min(longest - 1, len(text)), 0, -1):
-        tail = text[-length:]
-        if any(len(stop) > length and stop.startswith(tail) for stop in stops):
-            return length
-    return 0
+    return max((_overlap(text, stop) for stop in stops), default=0)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest tail of `text` that begins `stop` without completing it."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,9 +53,9 @@ class ModelRunner:
         self.dtype = dtype
         self.tower_patches = tower_patches
         self.counters = RunnerCounters()
-        # Pictures that the last step's chunks cut: kept beside the cache, whose budget may be too
-        # small for one of them, so that the next chunk does not run the tower again.
-        self._cut: dict[bytes, Tensor] = {}
+        # Pictures that running sequences go on with later: kept beside the cache, whose budget may
+        # be too small for one of them, so that their next chunk does not run the tower again.
+        self._open: dict[bytes, Tensor] = {}
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
@@ -65,7 +65,8 @@ class ModelRunner:
         # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
         clear_blocks(self.caches, batch.opened_blocks)
         pictures, image_s = self._pictures(plan)
-        self._cut = _cut_pictures(plan, pictures)
+        known = self._open | pictures
+        self._open = {d: known[d] for d in plan.open_images if d in known}
         hidden = self.model.embed(batch.token_ids)
         for offset, part in _placed_slices(plan):
             rows = pictures[part.image.digest][part.feature_start :][: part.length]
@@ -78,7 +79,7 @@ class ModelRunner:
         ready: dict[bytes, Tensor] = {}
         image_s: dict[int, float] = {}
         for row in plan.rows:
-            wanted = {part.image.digest: part for part in row.images}
+            wanted = {part.image.digest: part for part in reversed(row.images)}  # its first part
             missing = [
                 part.image
                 for digest, part in wanted.items()
@@ -91,12 +92,12 @@ class ModelRunner:
     def _take_cached(self, part: ImageSlice, ready: dict[bytes, Tensor]) -> bool:
         features = self.features.get(part.image.digest)
         if features is None:
-            features = self._cut.get(part.image.digest)
+            features = self._open.get(part.image.digest)
         if features is None:
             return False
         ready[part.image.digest] = features
         # Later chunks of one picture find it cached as well; only its first counts as a hit.
-        self.counters.feature_hits += part.feature_start == 0
+        self.counters.feature_hits += part.is_first
         return True
 
     def _encode(self, images: Sequence[ImageInput], ready: dict[bytes, Tensor]) -> float:
@@ -129,16 +130,6 @@ def _groups(images: Sequence[ImageInput], max_patches: int) -> Iterator[list[Ima
         patches += size
     if group:
         yield group
-
-
-def _cut_pictures(plan: StepPlan, pictures: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
-    """Features of the pictures whose last row is not in this step."""
-    return {
-        part.image.digest: pictures[part.image.digest]
-        for row in plan.rows
-        for part in row.images
-        if part.feature_start + part.length < part.image.num_tokens
-    }
 
 
 def _placed_slices(plan: StepPlan) -> Iterator[tuple[int, ImageSlice]]:

@@ -87,12 +87,15 @@ class Scheduler:
         budget = self._plan_running(planned, self.config.max_num_batched_tokens)
         self._plan_waiting(planned, budget)
         rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
-        return StepPlan(tuple(sorted(rows, key=lambda row: not row.is_decode)))
+        open_images = (s.open_images(s.num_computed + planned.get(s.id, 0)) for s in self.running)
+        return StepPlan(
+            tuple(sorted(rows, key=lambda row: not row.is_decode)), frozenset().union(*open_images)
+        )
 
     def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
         """Advance every row of the step, append the sampled tokens, finish what is complete."""
         for row in plan.rows:
-            self._advance(self._by_id[row.sequence_id], len(row.token_ids), row.is_decode)
+            self._advance(self._by_id[row.sequence_id], len(row.token_ids))
         return [self._append(token) for token in sampled]
 
     def _plan_running(self, planned: dict[int, int], budget: int) -> int:
@@ -187,12 +190,13 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
 
-    def _advance(self, sequence: Sequence, count: int, is_decode: bool) -> None:
+    def _advance(self, sequence: Sequence, count: int) -> None:
         """Count computed tokens and make the blocks that became full findable."""
-        if is_decode:
-            self.counters.decode_tokens += count
-        else:
+        # By where it stands and not by its length: a prompt's last chunk may be one token.
+        if sequence.is_prefilling or count > 1:
             self.counters.prefill_tokens += count
+        else:
+            self.counters.decode_tokens += count
         first_open = sequence.num_computed // self.config.block_size
         sequence.num_computed += count
         full = sequence.num_computed // self.config.block_size

@@ -82,13 +82,28 @@ class Sequence:
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:
         """The parts of pictures that stand between two cache indices."""
         slices = []
+        seen: set[int] = set()
         for span in self.request.prompt.spans:
+            is_first = span.image not in seen and start <= span.start
+            seen.add(span.image)
             first, last = max(start, span.start), min(stop, span.start + span.length)
             if first < last:
                 image = self.request.images[span.image]
                 row = span.feature_start + first - span.start
-                slices.append(ImageSlice(image, first - start, row, last - first))
+                slices.append(ImageSlice(image, first - start, row, last - first, is_first))
         return tuple(slices)
+
+    def open_images(self, stop: int) -> set[bytes]:
+        """Digests of the pictures with places both before and after a cache index."""
+        if stop >= self.num_prompt:
+            return set()
+        spans = self.request.prompt.spans
+        begun = {span.image for span in spans if span.start < stop}
+        return {
+            self.request.images[span.image].digest
+            for span in spans
+            if span.image in begun and span.start + span.length > stop
+        }
 
     # --- block hashes ---
 

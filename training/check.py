@@ -17,9 +17,9 @@ from glimt.models.base import Model, Processor
 from training.data.mixture import held_out_questions
 from training.data.sample import Sample
 from training.encode import EncodedRow, collate, encode
+from training.held_out import SEED, TASKS
 from training.view import Batch, answer, see
 
-TASKS = ("garments", "scenes", "yes_no", "texts", "second_turns", "photos")
 _BATCH_ROWS = 64
 
 HeldOutRows = Mapping[str, Sequence[Batch]]
@@ -30,7 +30,9 @@ def held_out_rows(
 ) -> HeldOutRows:
     """`count` held-out questions of each task as batches of rows."""
     return {
-        task: list(_rows(processor, is_causal, held_out_questions(task, count, 1, photos=photos)))
+        task: list(
+            _rows(processor, is_causal, held_out_questions(task, count, SEED, photos=photos))
+        )
         for task in TASKS
         if photos or task != "photos"
     }

@@ -330,6 +330,37 @@ def convert(
 
 
 @app.command()
+def evaluate(
+    ctx: typer.Context,
+    questions: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with questions.jsonl and its pictures.")
+    ],
+    model: Model = "demo",
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Compare with the same model in this dtype as well."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Questions of each task and language at most."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: DeviceName = "cpu",
+    max_model_len: MaxModelLen = None,
+    rotary_table: RotaryTable = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Count right answers to a folder of questions, by task and language."""
+    from glimt.commands.evaluate import EvaluateJob, run
+
+    run(
+        EvaluateJob(
+            engine=_engine(ctx), questions=questions, against=against, limit=limit, as_json=as_json
+        )
+    )
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Tell what this machine can run, what is wrong, and how to mend it."""
     from glimt.commands.doctor import doctor as run

@@ -55,7 +55,7 @@ def open_model(engine: EngineConfig) -> OpenedModel:
 
     Raises ConfigError or CheckpointError, each listing everything it found.
     """
-    folder = _model_folder(engine.model)
+    folder = model_folder(engine.model)
     raw = read_model_config(folder)
     where = str(folder / "config.json")
     family = find_family(raw, where)
@@ -76,12 +76,25 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     )
 
 
-def _model_folder(name: str) -> Path:
+BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a path, or the name of one that comes with glimt.
+
+    A folder of your own that bears such a name is ./demo. Raises ConfigError if there is none.
+    """
+    if name in BUILT_IN:
+        return Path(__file__).parent / "demo" / BUILT_IN[name]
     folder = Path(name).expanduser()
     if not folder.is_dir():
         said = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(
-            "model", [f"{name!r} {said}; give the folder that holds config.json and the weights"]
+            "model",
+            [
+                f"{name!r} {said}; give the folder that holds config.json and the weights, or one of "
+                f"{', '.join(BUILT_IN)}"
+            ],
         )
     return folder
 

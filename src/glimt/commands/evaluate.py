@@ -1,0 +1,96 @@
+"""`glimt evaluate`: a folder of questions asked of a model in any setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from glimt.commands.console import error_console, out_console, print_json
+from glimt.commands.tables import figures
+from glimt.errors import ConfigError
+from glimt.evaluate.questions import Question, read_questions
+from glimt.evaluate.tasks import BATCH, Evaluation, evaluate
+from glimt.llm import LLM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateJob:
+    """What was asked for.
+
+    engine:  fields of EngineConfig
+    against: dtype of a reference to compare with, None for none
+    limit:   questions of each task and language at most
+    """
+
+    engine: Mapping[str, Any]
+    questions: Path
+    against: str | None
+    limit: int | None
+    as_json: bool
+
+
+def run(job: EvaluateJob) -> None:
+    """Ask, count, print. Raises ConfigError for bad questions or settings."""
+    if job.limit is not None and job.limit < 1:
+        raise ConfigError("limit", [f"is {job.limit}; it must be at least 1"])
+    questions = _limited(read_questions(job.questions), job.limit)
+    llm = _load(job.engine)
+    reference = _load({**job.engine, "dtype": job.against}) if job.against else None
+    with _bar(len(questions)) as on_done:
+        found = evaluate(llm, questions, reference, on_done)
+    print_json(found.as_dict()) if job.as_json else _print(found, job.against)
+
+
+def _load(engine: Mapping[str, Any]) -> LLM:
+    """Questions share no prefix worth keeping, and each picture is asked about once."""
+    return LLM(**engine, max_num_seqs=BATCH, enable_prefix_cache=False)
+
+
+def _limited(questions: list[Question], limit: int | None) -> list[Question]:
+    taken: dict[tuple[str, str], int] = {}
+    kept = []
+    for question in questions:
+        key = question.task, question.language
+        taken[key] = taken.get(key, 0) + 1
+        if limit is None or taken[key] <= limit:
+            kept.append(question)
+    return kept
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of questions on stderr; none where that is no terminal."""
+    console = error_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("asking", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _print(found: Evaluation, against: str | None) -> None:
+    more = (f"as {against}",) if against else ()
+    table = figures("task", "language", "asked", "right", *more, title="answers")
+    for tally in found.tallies:
+        row = [tally.task, tally.language, str(tally.asked), f"{tally.accuracy:.1%}"]
+        if tally.agreed is not None:
+            row.append(f"{tally.agreed / tally.asked:.1%}")
+        table.add_row(*row)
+    console = out_console()
+    console.print(table)
+    if found.divergence:
+        far = found.divergence
+        console.print(
+            f"from {against}, over {far.num_places:,} tokens: mean KL {far.mean_kl:.2e}, "
+            f"99th percentile {far.p99_kl:.2e} nats, same likeliest token {far.top1:.2%}"
+        )

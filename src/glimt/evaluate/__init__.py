@@ -1,0 +1,1 @@
+"""What users compare: answers against right ones, one setting against another."""

@@ -1,0 +1,114 @@
+"""Teacher forcing: the logits of one answer under any setting, through the engine as it serves.
+
+The sampler is the only stage that changes: it gives the wanted token and keeps the logits, so
+batching, chunking, caches and kernels are those of a real answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glimt.inputs.request import RequestOptions
+from glimt.llm import LLM, Conversation
+from glimt.sampling import Sampler
+from glimt.types import SampledToken, SamplingParams, StepPlan
+
+
+class ForcingSampler(Sampler):
+    """Gives every request its own answer, token by token.
+
+    logits: by request id, one row [vocab_size] float32 on the CPU per token given
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.answers: dict[str, Sequence[int]] = {}
+        self.logits: dict[str, list[Tensor]] = {}
+
+    def sample(self, logits: Tensor, plan: StepPlan) -> list[SampledToken]:
+        """logits: [num_sampled, vocab_size]."""
+        return [
+            self._next(row.request_id, len(row.output_ids), row.sequence_id, logits[i])
+            for i, row in enumerate(plan.sampled_rows)
+        ]
+
+    def _next(self, request_id: str, place: int, sequence_id: int, row: Tensor) -> SampledToken:
+        kept = self.logits.setdefault(request_id, [])
+        del kept[place:]  # a preempted sequence may sample a place twice
+        kept.append(row.detach().to("cpu", torch.float32, copy=True))
+        return SampledToken(sequence_id, self.answers[request_id][place])
+
+
+@contextmanager
+def _forcing(llm: LLM) -> Iterator[ForcingSampler]:
+    engine = llm.engine
+    forcing = ForcingSampler(engine.opened.config.vocab_size)
+    sampler, engine.sampler = engine.sampler, forcing
+    try:
+        yield forcing
+    finally:
+        engine.sampler = sampler
+
+
+def forced_logits(
+    llm: LLM, conversations: Sequence[Conversation], answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Logits before each token of each answer, [len(answer), vocab_size] float32, as one batch.
+
+    Raises RequestError when a conversation with its answer does not fit.
+    """
+    with _forcing(llm) as forcing:
+        for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
+            forcing.answers[f"forced-{number}"] = answer
+            sampling = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
+            options = RequestOptions(request_id=f"forced-{number}")
+            llm.engine.add_request(llm.engine.prepare_chat(conversation, sampling, options))
+        while llm.engine.has_work:
+            llm.engine.step()
+        return [torch.stack(forcing.logits[f"forced-{n}"]) for n in range(len(answers))]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How far one setting's distributions are from the reference's, over all places.
+
+    mean_kl, p99_kl: of KL(reference || setting), nats
+    top1:            share of places where both have the same likeliest token
+    """
+
+    num_places: int
+    mean_kl: float
+    p99_kl: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """The divergence at each of some places: [num_places] float64 nats, and bool."""
+
+    kl: Tensor
+    same_top: Tensor
+
+
+def compare(reference: Sequence[Tensor], setting: Sequence[Tensor]) -> Places:
+    """Compare the logits of the same places, [num_places, vocab_size] in parts.
+
+    Source of the measure: Kullback and Leibler, 1951; natural logarithms.
+    """
+    theirs, ours = (torch.cat(list(parts)).double() for parts in (reference, setting))
+    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return Places((p.exp() * (p - q)).sum(-1), ours.argmax(-1) == theirs.argmax(-1))
+
+
+def summary(parts: Sequence[Places]) -> Divergence:
+    """All places together."""
+    kl = torch.cat([part.kl for part in parts])
+    same = torch.cat([part.same_top for part in parts])
+    p99 = float(np.quantile(kl.numpy(), 0.99))
+    return Divergence(len(kl), float(kl.mean()), p99, float(same.double().mean()))

@@ -295,7 +295,7 @@ def hub_config(sat: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     r = ConfigReader(sat, where)
     for name, only in _ONLY.items():
-        r.must_be(name, only)
+        r.may_only_be(name, only)
     hidden_size, bos = r.integer("hidden_size"), r.integer("bos_token_id", low=0)
     config = {
         "model_type": "chatglm",
@@ -349,7 +349,7 @@ def _qformer_config(r: ConfigReader) -> dict[str, Any]:
     part = _part(r, "qformer")
     for name in ("hidden_size", "num_attention_heads", "vocab_size", "cross_attn_hidden_size"):
         part.integer(name)
-    part.flags("is_decoder", part.integer("num_layers"))
+    part.flags("is_decoder", part.integer("num_layers"), "num_layers")
     part.number("layernorm_epsilon")
     return dict(part.raw)
 

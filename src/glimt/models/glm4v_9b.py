@@ -58,7 +58,6 @@ class VisionConfig:
     intermediate_size: int
     patch_size: int
     image_size: int
-    in_channels: int
     num_positions: int
     layer_norm_eps: float
     scaling_factor: float
@@ -113,9 +112,10 @@ class Glm4vConfig:
         r = ConfigReader(raw, where)
         for name, only in _ONLY.items():
             r.must_be(name, only)
-        vision = _read_vision(r.section("vision_config")) if "vision_config" in raw else None
+        r.may_only_be("pre_seq_len", None)
+        vision = _read_vision(r.section("vision_config")) if _sees(raw) else None
         heads = r.integer("num_attention_heads")
-        grouped = r.flag("multi_query_attention", default=False)
+        grouped = r.flag("multi_query_attention")
         config = cls(
             num_layers=r.integer("num_layers"),
             hidden_size=r.integer("hidden_size"),
@@ -127,7 +127,7 @@ class Glm4vConfig:
             layernorm_epsilon=r.number("layernorm_epsilon"),
             qkv_bias=r.flag("add_qkv_bias"),
             linear_bias=r.flag("add_bias_linear"),
-            interleaved_rotary=r.flag("original_rope", default=True),
+            interleaved_rotary=r.flag("original_rope"),
             rope_ratio=r.number("rope_ratio", default=1.0),
             seq_length=r.integer("seq_length"),
             torch_dtype=r.dtype(),
@@ -149,12 +149,19 @@ _ONLY: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False,
     "tie_word_embeddings": False,
-    "pre_seq_len": None,
 }
+
+
+def _sees(raw: Mapping[str, Any]) -> bool:
+    """Whether the file is of the vision model; the ids of the picture's ends give it away too,
+    so that a lost vision_config does not make a text model of it.
+    """
+    return any(name in raw for name in ("vision_config", "boi_token_id", "eoi_token_id"))
 
 
 def _read_vision(r: ConfigReader) -> VisionConfig:
     r.must_be("hidden_act", "gelu")
+    r.must_be("in_channels", 3)
     config = VisionConfig(
         num_layers=r.integer("num_hidden_layers"),
         hidden_size=r.integer("hidden_size"),
@@ -162,15 +169,14 @@ def _read_vision(r: ConfigReader) -> VisionConfig:
         intermediate_size=r.integer("intermediate_size"),
         patch_size=r.integer("patch_size"),
         image_size=r.integer("image_size"),
-        in_channels=r.integer("in_channels"),
         num_positions=r.integer("num_positions"),
         layer_norm_eps=r.number("layer_norm_eps"),
         scaling_factor=r.number("scaling_factor"),
     )
     r.divides("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     r.divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
-    r.must_be("in_channels", 3)
-    r.must_be("num_positions", config.grid**2 + 1)
+    num_positions = "num_positions", config.num_positions
+    r.must_agree(num_positions, config.grid**2 + 1, "image_size", "patch_size")
     return config
 
 
@@ -209,9 +215,7 @@ class Glm4vProcessor:
         self._filler = special_id(ids, "<|endoftext|>")
         self._check_image_ids(folder)
         generation = ConfigReader(_generation_config(folder), "generation_config.json")
-        stops = config.eos_token_ids or generation.ids("eos_token_id")
-        named = (self._filler, self._roles["user"], self._roles["observation"])
-        self.stop_token_ids = frozenset(stops or named)
+        self.stop_token_ids = frozenset(config.eos_token_ids)
         self.sampling_defaults = _sampling_defaults(generation)
         generation.check()
         self.image_settings = (
@@ -594,11 +598,13 @@ WEIGHTS = WeightTable(
 
 
 def _claims(raw: Mapping[str, Any]) -> bool:
-    """The text models share the class names, so their vocabulary size tells them apart."""
-    has_vision = "vision_config" in raw and "padded_vocab_size" in raw
-    return raw.get("model_type") == "chatglm" and (
-        has_vision or raw.get("padded_vocab_size") == 151552
-    )
+    """The text models share the class names, so their vocabulary size tells them apart.
+
+    A file that lost it is claimed by its other keys, so that the error can name what is missing.
+    """
+    size = raw.get("padded_vocab_size")
+    is_text = size == 151552 or (size is None and "multi_query_group_num" in raw)
+    return raw.get("model_type") == "chatglm" and ("vision_config" in raw or is_text)
 
 
 FAMILY = ModelFamily(

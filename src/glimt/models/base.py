@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
     def special_ids(self) -> Mapping[str, int]:
         """Ids of the special tokens by name, such as `<|user|>` or `[gMASK]`."""
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id, special tokens included."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""
 
@@ -242,18 +246,29 @@ def all_families() -> tuple[ModelFamily[Any], ...]:
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
+SAT_SAID = (
+    "holds VisualGLM's SAT form (model_config.json); make the hub form of it first: glimt convert"
+)
+
+
 def read_model_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises ConfigError; names VisualGLM's other weight form."""
     if not (folder / "config.json").exists() and (folder / "model_config.json").exists():
-        said = "holds VisualGLM's SAT form (model_config.json); make the hub form of it first: "
-        raise ConfigError(str(folder), [f"{said}glimt convert"])
+        raise ConfigError(str(folder), [SAT_SAID])
     return read_json(folder / "config.json")
+
+
+LFS_HEAD = b"version https://git-lfs"
+LFS_SAID = "is a Git LFS pointer, not the file itself; run git lfs pull in the model folder"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ConfigError naming the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if data.startswith(LFS_HEAD):
+            raise ConfigError(str(path), [LFS_SAID])
+        raw = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(str(path.parent), [f"{path.name} is missing"]) from error
     except (OSError, ValueError, RecursionError) as error:

@@ -144,3 +144,12 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path, family: str, key
     write_noise_model(tmp_path, family)
     change_config(tmp_path, **{f"{key}vocab_size": 600 if family == "visualglm" else 520})
     assert any("it belongs to another checkpoint" in problem for problem in problems_of(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 2**62}, {"max_sequence_length": 10**15}])
+def test_a_model_of_impossible_size_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    """Catches an allocator's traceback for a digit too many in config.json."""
+    write_noise_model(tmp_path, "visualglm")
+    change_config(tmp_path, **change)
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith("describes a model of impossible size")

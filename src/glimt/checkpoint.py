@@ -340,8 +340,15 @@ def read_pickle(file: Path, allowed: Sequence[Any] = ()) -> Any:
             return torch.load(os.fspath(file), map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise almost anything
         said = "is damaged, or holds more than tensors and was refused because it could run code"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(file.name, [f"{said} ({reason[0]})"]) from error
+        raise CheckpointError(file.name, [f"{said} ({_pickle_reason(error)})"]) from error
+
+
+def _pickle_reason(error: Exception) -> str:
+    """The reason alone: before it torch advises to load the file without its restrictions."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reasons = [line for line in lines if "weights_only" not in line]
+    return next(iter(reasons), type(error).__name__)
 
 
 def list_state(state: Any, file: Path) -> list[TensorInfo]:

@@ -61,10 +61,10 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     tokenizer, weight files and the tensors in them.
     """
     device = open_device(engine.device)
-    found = read_folder(_model_folder(engine.model))
+    found = read_folder(Path(engine.model).expanduser())
     dtype = _choose_dtype(engine.dtype, found.config, device)
     context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
-    model = found.family.build(found.config, context)
+    model = build_model(found, context)
     of_weights = plan_weights(found.checkpoint, model).problems
     if found.errors or of_weights:
         raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
@@ -104,6 +104,7 @@ def read_folder(folder: Path) -> ModelFolder:
     Raises one ConfigError or CheckpointError if config.json is not usable; it then tells what
     else is wrong in the folder, too.
     """
+    _check_folder(folder)
     found = Findings(folder)
     where = str(folder / "config.json")
     checkpoint = scan_checkpoint(folder)
@@ -120,6 +121,15 @@ def read_folder(folder: Path) -> ModelFolder:
         found.attempt(lambda: _check_vocabulary(folder, config, tokenizer))
         processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
     return ModelFolder(family, config, processor, checkpoint, tuple(found.errors))
+
+
+def build_model(found: ModelFolder, context: BuildContext) -> Model:
+    """The model without its weights. Raises ConfigError if no machine could hold it."""
+    try:
+        return found.family.build(found.config, context)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        said = f"describes a model of impossible size: {str(error).splitlines()[0]}"
+        raise ConfigError(str(found.checkpoint.folder / "config.json"), [said]) from error
 
 
 def _check_vocabulary(folder: Path, config: FamilyConfig, tokenizer: Tokenizer) -> None:
@@ -160,14 +170,11 @@ class Findings:
         return "" if where == str(self.folder) else f"{where.removeprefix(f'{self.folder}/')}: "
 
 
-def _model_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        said = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(
-            "model", [f"{name!r} {said}; give the folder that holds config.json and the weights"]
-        )
-    return folder
+        said = f"{str(folder)!r} {'is a file' if folder.exists() else 'does not exist'}"
+        advice = "give the folder that holds config.json and the weights"
+        raise ConfigError("model", [f"{said}; {advice}"])
 
 
 def _choose_dtype(wanted: str, config: FamilyConfig, device: Device) -> torch.dtype:

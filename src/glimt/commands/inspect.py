@@ -12,7 +12,7 @@ import torch
 
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint
 from glimt.devices.base import open_device
-from glimt.loader import Findings, read_folder
+from glimt.loader import Findings, build_model, read_folder
 from glimt.models.base import BuildContext, FamilyConfig, Model
 from glimt.weights import LoadPlan, plan_weights
 
@@ -70,7 +70,7 @@ def describe(folder: Path) -> CheckpointSummary:
     """
     found = read_folder(folder)
     context = BuildContext(open_device("cpu"), torch.float32, found.config.max_positions)
-    model = found.family.build(found.config, context)
+    model = build_model(found, context)
     plan = plan_weights(found.checkpoint, model)
     problems = [*Findings(folder, found.errors).problems(), *plan.problems]
     return _summary(found.family.name, found.config, model, found.checkpoint, plan, problems)

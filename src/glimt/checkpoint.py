@@ -144,7 +144,7 @@ def _absent_shards(files: Sequence[Path]) -> list[str]:
 def _indexed_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, str] | None]:
     """Shards that exist, and the index if it can be read."""
     try:
-        _refuse_stand_in(path)
+        refuse_stand_in(path)
         index = _weight_map(path)
     except (CheckpointError, ConfigError) as error:
         problems += [f"{path.name} {problem}" for problem in error.problems]
@@ -195,7 +195,7 @@ def _list_tensors(file: Path, problems: list[str]) -> list[TensorInfo]:
     Raises CheckpointError if they cannot be known; its problems do not repeat the file's name.
     """
     try:
-        _refuse_stand_in(file)
+        refuse_stand_in(file)
         if file.suffix != ".safetensors":
             return list_state(read_pickle(file), file)
         tensors, wrong = _parse_safetensors(file)
@@ -205,7 +205,7 @@ def _list_tensors(file: Path, problems: list[str]) -> list[TensorInfo]:
         raise CheckpointError(file.name, [f"cannot be read: {error.strerror}"]) from error
 
 
-def _refuse_stand_in(file: Path) -> None:
+def refuse_stand_in(file: Path) -> None:
     """Raise CheckpointError for the usual things that lie where a large file should."""
     with file.open("rb") as stream:
         head = stream.read(64).lower()

@@ -148,7 +148,7 @@ class VisualGlmConfig:
         return config
 
 
-_EVA_ONLY: dict[str, Any] = {
+EVA_ONLY: dict[str, Any] = {
     "layernorm_order": "pre",
     "use_final_layernorm": False,
     "vocab_size": 1,
@@ -159,7 +159,7 @@ _EVA_ONLY: dict[str, Any] = {
 
 
 def _read_eva(r: ConfigReader) -> EvaConfig:
-    for name, only in _EVA_ONLY.items():
+    for name, only in EVA_ONLY.items():
         r.must_be(name, only)
     config = EvaConfig(
         num_layers=r.integer("num_layers"),

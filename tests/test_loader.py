@@ -153,3 +153,10 @@ def test_a_model_of_impossible_size_is_refused(tmp_path: Path, change: dict[str,
     change_config(tmp_path, **change)
     (problem,) = problems_of(tmp_path)
     assert problem.startswith("describes a model of impossible size")
+
+
+def test_a_rotary_table_of_another_family_is_refused(tmp_path: Path) -> None:
+    """Catches an option that is accepted and changes nothing."""
+    write_noise_model(tmp_path, "glm4v_9b")
+    with pytest.raises(ConfigError, match="rotary_table: is 'hub_fp16', a table of VisualGLM"):
+        open_model(EngineConfig(model=str(tmp_path), rotary_table="hub_fp16"))

@@ -31,7 +31,7 @@ REQUIRED = {
         "add_qkv_bias", "add_bias_linear", "seq_length", "boi_token_id", "eoi_token_id",
         "multi_query_attention", "original_rope", "rmsnorm", "post_layer_norm",
         "apply_residual_connection_post_layernorm", "fp32_residual_connection",
-        "tie_word_embeddings", "torch_dtype", "eos_token_id", "vision_config",
+        "tie_word_embeddings", "torch_dtype", "eos_token_id",
         "vision_config.hidden_act", "vision_config.in_channels",
         "vision_config.num_hidden_layers", "vision_config.hidden_size", "vision_config.num_heads",
         "vision_config.intermediate_size", "vision_config.patch_size", "vision_config.image_size",
@@ -80,8 +80,8 @@ def test_a_missing_value_is_an_error_that_names_it(family: str, path: str) -> No
 # What no arithmetic depends on, and what the specifications let files leave out.
 OPTIONAL = {
     "glm4v_9b": {
-        "architectures", "rope_ratio", "pad_token_id", "use_cache", "attention_dropout",
-        "hidden_dropout", "bias_dropout_fusion", "apply_query_key_layer_scaling",
+        "architectures", "vision_config", "rope_ratio", "pad_token_id", "use_cache",
+        "attention_dropout", "hidden_dropout", "bias_dropout_fusion", "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32", "vision_config.dropout_prob",
     },
     "visualglm": {
@@ -116,10 +116,17 @@ def test_a_file_without_model_type_is_told_so() -> None:
 def test_a_text_model_without_its_vocabulary_size_is_told_so() -> None:
     """Catches a required key that is also what tells the family, and so cannot be named."""
     raw = raw_config("glm4v_9b")
-    for key in ("vision_config", "boi_token_id", "eoi_token_id", "padded_vocab_size"):
-        del raw[key]
+    del raw["vision_config"], raw["padded_vocab_size"]
     with pytest.raises(ConfigError, match=r"padded_vocab_size is missing"):
         parse(raw)
+
+
+def test_without_vision_config_it_is_a_text_model() -> None:
+    """Catches asking a text model for the ids of a picture's ends, or refusing what it has."""
+    raw = without(raw_config("glm4v_9b"), "vision_config")
+    assert parse(raw).vision is None
+    assert parse(without(without(raw, "boi_token_id"), "eoi_token_id")).vision is None
+    assert parse(raw | {"vision_config": None}).vision is None
 
 
 @pytest.mark.parametrize("family", FILES)

@@ -113,7 +113,8 @@ class Glm4vConfig:
         for name, only in _ONLY.items():
             r.must_be(name, only)
         r.may_only_be("pre_seq_len", None)
-        vision = _read_vision(r.section("vision_config")) if _sees(raw) else None
+        has_vision = raw.get("vision_config") is not None
+        vision = _read_vision(r.section("vision_config")) if has_vision else None
         heads = r.integer("num_attention_heads")
         grouped = r.flag("multi_query_attention")
         config = cls(
@@ -150,13 +151,6 @@ _ONLY: dict[str, Any] = {
     "fp32_residual_connection": False,
     "tie_word_embeddings": False,
 }
-
-
-def _sees(raw: Mapping[str, Any]) -> bool:
-    """Whether the file is of the vision model; the ids of the picture's ends give it away too,
-    so that a lost vision_config does not make a text model of it.
-    """
-    return any(name in raw for name in ("vision_config", "boi_token_id", "eoi_token_id"))
 
 
 def _read_vision(r: ConfigReader) -> VisionConfig:
@@ -475,6 +469,9 @@ class Glm4vModel(Model):
     def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
         super().__init__()
         device, dtype = context.device, context.dtype
+        if context.rotary_table != "auto":
+            said = f"is {context.rotary_table!r}, a table of VisualGLM; this model has only one"
+            raise ConfigError("rotary_table", [f"{said}: leave it at auto"])
         self.num_layers = config.num_layers
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim

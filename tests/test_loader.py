@@ -129,6 +129,19 @@ def test_every_one_of_many_problems_is_in_the_message(tmp_path: Path) -> None:
     assert len(problems_of(tmp_path)) > 90
 
 
+def test_wrong_picture_ids_do_not_hide_a_wrong_generation_config(tmp_path: Path) -> None:
+    """Catches a processor that stops at its first complaint."""
+    write_noise_model(tmp_path, "glm4v_9b")
+    change_config(tmp_path, boi_token_id=1)
+    (tmp_path / "generation_config.json").write_text('{"temperature": "hot", "top_p": -1}')
+    found = problems_of(tmp_path)
+    assert [problem.split(" is ")[0].split(" are ")[0] for problem in found] == [
+        "generation_config.json: temperature",
+        "generation_config.json: top_p",
+        "boi_token_id, eoi_token_id",
+    ]
+
+
 def test_one_problem_is_told_in_one_line(tmp_path: Path) -> None:
     """Catches a list of one, and a file that is named twice."""
     write_noise_model(tmp_path, "glm4v_9b")

@@ -118,7 +118,7 @@ def read_folder(folder: Path) -> ModelFolder:
         raise found.error(checkpoint.problems)
     processor = None
     if tokenizer is not None:
-        found.attempt(lambda: _check_vocabulary(folder, config, tokenizer))
+        found.attempt(lambda: _check_vocabulary(config, tokenizer))
         processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
     return ModelFolder(family, config, processor, checkpoint, tuple(found.errors))
 
@@ -132,7 +132,7 @@ def build_model(found: ModelFolder, context: BuildContext) -> Model:
         raise ConfigError(str(found.checkpoint.folder / "config.json"), [said]) from error
 
 
-def _check_vocabulary(folder: Path, config: FamilyConfig, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(config: FamilyConfig, tokenizer: Tokenizer) -> None:
     """An id without a row in the embedding would end every request that holds it."""
     if tokenizer.num_ids > config.vocab_size:
         said = f"has ids up to {tokenizer.num_ids - 1}, but the model has {config.vocab_size} rows"

@@ -81,8 +81,8 @@ def test_a_missing_value_is_an_error_that_names_it(family: str, path: str) -> No
 OPTIONAL = {
     "glm4v_9b": {
         "architectures", "vision_config", "rope_ratio", "pad_token_id", "use_cache",
-        "attention_dropout", "hidden_dropout", "bias_dropout_fusion", "apply_query_key_layer_scaling",
-        "attention_softmax_in_fp32", "vision_config.dropout_prob",
+        "attention_dropout", "hidden_dropout", "bias_dropout_fusion",
+        "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "vision_config.dropout_prob",
     },
     "visualglm": {
         "architectures", "auto_map", "auto_map.AutoConfig", "auto_map.AutoModel", "use_cache",

@@ -207,26 +207,26 @@ class Glm4vProcessor:
         }
         self._newline = tokenizer.encode("\n")
         self._filler = special_id(ids, "<|endoftext|>")
-        self._check_image_ids(folder)
         generation = ConfigReader(_generation_config(folder), "generation_config.json")
         self.stop_token_ids = frozenset(config.eos_token_ids)
         self.sampling_defaults = _sampling_defaults(generation)
-        generation.check()
+        problems = [f"{generation.where}: {problem}" for problem in generation.problems]
+        problems += self._image_id_problems()
+        if problems:
+            raise ConfigError(str(folder), problems)
         self.image_settings = (
             f"glm4v_9b bicubic squash {config.vision and config.vision.image_size}"
         )
 
-    def _check_image_ids(self, folder: Path) -> None:
+    def _image_id_problems(self) -> list[str]:
         if self.config.vision is None:
-            return
+            return []
         ids = self.tokenizer.special_ids
         named = special_id(ids, "<|begin_of_image|>"), special_id(ids, "<|end_of_image|>")
         said = self.config.boi_token_id, self.config.eoi_token_id
-        if named != said:
-            raise ConfigError(
-                str(folder),
-                [f"boi_token_id, eoi_token_id are {said} but the tokenizer's ids are {named}"],
-            )
+        if named == said:
+            return []
+        return [f"boi_token_id, eoi_token_id are {said} but the tokenizer's ids are {named}"]
 
     def _vision(self) -> VisionConfig:
         if self.config.vision is None:

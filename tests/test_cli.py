@@ -98,12 +98,39 @@ def test_an_error_is_one_plain_message_and_an_exit_code(monkeypatch, error, code
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model", "x", "--json", "--max-tokens", "many"),
+        ("generate", "--json", "--prompt", "hi"),
+        ("generate", "--model", "x", "--nonsense", "--json"),
+        ("generate", "--model", "x", "--prompt", "hi", "--top-p", "2", "--json"),
+        ("generate", "--model", "/no/such/folder", "--prompt", "hi", "--json"),
+        ("inspect", "--json", "/no/such/folder"),
+    ],
+    ids=" ".join,
+)
+def test_with_json_stdout_is_one_object_also_for_a_wrong_option(arguments):
+    """Catches a script that reads stdout and gets nothing, because an option was mistyped."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["message"]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_is_not_there_is_one_problem():
+    """Catches its files reported missing one by one."""
+    said = "'/no/such/folder' does not exist; give the folder that holds"
+    for command in (("inspect",), ("generate", "--prompt", "hi", "--model")):
+        assert invoke(*command, "/no/such/folder").stderr.startswith(f"error: model: {said}")
+
+
 def test_debug_shows_the_traceback_too(tmp_path):
     """Catches --debug that is accepted and never read."""
     result = invoke("--debug", "inspect", tmp_path)
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
-    assert result.stderr.endswith("config.json is missing\n")
+    assert "config.json is missing" in result.stderr.rpartition("Traceback")[2]
 
 
 def test_an_unexpected_error_is_not_swallowed(monkeypatch):
@@ -118,7 +145,9 @@ def test_an_unexpected_error_is_not_swallowed(monkeypatch):
 
 def test_an_error_cannot_steer_the_terminal(tmp_path):
     """Catches escape sequences of a file name that reach the terminal."""
-    result = invoke("inspect", tmp_path / "a\x1b[2Jb")
+    folder = tmp_path / "a\x1b[2Jb"
+    folder.mkdir()
+    result = invoke("inspect", folder)
     assert "\x1b" not in result.stderr
     assert "a\ufffd[2Jb" in result.stderr
 

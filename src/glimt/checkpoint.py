@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glimt.errors import CheckpointError, ConfigError
-from glimt.models.base import read_json
+from glimt.models.base import LFS_HEAD, LFS_SAID, SAT_SAID, read_json
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Shape = tuple[int, ...]
@@ -48,11 +48,22 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder's weight files and the tensors in them, by name."""
+    """A folder's weight files and the tensors in them, by name.
+
+    problems: what is wrong with the files
+    hidden:   names of which `problems` tells already why they are not in `tensors`; None if that
+        may be any name, because no index says what a file that cannot be read holds
+    """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
+    problems: tuple[str, ...] = ()
+    hidden: frozenset[str] | None = frozenset()
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether a tensor's absence from `tensors` is, or may be, no problem of its own."""
+        return self.hidden is None or name in self.hidden
 
 
 # --- which files -----------------------------------------------------------------------------
@@ -61,44 +72,60 @@ _FORMATS = (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytor
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
+    """List the tensors of a model folder. Raises CheckpointError if anything is wrong."""
+    checkpoint = scan_checkpoint(folder)
+    if checkpoint.problems:
+        raise CheckpointError(str(folder), checkpoint.problems)
+    return checkpoint
+
+
+def scan_checkpoint(folder: Path) -> Checkpoint:
     """List the tensors of a model folder: safetensors if it has any, else pytorch_model .bin.
 
-    Raises CheckpointError listing what is wrong with each file: missing, truncated, damaged, a
-    Git LFS pointer, a web page, or a pickle that holds more than tensors.
+    What is wrong with each file goes into `problems`, and the sound files are listed all the
+    same: missing, truncated, damaged, a Git LFS pointer, a web page, or a pickle that holds more
+    than tensors.
     """
     problems: list[str] = []
     files, index = _find_files(folder, problems)
     tensors: dict[str, TensorInfo] = {}
+    is_whole, read = not problems, []
     for file in files:
         try:
-            _add_tensors(_list_tensors(file), tensors, problems)
+            _add_tensors(_list_tensors(file, problems), tensors, problems)
+            read.append(file.name)
         except CheckpointError as error:
             problems += [f"{file.name} {problem}" for problem in error.problems]
-            index = {name: named for name, named in index.items() if named != file.name}
-    problems += _index_problems(index, tensors)
-    if problems:
-        raise CheckpointError(str(folder), problems)
-    return Checkpoint(folder, tuple(files), tensors)
+            is_whole = False
+    if index is None:
+        hidden = frozenset[str]() if is_whole else None
+    else:
+        problems += _index_problems(index, tensors, read)
+        hidden = frozenset(index) - tensors.keys()
+    return Checkpoint(folder, tuple(files), tensors, tuple(problems), hidden)
 
 
-def _find_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
+def _find_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files and, where there is an index, the file name of each tensor."""
     for name, pattern in _FORMATS:
         if (folder / name).is_file():
-            return [folder / name], {}
+            return [folder / name], None
         if (folder / f"{name}.index.json").is_file():
-            return _indexed_files(folder / f"{name}.index.json", problems)
+            files, index = _indexed_files(folder / f"{name}.index.json", problems)
+            # Without its index a shard can still be looked at.
+            return (files, index) if index else (sorted(folder.glob(pattern)), None)
         if files := sorted(folder.glob(pattern)):
             problems += _absent_shards(files)
-            return files, {}
-    raise CheckpointError(str(folder), [_nothing_found(folder)])
+            return files, None
+    problems.append(_nothing_found(folder))
+    return [], None
 
 
 def _nothing_found(folder: Path) -> str:
     if not folder.is_dir():
         return "is not a folder"
     if (folder / "model_config.json").is_file():
-        return "holds VisualGLM's SAT form; make the hub form of it first: glimt convert"
+        return SAT_SAID
     names = " or ".join(f"{name}(.index.json)" for name, _ in _FORMATS)
     return f"holds no weights: {names} is needed"
 
@@ -114,19 +141,18 @@ def _absent_shards(files: Sequence[Path]) -> list[str]:
     return problems
 
 
-def _indexed_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
-    """Shards that exist, and the index without the shards that do not."""
+def _indexed_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, str] | None]:
+    """Shards that exist, and the index if it can be read."""
     try:
-        _refuse_stand_in(path)
+        refuse_stand_in(path)
         index = _weight_map(path)
     except (CheckpointError, ConfigError) as error:
         problems += [f"{path.name} {problem}" for problem in error.problems]
-        return [], {}
+        return [], None
     names = sorted(set(index.values()))
     absent = [name for name in names if not (path.parent / name).is_file()]
     problems += [f"{name} is missing, but {path.name} names it" for name in absent]
-    files = [path.parent / name for name in names if name not in absent]
-    return files, {name: file for name, file in index.items() if file not in absent}
+    return [path.parent / name for name in names if name not in absent], index
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -149,36 +175,44 @@ def _add_tensors(
         tensors[info.name] = info
 
 
-def _index_problems(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _index_problems(
+    index: Mapping[str, str], tensors: Mapping[str, TensorInfo], read: Collection[str]
+) -> list[str]:
+    """Tensors that are not in the file of the index, if that file could be read."""
     return [
         f"{name} is not in {file}, where the index says it is"
         for name, file in index.items()
-        if name not in tensors or tensors[name].file.name != file
+        if file in read and (name not in tensors or tensors[name].file.name != file)
     ]
 
 
 # --- one file --------------------------------------------------------------------------------
 
 
-def _list_tensors(file: Path) -> list[TensorInfo]:
-    """Tensors of one file. Raises CheckpointError; its problems do not repeat the file's name."""
+def _list_tensors(file: Path, problems: list[str]) -> list[TensorInfo]:
+    """Tensors of one file, as far as they can be known; adds what is wrong with their data.
+
+    Raises CheckpointError if they cannot be known; its problems do not repeat the file's name.
+    """
     try:
-        _refuse_stand_in(file)
-        is_safetensors = file.suffix == ".safetensors"
-        return _parse_safetensors(file) if is_safetensors else list_state(read_pickle(file), file)
+        refuse_stand_in(file)
+        if file.suffix != ".safetensors":
+            return list_state(read_pickle(file), file)
+        tensors, wrong = _parse_safetensors(file)
+        problems += [f"{file.name} {problem}" for problem in wrong]
+        return tensors
     except OSError as error:
         raise CheckpointError(file.name, [f"cannot be read: {error.strerror}"]) from error
 
 
-def _refuse_stand_in(file: Path) -> None:
+def refuse_stand_in(file: Path) -> None:
     """Raise CheckpointError for the usual things that lie where a large file should."""
     with file.open("rb") as stream:
         head = stream.read(64).lower()
     if not head:
         raise CheckpointError(file.name, ["is empty"])
-    if head.startswith(b"version https://git-lfs"):
-        said = "is a Git LFS pointer, not the file itself; run git lfs pull in the model folder"
-        raise CheckpointError(file.name, [said])
+    if head.startswith(LFS_HEAD):
+        raise CheckpointError(file.name, [LFS_SAID])
     # Not just "<": that may be the first byte of a safetensors header's length.
     if head.lstrip().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(file.name, ["is a web page, not the file itself; download it again"])
@@ -204,9 +238,10 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a real header is under one megabyte
 
 
-def _parse_safetensors(file: Path) -> list[TensorInfo]:
+def _parse_safetensors(file: Path) -> tuple[list[TensorInfo], list[str]]:
     """Read a safetensors header: u64 length, JSON, then the tensors' data without gaps.
 
+    Returns the tensors and what is wrong with the layout of their data.
     Source: huggingface/safetensors README, section Format.
     """
     header, num_data_bytes = _read_header(file)
@@ -222,10 +257,9 @@ def _parse_safetensors(file: Path) -> list[TensorInfo]:
         else:
             tensors.append(info)
             spans.append((start, end, name))
-    problems = problems or _layout_problems(sorted(spans), num_data_bytes)
     if problems:
         raise CheckpointError(file.name, problems)
-    return tensors
+    return tensors, _layout_problems(sorted(spans), num_data_bytes)
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -306,8 +340,15 @@ def read_pickle(file: Path, allowed: Sequence[Any] = ()) -> Any:
             return torch.load(os.fspath(file), map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise almost anything
         said = "is damaged, or holds more than tensors and was refused because it could run code"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(file.name, [f"{said} ({reason[0]})"]) from error
+        raise CheckpointError(file.name, [f"{said} ({_pickle_reason(error)})"]) from error
+
+
+def _pickle_reason(error: Exception) -> str:
+    """The reason alone: before it torch advises to load the file without its restrictions."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reasons = [line for line in lines if "weights_only" not in line]
+    return next(iter(reasons), type(error).__name__)
 
 
 def list_state(state: Any, file: Path) -> list[TensorInfo]:

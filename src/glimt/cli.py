@@ -17,15 +17,25 @@ from typer.core import TyperGroup
 from glimt import __version__
 from glimt.errors import GlimtError
 
+# Its own module differs from one release of typer to the next.
+_UsageError: Any = typer.BadParameter.__base__
+
 
 class _Commands(TyperGroup):
     """The one place that turns errors into exit codes; unexpected ones keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except _UsageError as error:
+            if as_json:
+                from glimt.commands.console import print_json, usage_object
+
+                print_json(usage_object(error.format_message()))
+            raise
         except GlimtError as error:
             from glimt.commands.console import exit_code, say_error
 

@@ -61,6 +61,7 @@ class ConfigError(SetupError):
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         super().__init__(_listing(where, problems))
+        self.where = where
         self.problems = tuple(problems)
 
 
@@ -72,6 +73,7 @@ class CheckpointError(SetupError):
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         super().__init__(_listing(where, problems))
+        self.where = where
         self.problems = tuple(problems)
 
 
@@ -84,14 +86,9 @@ class MissingDependency(SetupError):
         )
 
 
-_MAX_LISTED = 40
-
-
 def _listing(where: str, problems: Sequence[str]) -> str:
-    """Format problems as one message; a damaged 900-tensor checkpoint is not printed whole."""
+    """Format problems as one message, every one of them on a line of its own."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
-    shown = [f"  - {problem}" for problem in problems[:_MAX_LISTED]]
-    if len(problems) > _MAX_LISTED:
-        shown.append(f"  … and {len(problems) - _MAX_LISTED} more")
+    shown = [f"  - {problem}" for problem in problems]
     return "\n".join([f"{where}: {len(problems)} problems", *shown])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from glimt.checkpoint import Checkpoint, open_checkpoint
+from glimt.checkpoint import Checkpoint, scan_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import Device, open_device
-from glimt.errors import ConfigError
+from glimt.errors import CheckpointError, ConfigError
 from glimt.inputs.tokenizer import load_tokenizer
 from glimt.models.base import (
     BuildContext,
@@ -20,10 +20,15 @@ from glimt.models.base import (
     Model,
     ModelFamily,
     Processor,
+    Tokenizer,
     find_family,
     read_model_config,
 )
-from glimt.weights import load_weights
+from glimt.weights import load_weights, plan_weights
+
+T = TypeVar("T")
+BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
+FolderError = ConfigError | CheckpointError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,50 +58,135 @@ class OpenedModel:
 def open_model(engine: EngineConfig) -> OpenedModel:
     """Read a model folder without reading its weights.
 
-    Raises ConfigError or CheckpointError, each listing everything it found.
+    Raises one ConfigError or CheckpointError with all that is wrong in the folder: config.json,
+    tokenizer, weight files and the tensors in them.
     """
-    folder = model_folder(engine.model)
-    raw = read_model_config(folder)
-    where = str(folder / "config.json")
-    family = find_family(raw, where)
-    config = family.config.from_json(raw, where)
-    tokenizer = load_tokenizer(folder, family.tokenizer)
     device = open_device(engine.device)
-    dtype = _choose_dtype(engine.dtype, config, device)
-    context = BuildContext(device, dtype, config.max_positions, engine.rotary_table)
+    found = read_folder(model_folder(engine.model))
+    dtype = _choose_dtype(engine.dtype, found.config, device)
+    context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
+    model = build_model(found, context)
+    of_weights = plan_weights(found.checkpoint, model).problems
+    if found.errors or of_weights:
+        raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
+    assert found.processor is not None, "its absence is among the errors"
     return OpenedModel(
-        family=family,
-        config=config,
-        processor=family.processor(folder, config, tokenizer),
-        model=family.build(config, context),
-        checkpoint=open_checkpoint(folder),
+        family=found.family,
+        config=found.config,
+        processor=found.processor,
+        model=model,
+        checkpoint=found.checkpoint,
         device=device,
         dtype=dtype,
-        max_model_len=engine.max_model_len or config.context_tokens,
+        max_model_len=engine.max_model_len or found.config.context_tokens,
     )
 
 
-BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
-
-
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, or the name of one that comes with glimt.
+    """Where a model lies: a path, or the name of one that comes with glimt.
 
-    A folder of your own that bears such a name is ./demo. Raises ConfigError if there is none.
+    A folder of your own that bears such a name is ./demo.
     """
     if name in BUILT_IN:
         return Path(__file__).parent / "demo" / BUILT_IN[name]
-    folder = Path(name).expanduser()
+    return Path(name).expanduser()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelFolder:
+    """What a model folder holds.
+
+    processor:  None if the tokenizer is not usable
+    checkpoint: with what is wrong with the weight files; which tensors they lack only a plan for
+        the model can tell
+    errors:     what is wrong with the tokenizer
+    """
+
+    family: ModelFamily[Any]
+    config: FamilyConfig
+    processor: Processor | None
+    checkpoint: Checkpoint
+    errors: tuple[FolderError, ...]
+
+
+def read_folder(folder: Path) -> ModelFolder:
+    """Read everything but the weights' data.
+
+    Raises one ConfigError or CheckpointError if config.json is not usable; it then tells what
+    else is wrong in the folder, too.
+    """
+    _check_folder(folder)
+    found = Findings(folder)
+    where = str(folder / "config.json")
+    checkpoint = scan_checkpoint(folder)
+    raw = found.attempt(lambda: read_model_config(folder))
+    family = None if raw is None else found.attempt(lambda: find_family(raw, where))
+    if raw is None or family is None:
+        raise found.error(checkpoint.problems)
+    config = found.attempt(lambda: family.config.from_json(raw, where))
+    tokenizer = found.attempt(lambda: load_tokenizer(folder, family.tokenizer))
+    if config is None:
+        raise found.error(checkpoint.problems)
+    processor = None
+    if tokenizer is not None:
+        found.attempt(lambda: _check_vocabulary(config, tokenizer))
+        processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
+    return ModelFolder(family, config, processor, checkpoint, tuple(found.errors))
+
+
+def build_model(found: ModelFolder, context: BuildContext) -> Model:
+    """The model without its weights. Raises ConfigError if no machine could hold it."""
+    try:
+        return found.family.build(found.config, context)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        said = f"describes a model of impossible size: {str(error).splitlines()[0]}"
+        raise ConfigError(str(found.checkpoint.folder / "config.json"), [said]) from error
+
+
+def _check_vocabulary(config: FamilyConfig, tokenizer: Tokenizer) -> None:
+    """An id without a row in the embedding would end every request that holds it."""
+    if tokenizer.num_ids > config.vocab_size:
+        said = f"has ids up to {tokenizer.num_ids - 1}, but the model has {config.vocab_size} rows"
+        raise ConfigError("tokenizer", [f"{said}: it belongs to another checkpoint"])
+
+
+class Findings:
+    """Collects what is wrong with a model folder, so that it is told in one error."""
+
+    def __init__(self, folder: Path, errors: Sequence[FolderError] = ()) -> None:
+        self.folder = folder
+        self.errors = list(errors)
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
+        """The step's result; None, with its error kept, if it fails."""
+        try:
+            return step()
+        except (ConfigError, CheckpointError) as error:
+            self.errors.append(error)
+            return None
+
+    def problems(self) -> list[str]:
+        """Every problem once, after the name of its file."""
+        texts = [f"{self._place(e.where)}{said}" for e in self.errors for said in e.problems]
+        return list(dict.fromkeys(texts))
+
+    def error(self, of_weights: Sequence[str] = ()) -> FolderError:
+        """One error with all problems, those of the weights last."""
+        if len(self.errors) == 1 and not of_weights:
+            return self.errors[0]
+        problems = dict.fromkeys([*self.problems(), *of_weights])
+        return CheckpointError(str(self.folder), list(problems))
+
+    def _place(self, where: str) -> str:
+        return "" if where == str(self.folder) else f"{where.removeprefix(f'{self.folder}/')}: "
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        said = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(
-            "model",
-            [
-                f"{name!r} {said}; give the folder that holds config.json and the weights, or one of "
-                f"{', '.join(BUILT_IN)}"
-            ],
-        )
-    return folder
+        said = f"{str(folder)!r} {'is a file' if folder.exists() else 'does not exist'}"
+        known = " or ".join(BUILT_IN)
+        advice = f"give the folder that holds config.json and the weights, or {known}"
+        raise ConfigError("model", [f"{said}; {advice}"])
 
 
 def _choose_dtype(wanted: str, config: FamilyConfig, device: Device) -> torch.dtype:

@@ -49,11 +49,15 @@ class LoadPlan:
 
 
 def plan_weights(checkpoint: Checkpoint, model: Model) -> LoadPlan:
-    """Match a checkpoint's tensors with a model's parameters by name and shape."""
+    """Match a checkpoint's tensors with a model's parameters by name and shape.
+
+    The plan's problems are those of the files, then those of the tensors.
+    """
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     steps = _expand(model.weight_table, shapes)
     tensors = checkpoint.tensors
-    problems = [text for step in steps for text in _step_problems(step, shapes, tensors)]
+    problems = [*checkpoint.problems]
+    problems += [text for step in steps for text in _step_problems(step, shapes, checkpoint)]
     sources = [name for step in steps for name in step.sources]
     problems += _unexpected(model.weight_table, set(sources), tensors)
     nbytes = sum(tensors[name].nbytes for name in sources if name in tensors)
@@ -108,12 +112,13 @@ def _source_shapes(step: LoadStep, shapes: Mapping[str, Shape]) -> Sequence[Shap
 
 
 def _step_problems(
-    step: LoadStep, shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]
+    step: LoadStep, shapes: Mapping[str, Shape], checkpoint: Checkpoint
 ) -> Iterator[str]:
     for name, shape in zip(step.sources, _source_shapes(step, shapes), strict=True):
-        info = tensors.get(name)
+        info = checkpoint.tensors.get(name)
         if info is None:
-            yield f"{name} {list(shape)} is missing"
+            if not checkpoint.is_hidden(name):
+                yield f"{name} {list(shape)} is missing"
         elif info.shape != tuple(shape):
             yield f"{info} has shape {list(info.shape)}, but {list(shape)} is needed"
         elif info.dtype not in WEIGHT_DTYPES:

@@ -332,7 +332,9 @@ def test_a_picture_given_at_the_start_is_asked_about_by_an_empty_line(folder, pi
     assert result.stdout == "".join(f"{answer}\n" for answer in answers)
     facts = [line for line in result.stderr.splitlines() if "tokens/s" in line]
     assert len(facts) == 2, "the second empty line asks nothing"
-    assert facts[1].startswith("picture 0.00 s · first token "), "its features were cached"
+    assert facts[1].startswith("picture process time 0.00 s · first token "), (
+        "its features were cached"
+    )
 
 
 def test_a_picture_in_a_later_turn_is_used_and_noted_once(folder, picture):
@@ -558,7 +560,9 @@ def test_a_person_is_greeted_and_told_what_an_empty_line_asks(glm4v, picture):
         terminal.type("\n")
         said = terminal.wait_for(PROMPT)
         assert "Describe the image." in said
-        assert re.search(r"picture \d\.\d\d s · first token \d\.\d\d s · 3 tokens", said)
+        assert re.search(
+            r"picture process time \d\.\d\d s · first token \d\.\d\d s · 3 tokens", said
+        )
 
 
 def test_a_model_cannot_steer_the_terminal(glm4v):

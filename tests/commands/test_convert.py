@@ -348,6 +348,7 @@ def test_everything_wrong_with_the_config_is_one_error(small):
     for name in ("gmask_token_id", "image_length", "qformer_args"):
         del small.config[name]
     small.config["eva_args"] = {**small.config["eva_args"], "patch_size": "14"}
+    del small.config["eva_args"]["pre_len"]
     small.config["model_parallel_size"] = 2
     with pytest.raises(ConfigError) as caught:
         small.convert()
@@ -356,6 +357,7 @@ def test_everything_wrong_with_the_config_is_one_error(small):
     assert "image_length is missing" in text
     assert "qformer_args is missing" in text
     assert "eva_args.patch_size is '14'" in text
+    assert "eva_args.pre_len is missing" in text
     assert "model_parallel_size is 2" in text
     assert small.leaves_nothing()
 
@@ -419,6 +421,13 @@ def test_weights_that_do_not_fit_are_refused_whole(small, kind):
     for said in expected:
         assert said in str(caught.value)
     assert small.leaves_nothing()
+
+
+def test_a_pointer_instead_of_the_weights_is_recognised(small):
+    """Catches "damaged, or holds more than tensors" for a clone without Git LFS."""
+    (small.write() / "1" / SAT_FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        convert_sat(small.source, small.target)
 
 
 def test_model_parallel_parts_are_refused_with_advice(small):

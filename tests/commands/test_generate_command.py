@@ -121,7 +121,7 @@ def test_the_text_is_streamed_to_stdout_and_the_facts_go_to_stderr(folder):
 def test_the_picture_time_is_told_when_there_is_a_picture(folder, pictures):
     """Catches the figure that the originals show first going missing."""
     result = run(folder, "-p", "Hello", "-i", pictures[0], *GREEDY)
-    assert result.stderr.startswith("picture ")
+    assert result.stderr.startswith("picture process time ")
 
 
 def test_quiet_leaves_the_answer_alone(folder):

@@ -523,7 +523,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2
         (None, "is missing; copy it"),
         (b"", "is empty; download"),
         (b"\n\n", "is empty; download"),
-        (LFS_POINTER, "Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (LFS_POINTER, "Git LFS pointer, not the file itself; run git lfs pull"),
         (b"<html>not found</html>", "download the file again"),
     ],
     ids=["missing", "empty", "blank", "lfs", "html"],

@@ -29,6 +29,10 @@ REQUIRED = {
         "num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num",
         "kv_channels", "ffn_hidden_size", "padded_vocab_size", "layernorm_epsilon",
         "add_qkv_bias", "add_bias_linear", "seq_length", "boi_token_id", "eoi_token_id",
+        "multi_query_attention", "original_rope", "rmsnorm", "post_layer_norm",
+        "apply_residual_connection_post_layernorm", "fp32_residual_connection",
+        "tie_word_embeddings", "torch_dtype", "eos_token_id",
+        "vision_config.hidden_act", "vision_config.in_channels",
         "vision_config.num_hidden_layers", "vision_config.hidden_size", "vision_config.num_heads",
         "vision_config.intermediate_size", "vision_config.patch_size", "vision_config.image_size",
         "vision_config.num_positions", "vision_config.layer_norm_eps",
@@ -37,7 +41,10 @@ REQUIRED = {
     "visualglm": [
         "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size",
         "layernorm_epsilon", "max_sequence_length", "bos_token_id", "eos_token_id",
-        "gmask_token_id", "image_length",
+        "gmask_token_id", "image_length", "position_encoding_2d", "torch_dtype",
+        "eva_config", "eva_config.vocab_size", "eva_config.layernorm_order",
+        "eva_config.use_final_layernorm", "eva_config.pre_len", "eva_config.post_len",
+        "eva_config.in_channels", "qformer_config", "qformer_config.layernorm_order",
         "eva_config.num_layers", "eva_config.hidden_size", "eva_config.num_attention_heads",
         "eva_config.inner_hidden_size", "eva_config.layernorm_epsilon", "eva_config.image_size",
         "eva_config.patch_size", "eva_config.max_sequence_length",
@@ -64,12 +71,77 @@ def without(raw: dict[str, Any], path: str) -> dict[str, Any]:
 )
 def test_a_missing_value_is_an_error_that_names_it(family: str, path: str) -> None:
     """Catches a silent default: the class defaults of the originals are other models' values."""
-    raw = without(raw_config(family), path)
-    if path == "padded_vocab_size":
-        raw["padded_vocab_size"] = None  # it is also what tells the family
     with pytest.raises(ConfigError) as caught:
+        parse(without(raw_config(family), path))
+    # Alone: nothing is said of a value that stands in for it.
+    assert caught.value.problems == (f"{path} is missing",)
+
+
+# What no arithmetic depends on, and what the specifications let files leave out.
+OPTIONAL = {
+    "glm4v_9b": {
+        "architectures", "vision_config", "rope_ratio", "pad_token_id", "use_cache",
+        "attention_dropout", "hidden_dropout", "bias_dropout_fusion",
+        "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "vision_config.dropout_prob",
+    },
+    "visualglm": {
+        "architectures", "auto_map", "auto_map.AutoConfig", "auto_map.AutoModel", "use_cache",
+        "mask_token_id", "pad_token_id", "quantization_bit", "eva_config.model_parallel_size",
+        "eva_config.num_classes", "qformer_config.model_parallel_size",
+        "qformer_config.max_sequence_length",
+    },
+}  # fmt: skip
+
+
+def paths_of(raw: dict[str, Any], prefix: str = "") -> list[str]:
+    inner = [paths_of(value, f"{key}.") for key, value in raw.items() if isinstance(value, dict)]
+    return [prefix + key for key in raw] + [path for paths in inner for path in paths]
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_every_key_is_either_required_or_known_to_be_free(family: str) -> None:
+    """Catches a constant that is read with a default: its absence would pass in silence."""
+    paths = set(paths_of(raw_config(family))) - {"model_type"}
+    assert paths == {*REQUIRED[family], *OPTIONAL[family]}
+    for path in OPTIONAL[family]:
+        parse(without(raw_config(family), path))
+
+
+def test_a_file_without_model_type_is_told_so() -> None:
+    """Catches an error that names everything but the key that is missing."""
+    with pytest.raises(ConfigError, match="model_type is missing"):
+        parse(without(raw_config("glm4v_9b"), "model_type"))
+
+
+def test_a_text_model_without_its_vocabulary_size_is_told_so() -> None:
+    """Catches a required key that is also what tells the family, and so cannot be named."""
+    raw = raw_config("glm4v_9b")
+    del raw["vision_config"], raw["padded_vocab_size"]
+    with pytest.raises(ConfigError, match=r"padded_vocab_size is missing"):
         parse(raw)
-    assert any(problem.startswith(f"{path} is missing") for problem in caught.value.problems)
+
+
+def test_without_vision_config_it_is_a_text_model() -> None:
+    """Catches asking a text model for the ids of a picture's ends, or refusing what it has."""
+    raw = without(raw_config("glm4v_9b"), "vision_config")
+    assert parse(raw).vision is None
+    assert parse(without(without(raw, "boi_token_id"), "eoi_token_id")).vision is None
+    assert parse(raw | {"vision_config": None}).vision is None
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_null_is_as_good_as_absent(family: str) -> None:
+    """Catches null as a value of its own: some writers keep every key."""
+    for path in REQUIRED[family]:
+        raw = copy.deepcopy(raw_config(family))
+        holder = raw
+        *parents, key = path.split(".")
+        for parent in parents:
+            holder = holder[parent]
+        holder[key] = None
+        with pytest.raises(ConfigError) as caught:
+            parse(raw)
+        assert caught.value.problems == (f"{path} is missing",)
 
 
 @pytest.mark.parametrize("family", FILES)
@@ -114,7 +186,7 @@ def test_an_absent_rope_ratio_is_one() -> None:
         ("glm4v_9b", {"eos_token_id": ["x", None]}, "eos_token_id is ['x', None]"),
         ("glm4v_9b", {"eos_token_id": True}, "eos_token_id is True"),
         ("visualglm", {"quantization_bit": 4}, "quantization_bit is 4; only 0 is supported"),
-        ("visualglm", {"image_length": 16}, "image_length is 16; only 32 is supported"),
+        ("visualglm", {"image_length": 16}, "image_length is 16, but qformer_config.vocab_size"),
         ("visualglm", {"position_encoding_2d": False}, "position_encoding_2d is False"),
     ],
 )

@@ -109,6 +109,22 @@ def error_object(error: GlimtError) -> dict[str, Any]:
     return {"error": {"type": type(error).__name__, "field": field, "message": message}}
 
 
+def usage_object(message: str) -> dict[str, Any]:
+    """The same for an option that the command line itself refused."""
+    return {"error": {"type": "UsageError", "field": None, "message": message}}
+
+
+@contextmanager
+def told_as_json(as_json: bool) -> Iterator[None]:
+    """Whoever reads stdout gets the error too, as data."""
+    try:
+        yield
+    except GlimtError as error:
+        if as_json:
+            print_json(error_object(error))
+        raise
+
+
 # --- sizes and progress ----------------------------------------------------------------------
 
 

@@ -22,10 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glimt.checkpoint import Checkpoint, TensorInfo, list_state, read_pickle
+from glimt.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    list_state,
+    read_pickle,
+    refuse_stand_in,
+)
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.models.base import BuildContext, ConfigReader, find_family, read_json
+from glimt.models.visualglm import EVA_ONLY
 from glimt.weights import plan_weights
 
 QKV_LAYOUTS = ("auto", "blocks", "interleaved")
@@ -186,6 +193,7 @@ def _find_tokenizer(given: Path | None, weights: Path) -> Path | None:
 def _read_state(file: Path) -> dict[str, Tensor]:
     """The state dict, which may lie under `module` beside the training's own state."""
     try:
+        refuse_stand_in(file)
         state = read_pickle(file, _random_state_classes())
         state = state.get("module", state) if isinstance(state, Mapping) else state
         list_state(state, file)
@@ -295,7 +303,7 @@ def hub_config(sat: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     r = ConfigReader(sat, where)
     for name, only in _ONLY.items():
-        r.must_be(name, only)
+        r.may_only_be(name, only)
     hidden_size, bos = r.integer("hidden_size"), r.integer("bos_token_id", low=0)
     config = {
         "model_type": "chatglm",
@@ -336,6 +344,8 @@ _AUTO_MAP: Mapping[str, str] = {
 
 def _eva_config(r: ConfigReader) -> dict[str, Any]:
     part = _part(r, "eva")
+    for name, only in EVA_ONLY.items():
+        part.must_be(name, only)
     for name in ("num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size"):
         part.integer(name)
     for name in ("max_sequence_length", "patch_size"):
@@ -347,9 +357,10 @@ def _eva_config(r: ConfigReader) -> dict[str, Any]:
 
 def _qformer_config(r: ConfigReader) -> dict[str, Any]:
     part = _part(r, "qformer")
+    part.must_be("layernorm_order", "post")
     for name in ("hidden_size", "num_attention_heads", "vocab_size", "cross_attn_hidden_size"):
         part.integer(name)
-    part.flags("is_decoder", part.integer("num_layers"))
+    part.flags("is_decoder", part.integer("num_layers"), "num_layers")
     part.number("layernorm_epsilon")
     return dict(part.raw)
 

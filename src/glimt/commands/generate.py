@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from glimt.commands.console import error_object, note, print_json, write_answer
+from glimt.commands.console import note, print_json, told_as_json, write_answer
 from glimt.commands.pictures import read_picture
 from glimt.commands.running import check_language, facts, load_engine, run_request
 from glimt.config import EngineConfig, ImageLimits
 from glimt.engine import Engine
-from glimt.errors import EngineError, GlimtError, RequestError
+from glimt.errors import EngineError, RequestError
 from glimt.inputs.chat import load_messages_file, parse_messages
 from glimt.inputs.image import open_image
 from glimt.inputs.request import RequestOptions
@@ -56,7 +55,7 @@ def generate(job: GenerateJob) -> None:
     With as_json, stdout gets exactly one JSON object, whatever happens.
     Raises RequestError, SetupError, or EngineError when the request ended with an error.
     """
-    with _told_as_json(job.as_json):
+    with told_as_json(job.as_json):
         sampling = SamplingParams(**job.sampling)
         config = EngineConfig(**job.engine, max_num_seqs=sampling.n)
         check_language(job.language)
@@ -70,17 +69,6 @@ def generate(job: GenerateJob) -> None:
     else:
         _print_rest(output, job.is_quiet)
     _raise_failure(output)
-
-
-@contextmanager
-def _told_as_json(as_json: bool) -> Iterator[None]:
-    """Whoever reads stdout gets the error too, as data."""
-    try:
-        yield
-    except GlimtError as error:
-        if as_json:
-            print_json(error_object(error))
-        raise
 
 
 # --- the request -----------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
+from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint
 from glimt.devices.base import open_device
-from glimt.errors import CheckpointError
-from glimt.models.base import BuildContext, FamilyConfig, Model, find_family, read_model_config
+from glimt.loader import Findings, build_model, read_folder
+from glimt.models.base import BuildContext, FamilyConfig, Model
 from glimt.weights import LoadPlan, plan_weights
 
 GroupName = Literal["language", "vision", "other"]
@@ -40,7 +40,7 @@ class CheckpointSummary:
     num_parameters:     of the model, whatever the files hold
     weight_bytes:       memory for the parameters, by the dtype they are loaded in
     kv_bytes_per_token: memory for one cached token, by dtype
-    problems:           why the weights cannot be loaded; empty if they can
+    problems:           why the folder cannot be loaded; empty if it can
     """
 
     folder: str
@@ -64,21 +64,16 @@ class CheckpointSummary:
 def describe(folder: Path) -> CheckpointSummary:
     """Summarise a model folder and check its weight files against its config.json.
 
-    Raises ConfigError if config.json is missing, wrong or of no family that is known; what is
-    wrong with the weights is listed in `problems` instead.
+    Raises ConfigError, or CheckpointError if there is more to tell, where config.json is missing,
+    wrong or of no family that is known; what is wrong with tokenizer and weights is listed in
+    `problems` instead.
     """
-    raw = read_model_config(folder)
-    family = find_family(raw, str(folder))
-    config = family.config.from_json(raw, str(folder))
-    context = BuildContext(open_device("cpu"), torch.float32, config.max_positions)
-    model = family.build(config, context)
-    problems: tuple[str, ...] = ()
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError as error:
-        checkpoint, problems = Checkpoint(folder, (), {}), error.problems
-    plan = plan_weights(checkpoint, model)
-    return _summary(family.name, config, model, checkpoint, plan, problems or plan.problems)
+    found = read_folder(folder)
+    context = BuildContext(open_device("cpu"), torch.float32, found.config.max_positions)
+    model = build_model(found, context)
+    plan = plan_weights(found.checkpoint, model)
+    problems = [*Findings(folder, found.errors).problems(), *plan.problems]
+    return _summary(found.family.name, found.config, model, found.checkpoint, plan, problems)
 
 
 def _summary(

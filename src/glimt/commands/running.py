@@ -54,7 +54,7 @@ def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:
 
     The rate is of the tokens after the first, which decode_s is the time of.
     """
-    parts = [f"picture {timings.image_s:.2f} s"] if usage.image_tokens else []
+    parts = [f"picture process time {timings.image_s:.2f} s"] if usage.image_tokens else []
     if usage.completion_tokens:
         parts.append(f"first token {timings.ttft_s:.2f} s")
     count = usage.completion_tokens

@@ -7,15 +7,25 @@ from pathlib import Path
 
 from rich.table import Table
 
-from glimt.commands.console import byte_bar, note, out_console, print_json, size_text, warn
+from glimt.commands.console import (
+    byte_bar,
+    note,
+    out_console,
+    print_json,
+    size_text,
+    told_as_json,
+    warn,
+)
 from glimt.commands.convert import SAT_FILE, ConvertReport, convert_sat
 from glimt.commands.inspect import CheckpointSummary, TensorGroup, describe
 from glimt.commands.tables import figures, key_values
+from glimt.loader import model_folder
 
 
 def show_checkpoint(folder: Path, as_json: bool) -> bool:
     """Print a model folder's summary. True if its weights can be loaded."""
-    summary = describe(folder)
+    with told_as_json(as_json):
+        summary = describe(model_folder(str(folder)))
     if as_json:
         print_json(summary.as_dict())
     else:

@@ -82,6 +82,7 @@ def _glm4v_config(folder: Path) -> dict[str, Any]:
         "add_qkv_bias": True,
         "add_bias_linear": False,
         "apply_residual_connection_post_layernorm": False,
+        "fp32_residual_connection": False,
         "original_rope": True,
         "seq_length": 1024,
         "tie_word_embeddings": False,

@@ -395,7 +395,8 @@ def _check_gif(data: bytes) -> _Size:
     left, top, frame_width, frame_height = struct.unpack_from("<4H", data, _gif_frame(data, flags))
     width, height = max(width, left + frame_width), max(height, top + frame_height)
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
-        raise ValueError(f"a GIF of {width} x {height} pixels is too large for Pillow")
+        most = f"at most {Image.MAX_IMAGE_PIXELS:,} pixels of a GIF are read"
+        raise ValueError(f"it is {width} x {height} pixels; {most}: scale it down")
     return width, height
 
 

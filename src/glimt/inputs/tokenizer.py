@@ -20,6 +20,7 @@ import sentencepiece
 import tiktoken
 
 from glimt.errors import CheckpointError, RequestError
+from glimt.models.base import LFS_HEAD, LFS_SAID
 
 if TYPE_CHECKING:
     from glimt.models.base import TokenDecoder, Tokenizer, TokenizerSpec
@@ -63,6 +64,11 @@ class TiktokenTokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(token_bytes)},
             special_tokens={},
         )
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id, special ones included."""
+        return max(len(self._token_bytes), *(i + 1 for i in self.special_ids.values()))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises RequestError if it holds a lone surrogate."""
@@ -197,6 +203,11 @@ class SentencePieceTokenizer:
         self._space_runs = [text for text in self._piece_of_blank if text[0] == " "]
         self._blank_of_id = {model.PieceToId(p): text for text, p in self._piece_of_blank.items()}
         self._unknown_text = str(model.DecodeIds([model.unk_id()]))
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id."""
+        return self._offset + self._num_pieces
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises RequestError if it holds a lone surrogate."""
@@ -359,7 +370,6 @@ def _read_file(path: Path) -> bytes:
         raise CheckpointError(str(path), [f"cannot be read: {error.strerror}"]) from error
     if not data.strip():
         raise CheckpointError(str(path), ["is empty; download the file again"])
-    if data.startswith(b"version https://git-lfs"):
-        said = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
-        raise CheckpointError(str(path), [said])
+    if data.startswith(LFS_HEAD):
+        raise CheckpointError(str(path), [LFS_SAID])
     return data

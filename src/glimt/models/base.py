@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
     def special_ids(self) -> Mapping[str, int]:
         """Ids of the special tokens by name, such as `<|user|>` or `[gMASK]`."""
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id, special tokens included."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""
 
@@ -230,6 +234,7 @@ def find_family(raw: Mapping[str, Any], where: str) -> ModelFamily[Any]:
     if claimed:
         both = " and ".join(family.name for family in claimed)
         raise ConfigError(where, [f"both {both} claim this checkpoint ({said})"])
+    said = said if raw.get("model_type") is not None else "model_type is missing"
     raise ConfigError(where, [f"no model family claims this checkpoint ({said}); known: {names}"])
 
 
@@ -244,18 +249,29 @@ def all_families() -> tuple[ModelFamily[Any], ...]:
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
+SAT_SAID = (
+    "holds VisualGLM's SAT form (model_config.json); make the hub form of it first: glimt convert"
+)
+
+
 def read_model_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises ConfigError; names VisualGLM's other weight form."""
     if not (folder / "config.json").exists() and (folder / "model_config.json").exists():
-        said = "holds VisualGLM's SAT form (model_config.json); make the hub form of it first: "
-        raise ConfigError(str(folder), [f"{said}glimt convert"])
+        raise ConfigError(str(folder), [SAT_SAID])
     return read_json(folder / "config.json")
+
+
+LFS_HEAD = b"version https://git-lfs"
+LFS_SAID = "is a Git LFS pointer, not the file itself; run git lfs pull in the model folder"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ConfigError naming the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if data.startswith(LFS_HEAD):
+            raise ConfigError(str(path), [LFS_SAID])
+        raw = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(str(path.parent), [f"{path.name} is missing"]) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -277,20 +293,25 @@ class ConfigReader:
         self.where = where
         self.prefix = prefix
         self.problems: list[str] = []
+        self._wrong: set[str] = set()  # full names; what is derived from them is not judged
 
     def section(self, name: str) -> ConfigReader:
-        """A reader of a nested object; its problems join this reader's."""
+        """A reader of a nested object; its problems join this reader's.
+
+        Where there is no such object, that is the problem, and not each of its values.
+        """
         inner = self.raw.get(name)
         if not isinstance(inner, Mapping):
             self._problem(name, "is missing" if inner is None else "is not an object")
-            inner = {}
+            return ConfigReader({}, self.where, f"{self.prefix}{name}.")
         reader = ConfigReader(inner, self.where, f"{self.prefix}{name}.")
-        reader.problems = self.problems
+        reader.problems, reader._wrong = self.problems, self._wrong
         return reader
 
     def integer(self, name: str, low: int = 1, default: int | None = None) -> int:
         """A whole number of at least `low`."""
-        value = self.raw.get(name, default)
+        value = self.raw.get(name)
+        value = default if value is None else value
         if value is None:
             return int(self._problem(name, "is missing", low))
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -299,7 +320,8 @@ class ConfigReader:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
-        value = self.raw.get(name, default)
+        value = self.raw.get(name)
+        value = default if value is None else value
         if value is None:
             return float(self._problem(name, "is missing", 1.0))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -309,16 +331,32 @@ class ConfigReader:
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """True or false."""
-        value = self.raw.get(name, default)
+        value = self.raw.get(name)
+        value = default if value is None else value
         if not isinstance(value, bool):
             said = "is missing" if value is None else f"is {value!r}; true or false is needed"
             return bool(self._problem(name, said, False))
         return value
 
     def must_be(self, name: str, only: Any) -> None:
-        """A setting that may be absent, but has only one value that this family computes."""
-        if (value := self.raw.get(name, only)) != only:
+        """A setting that has only one value that this family computes."""
+        if self.raw.get(name) is None:
+            self._problem(name, "is missing")
+        else:
+            self.may_only_be(name, only)
+
+    def may_only_be(self, name: str, only: Any) -> None:
+        """The same, for a setting that many files do not have: absent means `only`."""
+        value = self.raw.get(name)
+        if value is not None and value != only:
             self._problem(name, f"is {value!r}; only {only!r} is supported")
+
+    def must_agree(self, given: tuple[str, int], wanted: int, *sources: str) -> None:
+        """A value that other keys, the sources, determine already."""
+        name, value = given
+        if self._are_sound(name, *sources) and value != wanted:
+            said = " and ".join(f"{self.prefix}{source}" for source in sources)
+            self._problem(name, f"is {value}, but {said} give {wanted}")
 
     def text(self, name: str, default: str | None = None) -> str:
         """A string."""
@@ -337,40 +375,54 @@ class ConfigReader:
                 self._problem(name, said)
                 return 1, 1
 
-    def flags(self, name: str, count: int) -> tuple[bool, ...]:
-        """A list of `count` true or false."""
+    def flags(self, name: str, count: int, source: str) -> tuple[bool, ...]:
+        """A list of `count` true or false; `source` is the key that gave the count."""
         value = self.raw.get(name)
         is_flags = isinstance(value, list) and all(isinstance(flag, bool) for flag in value)
-        if isinstance(value, list) and is_flags and len(value) == count:
+        is_counted = isinstance(value, list) and len(value) == count
+        if isinstance(value, list) and is_flags and (is_counted or not self._are_sound(source)):
             return tuple(value)
         said = "is missing" if value is None else f"is {value!r}; {count} flags are needed"
         self._problem(name, said)
         return (False,) * count
 
     def ids(self, name: str) -> tuple[int, ...]:
-        """One token id or a list of them; none when absent."""
+        """One token id or a list of them."""
         value = self.raw.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if value is None:
+            self._problem(name, "is missing")
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             self._problem(name, f"is {value!r}; a token id or a list of them is needed")
             return ()
         return tuple(ids)
 
     def dtype(self) -> str:
-        """torch_dtype (or dtype), float32 when absent."""
-        value = self.raw.get("torch_dtype", self.raw.get("dtype", "float32"))
+        """torch_dtype, or dtype, as newer writers call it."""
+        name = "dtype" if self.raw.get("torch_dtype") is None else "torch_dtype"
+        value = self.raw.get(name)
+        if value is None:
+            self._problem("torch_dtype", "is missing")
+            return "float32"
         if value not in ("float32", "float16", "bfloat16"):
-            self._problem("torch_dtype", f"is {value!r}; float32, float16 or bfloat16 is needed")
+            self._problem(name, f"is {value!r}; float32, float16 or bfloat16 is needed")
             return "float32"
         return str(value)
 
     def divides(self, whole: str, size: int, part: str, count: int) -> None:
         """Remember a problem when `count` parts do not divide `size`."""
-        if size % count:
+        if self._are_sound(whole, *part.split()) and size % count:
             self._problem(whole, f"is {size}, which {part} ({count}) does not divide")
+
+    def _are_sound(self, *names: str) -> bool:
+        """No key of these names was found wrong, nor the object that it is in."""
+        paths = [f"{self.prefix}{name}." for name in names]
+        return not any(path.startswith(f"{wrong}.") for path in paths for wrong in self._wrong)
 
     def _problem(self, name: str, said: str, stand_in: Any = None) -> Any:
         self.problems.append(f"{self.prefix}{name} {said}")
+        self._wrong.add(f"{self.prefix}{name}")
         return stand_in
 
     def check(self) -> None:

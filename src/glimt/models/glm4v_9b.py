@@ -58,7 +58,6 @@ class VisionConfig:
     intermediate_size: int
     patch_size: int
     image_size: int
-    in_channels: int
     num_positions: int
     layer_norm_eps: float
     scaling_factor: float
@@ -113,9 +112,11 @@ class Glm4vConfig:
         r = ConfigReader(raw, where)
         for name, only in _ONLY.items():
             r.must_be(name, only)
-        vision = _read_vision(r.section("vision_config")) if "vision_config" in raw else None
+        r.may_only_be("pre_seq_len", None)
+        has_vision = raw.get("vision_config") is not None
+        vision = _read_vision(r.section("vision_config")) if has_vision else None
         heads = r.integer("num_attention_heads")
-        grouped = r.flag("multi_query_attention", default=False)
+        grouped = r.flag("multi_query_attention")
         config = cls(
             num_layers=r.integer("num_layers"),
             hidden_size=r.integer("hidden_size"),
@@ -127,7 +128,7 @@ class Glm4vConfig:
             layernorm_epsilon=r.number("layernorm_epsilon"),
             qkv_bias=r.flag("add_qkv_bias"),
             linear_bias=r.flag("add_bias_linear"),
-            interleaved_rotary=r.flag("original_rope", default=True),
+            interleaved_rotary=r.flag("original_rope"),
             rope_ratio=r.number("rope_ratio", default=1.0),
             seq_length=r.integer("seq_length"),
             torch_dtype=r.dtype(),
@@ -149,12 +150,12 @@ _ONLY: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False,
     "tie_word_embeddings": False,
-    "pre_seq_len": None,
 }
 
 
 def _read_vision(r: ConfigReader) -> VisionConfig:
     r.must_be("hidden_act", "gelu")
+    r.must_be("in_channels", 3)
     config = VisionConfig(
         num_layers=r.integer("num_hidden_layers"),
         hidden_size=r.integer("hidden_size"),
@@ -162,15 +163,14 @@ def _read_vision(r: ConfigReader) -> VisionConfig:
         intermediate_size=r.integer("intermediate_size"),
         patch_size=r.integer("patch_size"),
         image_size=r.integer("image_size"),
-        in_channels=r.integer("in_channels"),
         num_positions=r.integer("num_positions"),
         layer_norm_eps=r.number("layer_norm_eps"),
         scaling_factor=r.number("scaling_factor"),
     )
     r.divides("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     r.divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
-    r.must_be("in_channels", 3)
-    r.must_be("num_positions", config.grid**2 + 1)
+    num_positions = "num_positions", config.num_positions
+    r.must_agree(num_positions, config.grid**2 + 1, "image_size", "patch_size")
     return config
 
 
@@ -207,28 +207,26 @@ class Glm4vProcessor:
         }
         self._newline = tokenizer.encode("\n")
         self._filler = special_id(ids, "<|endoftext|>")
-        self._check_image_ids(folder)
         generation = ConfigReader(_generation_config(folder), "generation_config.json")
-        stops = config.eos_token_ids or generation.ids("eos_token_id")
-        named = (self._filler, self._roles["user"], self._roles["observation"])
-        self.stop_token_ids = frozenset(stops or named)
+        self.stop_token_ids = frozenset(config.eos_token_ids)
         self.sampling_defaults = _sampling_defaults(generation)
-        generation.check()
+        problems = [f"{generation.where}: {problem}" for problem in generation.problems]
+        problems += self._image_id_problems()
+        if problems:
+            raise ConfigError(str(folder), problems)
         self.image_settings = (
             f"glm4v_9b bicubic squash {config.vision and config.vision.image_size}"
         )
 
-    def _check_image_ids(self, folder: Path) -> None:
+    def _image_id_problems(self) -> list[str]:
         if self.config.vision is None:
-            return
+            return []
         ids = self.tokenizer.special_ids
         named = special_id(ids, "<|begin_of_image|>"), special_id(ids, "<|end_of_image|>")
         said = self.config.boi_token_id, self.config.eoi_token_id
-        if named != said:
-            raise ConfigError(
-                str(folder),
-                [f"boi_token_id, eoi_token_id are {said} but the tokenizer's ids are {named}"],
-            )
+        if named == said:
+            return []
+        return [f"boi_token_id, eoi_token_id are {said} but the tokenizer's ids are {named}"]
 
     def _vision(self) -> VisionConfig:
         if self.config.vision is None:
@@ -471,6 +469,9 @@ class Glm4vModel(Model):
     def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
         super().__init__()
         device, dtype = context.device, context.dtype
+        if context.rotary_table != "auto":
+            said = f"is {context.rotary_table!r}, a table of VisualGLM; this model has only one"
+            raise ConfigError("rotary_table", [f"{said}: leave it at auto"])
         self.num_layers = config.num_layers
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
@@ -594,11 +595,13 @@ WEIGHTS = WeightTable(
 
 
 def _claims(raw: Mapping[str, Any]) -> bool:
-    """The text models share the class names, so their vocabulary size tells them apart."""
-    has_vision = "vision_config" in raw and "padded_vocab_size" in raw
-    return raw.get("model_type") == "chatglm" and (
-        has_vision or raw.get("padded_vocab_size") == 151552
-    )
+    """The text models share the class names, so their vocabulary size tells them apart.
+
+    A file that lost it is claimed by its other keys, so that the error can name what is missing.
+    """
+    size = raw.get("padded_vocab_size")
+    is_text = size == 151552 or (size is None and "multi_query_group_num" in raw)
+    return raw.get("model_type") == "chatglm" and ("vision_config" in raw or is_text)
 
 
 FAMILY = ModelFamily(

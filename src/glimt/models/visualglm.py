@@ -118,8 +118,9 @@ class VisualGlmConfig:
     def from_json(cls, raw: Mapping[str, Any], where: str) -> VisualGlmConfig:
         """Read a parsed config.json; ConfigError lists everything missing or unsupported."""
         r = ConfigReader(raw, where)
-        for name, only in _ONLY.items():
-            r.must_be(name, only)
+        r.must_be("position_encoding_2d", True)
+        r.may_only_be("quantization_bit", 0)
+        r.may_only_be("pre_seq_len", None)
         config = cls(
             num_layers=r.integer("num_layers"),
             hidden_size=r.integer("hidden_size"),
@@ -139,23 +140,15 @@ class VisualGlmConfig:
         r.divides(
             "hidden_size", config.hidden_size, "4 * num_attention_heads", 4 * config.num_heads
         )
-        r.must_be("image_length", config.qformer.num_queries)
+        length = "image_length", config.image_length
+        r.must_agree(length, config.qformer.num_queries, "qformer_config.vocab_size")
+        width = "qformer_config.cross_attn_hidden_size", config.qformer.vision_size
+        r.must_agree(width, config.eva.hidden_size, "eva_config.hidden_size")
         r.check()
-        if config.qformer.vision_size != config.eva.hidden_size:
-            raise ConfigError(
-                where,
-                [
-                    f"qformer_config.cross_attn_hidden_size is {config.qformer.vision_size} "
-                    f"but eva_config.hidden_size is {config.eva.hidden_size}"
-                ],
-            )
         return config
 
 
-_ONLY: dict[str, Any] = {"position_encoding_2d": True, "quantization_bit": 0, "pre_seq_len": None}
-
-
-_EVA_ONLY: dict[str, Any] = {
+EVA_ONLY: dict[str, Any] = {
     "layernorm_order": "pre",
     "use_final_layernorm": False,
     "vocab_size": 1,
@@ -166,7 +159,7 @@ _EVA_ONLY: dict[str, Any] = {
 
 
 def _read_eva(r: ConfigReader) -> EvaConfig:
-    for name, only in _EVA_ONLY.items():
+    for name, only in EVA_ONLY.items():
         r.must_be(name, only)
     config = EvaConfig(
         num_layers=r.integer("num_layers"),
@@ -181,7 +174,8 @@ def _read_eva(r: ConfigReader) -> EvaConfig:
     r.divides("hidden_size", config.hidden_size, "num_attention_heads", config.num_heads)
     for side in config.image_size:
         r.divides("image_size", side, "patch_size", config.patch_size)
-    r.must_be("max_sequence_length", math.prod(config.grid) + 1)
+    num_positions = "max_sequence_length", config.num_positions
+    r.must_agree(num_positions, math.prod(config.grid) + 1, "image_size", "patch_size")
     return config
 
 
@@ -192,11 +186,12 @@ def _read_qformer(r: ConfigReader) -> QformerConfig:
         num_layers=layers,
         hidden_size=size,
         num_heads=r.integer("num_attention_heads"),
+        # SAT leaves it out of the file where it is four times the width.
         intermediate_size=r.integer("inner_hidden_size", default=4 * size),
         layernorm_epsilon=r.number("layernorm_epsilon"),
         num_queries=r.integer("vocab_size"),
         vision_size=r.integer("cross_attn_hidden_size"),
-        crosses=r.flags("is_decoder", layers),
+        crosses=r.flags("is_decoder", layers, "num_layers"),
     )
     r.divides("hidden_size", size, "num_attention_heads", config.num_heads)
     return config

@@ -95,7 +95,13 @@ _MODEL, _ASK, _SAMPLE, _OUT = "Model", "Question", "Sampling", "Output"
 _FAMILY = "Default: the family's."
 
 Model = Annotated[
-    str, _option("--model -m", "Folder with config.json, weights and tokenizer.", _MODEL, "DIR")
+    str,
+    _option(
+        "--model -m",
+        "Folder with config.json, weights and tokenizer; or demo, demo-visualglm.",
+        _MODEL,
+        "DIR",
+    ),
 ]
 Dtype = Annotated[
     str,
@@ -107,6 +113,10 @@ DeviceName = Annotated[
 MaxModelLen = Annotated[
     int | None,
     _option("--max-model-len", "Tokens of context, pictures included.", _MODEL, "N"),
+]
+KvBytes = Annotated[
+    int | None,
+    _option("--kv-bytes", "Memory for the cached contexts; bytes.", _MODEL, "N"),
 ]
 RotaryTable = Annotated[
     str,
@@ -181,7 +191,7 @@ IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would
 AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scripts.", _OUT)]
 
 
-_ENGINE_FIELDS = ("model", "dtype", "device", "max_model_len", "rotary_table")
+_ENGINE_FIELDS = ("model", "dtype", "device", "max_model_len", "kv_bytes", "rotary_table")
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "logprobs",
@@ -207,7 +217,7 @@ def _sampling(ctx: typer.Context) -> dict[str, Any]:
 @app.command()
 def generate(
     ctx: typer.Context,
-    model: Model,
+    model: Model = "demo",
     prompt: Annotated[
         str | None,
         _option("--prompt -p", "The question; - reads it from standard input.", _ASK, "TEXT"),
@@ -240,6 +250,7 @@ def generate(
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
+    kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
     as_json: AsJson = False,
     quiet: Annotated[bool, _option("--quiet -q", "Nothing but the answer.", _OUT)] = False,
@@ -265,7 +276,7 @@ def generate(
 @app.command()
 def chat(
     ctx: typer.Context,
-    model: Model,
+    model: Model = "demo",
     image: Images = None,
     system: System = None,
     lang: Language = "auto",
@@ -285,6 +296,7 @@ def chat(
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
+    kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
 ) -> None:
     """Talk about pictures; /help inside lists what else can be typed."""
@@ -357,6 +369,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
+    kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
     as_json: AsJson = False,
 ) -> None:

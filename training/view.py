@@ -6,7 +6,6 @@ rows instead; everything else of a model runs as it is served.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from glimt.devices.base import AttentionBatch, KVCache
 from glimt.devices.cpu import CpuDevice
 from glimt.models.base import CLIP_MEAN, CLIP_STD, BuildContext, Model, ModelFamily
+from training.initial import initial_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,27 +170,11 @@ def build(
     device = TrainingDevice(torch_device)
     context = BuildContext(device, torch.float32, max_positions)
     model = family.build(config, context)
-    for name, parameter in list(model.named_parameters()):
+    for name, value in initial_values(model, family.name).items():
         owner, _, attribute = name.rpartition(".")
-        initial = _initial(name, tuple(parameter.shape), model.num_layers)
-        fresh = nn.Parameter(initial.to(device.torch_device))
+        fresh = nn.Parameter(value.to(device.torch_device))
         setattr(model.get_submodule(owner), attribute, fresh)
     return model
-
-
-def _initial(name: str, shape: tuple[int, ...], num_layers: int) -> Tensor:
-    """Gains 1, biases 0, tables 0.02, matrices 1/sqrt(fan-in), smaller where a branch ends."""
-    if len(shape) == 1:
-        return (
-            torch.ones(shape) if "norm" in name and name.endswith("weight") else torch.zeros(shape)
-        )
-    if "embedding" in name or "position" in name or "cls" in name or "head" in name:
-        return torch.randn(shape) * 0.02
-    if "queries" in name or name.endswith(("begin", "end")):
-        return torch.randn(shape) * 0.5
-    ends_branch = name.endswith(("dense.weight", "down.weight"))
-    scale = 1 / math.sqrt(2 * num_layers) if ends_branch else 1.0
-    return torch.randn(shape) * scale / math.sqrt(math.prod(shape[1:]))
 
 
 class Seen(NamedTuple):

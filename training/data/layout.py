@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from training.data.scene import COLOURS, SHAPES, Object
 
-_SHAPES, _COLOURS = tuple(SHAPES), tuple(COLOURS)
-NUM_OBJECT_KINDS = len(_SHAPES) * len(_COLOURS) * 2
+SHAPE_NAMES, COLOUR_NAMES = tuple(SHAPES), tuple(COLOURS)
+NUM_OBJECT_KINDS = len(SHAPE_NAMES) * len(COLOUR_NAMES) * 2
 
 
 def object_kind(thing: Object) -> int:
-    """1 … NUM_OBJECT_KINDS, by shape, colour and size."""
-    look = _SHAPES.index(thing.shape) * len(_COLOURS) + _COLOURS.index(thing.colour)
+    """1 … NUM_OBJECT_KINDS, by shape, colour and size, size changing fastest."""
+    look = SHAPE_NAMES.index(thing.shape) * len(COLOUR_NAMES) + COLOUR_NAMES.index(thing.colour)
     return 1 + 2 * look + thing.is_large
 
 

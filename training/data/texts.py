@@ -52,20 +52,21 @@ QUESTIONS = Wordings(
 
 _ALPHABETS = (DIGITS, LETTERS, HANZI, CODES, CODES + HANZI)
 _ALPHABET_WEIGHTS = (0.2, 0.2, 0.33, 0.14, 0.13)
-_LENGTHS = (1, 2, 3, 4, 5, 6)
-_TRAINING_WEIGHTS = (0.14, 0.2, 0.26, 0.28, 0.07, 0.05)
-_HELD_OUT_WEIGHTS = (0.25, 0.25, 0.25, 0.25, 0, 0)
+_LENGTHS = (1, 2, 3, 4)
+_TRAINING_WEIGHTS = (0.16, 0.23, 0.29, 0.32)
+_HELD_OUT_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
 
 _EM_PIXELS = range(24, 97, 4)
-_EM_PER_WIDTH = 0.17  # an em is at least so wide, as a share of the picture: 19 of 112 pixels
-_WIDEST = 0.9  # share of the picture's width that a line fills at most
-_EM_PER_HEIGHT = (0.25, 0.8)  # a capital letter is about 0.73 em high: at least 1/6 of the picture
-_ASPECTS = (0.6, 2.5)  # width over height
-_MAX_ANGLE = 8  # degrees
+# An em as a share of the picture's width: 22 to 40 of 112 pixels. Digits and capitals are about
+# half as wide as an em, so theirs begins higher, or a patch of 14 pixels would hold two of them.
+_LARGEST_SHARE, _HANZI_SHARE, _LATIN_SHARE = 0.36, 0.2, 0.26
+_WIDEST = 0.94  # share of the picture's width that a line fills at most
+_ASPECTS = (0.8, 1.25)  # width over height
+_MAX_ANGLE = 5  # degrees
 
 
 class TextSource:
-    """Draws short texts. Held-out ones have at most four characters.
+    """Draws short texts, of one to four characters.
 
     Texts of three characters and more are parted by a checksum, so that none that is held out is
     ever trained on; there are too few shorter ones for that.
@@ -103,7 +104,7 @@ class TextSource:
         em = rng.choice(_EM_PIXELS)
         line, kinds = _line(text, self._fonts[em], rng)
         margin = em // 12
-        size = _picture_size(line, em, margin, rng)
+        size = _picture_size(line, em, margin, text.isascii(), rng)
         left = rng.randint(margin, size[0] - line.width - margin)
         top = rng.randint(margin, size[1] - line.height - margin)
         ink, paper = _inks(rng)
@@ -158,13 +159,14 @@ def _kinds(
     return kinds
 
 
-def _picture_size(line: Image.Image, em: int, margin: int, rng: random.Random) -> tuple[int, int]:
-    """Width and height that give each character its share of both."""
-    least = min(_WIDEST, max(0.2, line.width / em * _EM_PER_WIDTH))
-    width = line.width / rng.uniform(least, _WIDEST)
-    lowest, highest = (width / aspect for aspect in reversed(_ASPECTS))
-    height = max(em / rng.uniform(*_EM_PER_HEIGHT), line.height / _WIDEST)
-    height = min(max(height, lowest), highest, em / _EM_PER_HEIGHT[0])
+def _picture_size(
+    line: Image.Image, em: int, margin: int, is_latin: bool, rng: random.Random
+) -> tuple[int, int]:
+    """Width and height of a picture in which an em has the share it should have."""
+    highest = min(_LARGEST_SHARE, _WIDEST * em / line.width)
+    lowest = min(highest, _LATIN_SHARE if is_latin else _HANZI_SHARE)
+    width = em / rng.uniform(lowest, highest)
+    height = width / rng.uniform(*_ASPECTS)
     room = 2 * margin
     return max(line.width + room, round(width)), max(line.height + room, round(height))
 

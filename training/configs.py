@@ -14,7 +14,9 @@ from glimt.models import glm4v_9b, visualglm
 
 FAMILIES = ("glm4v_9b", "visualglm")
 NAMES = {"glm4v_9b": "glimt-demo-glm4v", "visualglm": "glimt-demo-visualglm"}
-IMAGE_SIZE = 112
+IMAGE_SIZE = 96
+PATCH_SIZE = 8  # finer than the originals' 14: read characters of 19 pixels twice as fast
+TOWER = {"layers": 6, "hidden_size": 128, "heads": 4, "intermediate_size": 512}
 
 
 def demo_config(family: str, tokenizer_folder: Path) -> dict[str, Any]:
@@ -55,14 +57,14 @@ def _glm4v(folder: Path) -> dict[str, Any]:
         "boi_token_id": special["<|begin_of_image|>"],
         "eoi_token_id": special["<|end_of_image|>"],
         "vision_config": {
-            "num_hidden_layers": 6,
-            "hidden_size": 160,
-            "num_heads": 5,
-            "intermediate_size": 480,
-            "patch_size": 14,
+            "num_hidden_layers": TOWER["layers"],
+            "hidden_size": TOWER["hidden_size"],
+            "num_heads": TOWER["heads"],
+            "intermediate_size": TOWER["intermediate_size"],
+            "patch_size": PATCH_SIZE,
             "image_size": IMAGE_SIZE,
             "in_channels": 3,
-            "num_positions": (IMAGE_SIZE // 14) ** 2 + 1,
+            "num_positions": (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-06,
             "dropout_prob": 0.0,
@@ -73,7 +75,7 @@ def _glm4v(folder: Path) -> dict[str, Any]:
 
 def _visualglm(folder: Path) -> dict[str, Any]:
     special = load_tokenizer(folder, visualglm.TOKENIZER).special_ids
-    positions = (IMAGE_SIZE // 14) ** 2 + 1
+    positions = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
     return {
         "model_type": "chatglm",
         "architectures": ["ChatGLMModel"],
@@ -96,14 +98,14 @@ def _visualglm(folder: Path) -> dict[str, Any]:
         "quantization_bit": 0,
         "torch_dtype": "bfloat16",
         "eva_config": {
-            "num_layers": 6,
-            "hidden_size": 160,
-            "num_attention_heads": 5,
+            "num_layers": TOWER["layers"],
+            "hidden_size": TOWER["hidden_size"],
+            "num_attention_heads": TOWER["heads"],
             "vocab_size": 1,
             "layernorm_order": "pre",
             "model_parallel_size": 1,
             "max_sequence_length": positions,
-            "inner_hidden_size": 480,
+            "inner_hidden_size": TOWER["intermediate_size"],
             "use_final_layernorm": False,
             "layernorm_epsilon": 1e-06,
             "image_size": [IMAGE_SIZE, IMAGE_SIZE],
@@ -111,7 +113,7 @@ def _visualglm(folder: Path) -> dict[str, Any]:
             "post_len": 0,
             "in_channels": 3,
             "num_classes": 0,
-            "patch_size": 14,
+            "patch_size": PATCH_SIZE,
         },
         "qformer_config": {
             "num_layers": 4,
@@ -122,7 +124,7 @@ def _visualglm(folder: Path) -> dict[str, Any]:
             "model_parallel_size": 1,
             "max_sequence_length": 0,
             "is_decoder": [True, False, True, False],
-            "cross_attn_hidden_size": 160,
+            "cross_attn_hidden_size": TOWER["hidden_size"],
             "layernorm_epsilon": 1e-12,
         },
     }

@@ -13,6 +13,7 @@ class Plan:
     steps:          in all; tower_steps: of them, those of the tower alone
     batch_rows:     conversations per step; tower_pictures: pictures of a step of the tower alone
     more_pictures:  pictures per step beside those of the conversations
+    peak_rate:      of AdamW; that of Muon is matrix_scale times as high
     warmup_steps:   of steps, while the rate rises
     layout_weight, garment_weight: of the losses on the tower's states and on the features
     check_every:    steps between two looks at the held-out questions
@@ -20,13 +21,14 @@ class Plan:
 
     steps: int
     tower_steps: int = 0
-    batch_rows: int = 64
-    tower_pictures: int = 128
-    more_pictures: int = 32
-    peak_rate: float = 1e-3
+    batch_rows: int = 128
+    tower_pictures: int = 256
+    more_pictures: int = 64
+    peak_rate: float = 1.5e-3
+    matrix_scale: float = 3.0
     warmup_steps: int = 200
     weight_decay: float = 0.05
-    layout_weight: float = 0.5
+    layout_weight: float = 1.0
     garment_weight: float = 0.5
     average_decay: float = 0.998
     save_every: int = 200

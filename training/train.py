@@ -31,6 +31,7 @@ from training.data.mixture import corpus, training_mixtures
 from training.data.texts import CHARACTERS
 from training.export import export
 from training.heads import Heads
+from training.optimizers import optimizers
 from training.plan import QUICK, Plan
 from training.plot import plot_curves
 from training.view import Batch, answer, build, see
@@ -45,7 +46,7 @@ class Run:
 
     model: Model
     heads: Heads
-    optimizer: torch.optim.AdamW
+    optimizers: list[torch.optim.Optimizer]
     average: dict[str, Tensor]
     step: int
     curve: list[dict[str, float]]
@@ -58,27 +59,22 @@ def start(model: Model, raw: Mapping[str, Any], plan: Plan) -> Run:
     torch.manual_seed(plan.seed)
     device = next(model.parameters()).device
     heads = Heads(raw).to(device)
-    named = [*model.named_parameters(), *heads.named_parameters()]
-    decayed = [p for n, p in named if p.dim() > 1 and "embedding" not in n]
-    others = [p for n, p in named if p.dim() <= 1 or "embedding" in n]
-    groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
+    named = dict([*model.named_parameters(), *heads.named_parameters(prefix="heads")])
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Run(model, heads, optimizer, average, 0, [], [], 0.0)
+    return Run(model, heads, optimizers(named, plan), average, 0, [], [], 0.0)
 
 
 def train_step(run: Run, batch: Batch, plan: Plan) -> dict[str, float]:
     """One update; its loss, and the share of tokens or of patches that were right."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = plan.rate_at(run.step)
+    for group in (group for each in run.optimizers for group in each.param_groups):
+        group["lr"] = plan.rate_at(run.step) * group["scale"]
     total, figures = _loss(run, batch, plan)
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     total.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.step()
     run.step += 1
     _update_average(run, plan)
     return {name: float(value) for name, value in figures.items()}
@@ -132,7 +128,7 @@ def save(run: Run, folder: Path) -> None:
     state = {
         "model": run.model.state_dict(),
         "heads": run.heads.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "average": run.average,
         "step": run.step,
         "curve": run.curve,
@@ -152,7 +148,8 @@ def resume(run: Run, folder: Path) -> None:
     )
     run.model.load_state_dict(state["model"])
     run.heads.load_state_dict(state["heads"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     device = next(run.model.parameters()).device
     run.average = {name: mean.to(device) for name, mean in state["average"].items()}
     run.step, run.seconds = state["step"], state["seconds"]
@@ -188,9 +185,9 @@ def _own_words() -> list[str]:
 def main(
     family_name: Annotated[str, typer.Argument(help=f"One of {', '.join(FAMILIES)}.")],
     out: Annotated[Path, typer.Option(help="Folder for state, curves and the finished model.")],
-    steps: Annotated[int, typer.Option(help="Updates in all.")] = 8000,
-    tower_steps: Annotated[int, typer.Option(help="Of them, those of the tower alone.")] = 2000,
-    peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="Updates in all.")] = 4300,
+    tower_steps: Annotated[int, typer.Option(help="Of them, those of the tower alone.")] = 1500,
+    peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to decline.")] = None,
     quick: Annotated[bool, typer.Option(help="A few minutes: beats chance, no more.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -19,6 +19,7 @@ import regex
 import sentencepiece
 
 from glimt.models import glm4v_9b
+from training.configs import IMAGE_SIZE
 
 NUM_RANKS = 2034  # with 14 special tokens: 2,048
 NUM_PIECES = 2048
@@ -40,7 +41,7 @@ def write_tiktoken(folder: Path, corpus: Iterable[str], alone: Collection[str]) 
         str(len(tokens) + i): {"content": name, "special": True}
         for i, name in enumerate(glm4v_9b.TOKENIZER.special_names)
     }
-    config = {"added_tokens_decoder": added, "image_size": 112, "padding_side": "left"}
+    config = {"added_tokens_decoder": added, "image_size": IMAGE_SIZE, "padding_side": "left"}
     _write_json(folder / "tokenizer_config.json", config)
 
 

@@ -66,8 +66,8 @@ _FILTERS = (
     Image.Resampling.BILINEAR,
     Image.Resampling.BICUBIC,
 )
-_LARGEST = 300  # pixels a side
-_WORKING_SIDE = 112  # affine maps are slow, so they work here and the result is enlarged
+_LARGEST = 224  # pixels a side
+_WORKING_SIDE = 96  # affine maps are slow, so they work here and the result is enlarged
 
 
 class GarmentSource:

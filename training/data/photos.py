@@ -19,7 +19,7 @@ from training.data.scenes import invent
 
 ANSWER = Words("对不起，我不知道这是什么。", "Sorry, I do not know what this is.")
 NUM_HELD_OUT = 59  # photographs, the last of the sorted ones
-_LARGEST = 320  # pixels a side
+_LARGEST = 224  # pixels a side
 _DRAWN_SHARE = 0.3  # of the samples, where there are photographs as well
 
 

@@ -11,7 +11,7 @@ from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
 from training.data.scene_painting import BOX, MAX_ANGLE, layout_of, paint
 from training.data.scene_questions import KINDS, ask
 
-_SIDES = (96, 300)  # pixels, of the shorter side; the longer has up to 4/3 of that
+_SIDES = (96, 224)  # pixels, of the shorter side; the longer has up to 4/3 of that
 _LARGE, _SMALL = (0.30, 0.36), (0.165, 0.2)  # diameters, as shares of the shorter side
 _GAP = 0.01  # between objects, as a share of the shorter side
 _TRIES = 12  # places tried for one object before the whole scene is invented anew
@@ -30,7 +30,7 @@ class SceneSource:
     def __init__(
         self,
         *,
-        num_exchanges: int = 6,
+        num_exchanges: int = 4,
         kinds: Sequence[str] = tuple(KINDS),
         follow_ups: float = 0.4,
     ) -> None:

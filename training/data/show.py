@@ -1,6 +1,6 @@
 """A contact sheet of samples to look at: `python -m training.data.show sheet.png`.
 
-Pictures are shown as the models see them, squashed to 112 x 112, and twice as large as that.
+Pictures are shown as the models see them, squashed to a small square, and twice as large as that.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
+from training.configs import IMAGE_SIZE
 from training.data.mixture import held_out_questions, training_mixtures
 from training.data.sample import Exchange, Sample
 from training.data.texts import FONT
 
-SEEN_SIDE = 112  # pixels, of the models' input
+SEEN_SIDE = IMAGE_SIZE
 _SHOWN_SIDE = 2 * SEEN_SIDE
 _CELL = (720, _SHOWN_SIDE + 16)
 _TEXT_SIZE, _LINE_HEIGHT = 15, 20

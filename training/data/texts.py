@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -56,9 +57,9 @@ _LENGTHS = (1, 2, 3, 4)
 _TRAINING_WEIGHTS = (0.16, 0.23, 0.29, 0.32)
 _HELD_OUT_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
 
-_EM_PIXELS = range(24, 97, 4)
-# An em as a share of the picture's width: 22 to 40 of 112 pixels. Digits and capitals are about
-# half as wide as an em, so theirs begins higher, or a patch of 14 pixels would hold two of them.
+_EM_PIXELS = range(20, 65, 4)
+# An em as a share of the picture's width: 19 to 35 of the models' 96 pixels. Digits and capitals
+# are about half as wide as an em, so theirs begins higher.
 _LARGEST_SHARE, _HANZI_SHARE, _LATIN_SHARE = 0.36, 0.2, 0.26
 _WIDEST = 0.94  # share of the picture's width that a line fills at most
 _ASPECTS = (0.8, 1.25)  # width over height
@@ -152,11 +153,18 @@ def _kinds(
     """The layout of a line that is not turned: each character as wide as it moves the pen."""
     kinds = Image.new("L", size)
     draw = ImageDraw.Draw(kinds)
-    for number, character in enumerate(text):
-        from_x, to_x = (start + font.getlength(text[:n]) for n in (number, number + 1))
+    for character in text:
+        end = start + _advance(font, character)
         kind = character_kind(CHARACTERS.index(character))
-        draw.rectangle((from_x, 0, to_x, size[1]), fill=kind)
+        draw.rectangle((start, 0, end, size[1]), fill=kind)
+        start = end
     return kinds
+
+
+@cache
+def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
+    """Pixels by which a character moves the pen; asking the font takes longer than drawing."""
+    return font.getlength(character)
 
 
 def _picture_size(

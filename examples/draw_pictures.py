@@ -25,7 +25,7 @@ from training.data.sample import Words
 from training.data.scene import Object, Scene
 from training.data.scene_painting import paint
 
-SIDE = 224  # pixels of a text or garment
+SIDE = 192  # pixels of a text or garment
 LARGE, SMALL = 0.34, 0.18  # diameters, as shares of the shorter side
 
 
@@ -41,8 +41,8 @@ class Example(NamedTuple):
 
 SCENES: Mapping[str, Scene] = {
     "shapes": Scene(
-        320,
-        240,
+        288,
+        216,
         "white",
         (
             Object("circle", "red", True, 0.24, 0.28, LARGE, 0),
@@ -51,8 +51,8 @@ SCENES: Mapping[str, Scene] = {
         ),
     ),
     "pair": Scene(
-        280,
-        240,
+        256,
+        216,
         "light yellow",
         (
             Object("star", "purple", True, 0.26, 0.52, LARGE, 0),
@@ -60,8 +60,8 @@ SCENES: Mapping[str, Scene] = {
         ),
     ),
     "stars": Scene(
-        240,
-        240,
+        216,
+        216,
         "light blue",
         (
             Object("star", "red", False, 0.2, 0.24, SMALL, 0),
@@ -70,8 +70,8 @@ SCENES: Mapping[str, Scene] = {
         ),
     ),
     "sizes": Scene(
+        200,
         240,
-        280,
         "light green",
         (
             Object("square", "orange", True, 0.3, 0.26, LARGE, 0),
@@ -113,7 +113,7 @@ def _scenes() -> Iterator[tuple[str, Example]]:
 # Held out in training, as texts.is_held_out tells of texts of three characters or more.
 TEXTS: Mapping[str, str] = {"year": "2026", "letters": "GPU", "rain": "雨中花"}
 _ASKED_OF_TEXTS = Words("图片里写着什么？", "What does the text say?")
-_LATIN_EM, _HANZI_EM = 76, 56  # pixels: a character is a fifth to a quarter of the picture wide
+_LATIN_EM, _HANZI_EM = 64, 48  # pixels: a character is a fifth to a quarter of the picture wide
 
 
 def _texts() -> Iterator[tuple[str, Example]]:

@@ -1,4 +1,4 @@
-# make demo  environment, install, then a picture answered by the built-in demo models
+# make demo  environment, install, then the built-in demo models answer about examples/
 # make test  environment, install with the development tools, then ./check
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ SOURCES := pyproject.toml
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m glimt.demo examples/shapes.png examples/house.png
+	$(VENV)/bin/python -m glimt.demo examples
 
 test: $(VENV)/installed-dev
 	./check

@@ -102,7 +102,7 @@ def test_an_error_is_one_plain_message_and_an_exit_code(monkeypatch, error, code
     "arguments",
     [
         ("generate", "--model", "x", "--json", "--max-tokens", "many"),
-        ("generate", "--json", "--prompt", "hi"),
+        ("inspect", "--json"),
         ("generate", "--model", "x", "--nonsense", "--json"),
         ("generate", "--model", "x", "--prompt", "hi", "--top-p", "2", "--json"),
         ("generate", "--model", "/no/such/folder", "--prompt", "hi", "--json"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from glimt.commands.console import error_console, out_console, print_json
+from glimt.commands.console import error_console, out_console, print_json, told_as_json, warn
 from glimt.commands.tables import figures
 from glimt.errors import ConfigError
 from glimt.evaluate.questions import Question, read_questions
@@ -36,14 +36,24 @@ class EvaluateJob:
 
 def run(job: EvaluateJob) -> None:
     """Ask, count, print. Raises ConfigError for bad questions or settings."""
+    with told_as_json(job.as_json):
+        found = _found(job)
+    print_json(found.as_dict()) if job.as_json else _print(found, job.against)
+
+
+def _found(job: EvaluateJob) -> Evaluation:
     if job.limit is not None and job.limit < 1:
         raise ConfigError("limit", [f"is {job.limit}; it must be at least 1"])
     questions = _limited(read_questions(job.questions), job.limit)
     llm = _load(job.engine)
     reference = _load({**job.engine, "dtype": job.against}) if job.against else None
     with _bar(len(questions)) as on_done:
-        found = evaluate(llm, questions, reference, on_done)
-    print_json(found.as_dict()) if job.as_json else _print(found, job.against)
+        return evaluate(llm, questions, reference, on_done, _warn_of)
+
+
+def _warn_of(question: Question, why: str) -> None:
+    shown = ", ".join(question.pictures)
+    warn(f"question {question.id} counts as wrong: {why}{f' ({shown})' if shown else ''}")
 
 
 def _load(engine: Mapping[str, Any]) -> LLM:
@@ -92,5 +102,6 @@ def _print(found: Evaluation, against: str | None) -> None:
         far = found.divergence
         console.print(
             f"from {against}, over {far.num_places:,} tokens: mean KL {far.mean_kl:.2e}, "
-            f"99th percentile {far.p99_kl:.2e} nats, same likeliest token {far.top1:.2%}"
+            f"99th percentile {far.p99_kl:.2e} nats, same likeliest token {far.top1:.2%}",
+            soft_wrap=True,
         )

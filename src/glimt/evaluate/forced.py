@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glimt.errors import EngineError
 from glimt.inputs.request import RequestOptions
 from glimt.llm import LLM, Conversation
 from glimt.sampling import Sampler
-from glimt.types import SampledToken, SamplingParams, StepPlan
+from glimt.types import Request, SampledToken, SamplingParams, StepPlan
 
 
 class ForcingSampler(Sampler):
@@ -53,6 +54,8 @@ def _forcing(llm: LLM) -> Iterator[ForcingSampler]:
     try:
         yield forcing
     finally:
+        for request_id in forcing.answers:
+            engine.abort(request_id)
         engine.sampler = sampler
 
 
@@ -61,17 +64,28 @@ def forced_logits(
 ) -> list[Tensor]:
     """Logits before each token of each answer, [len(answer), vocab_size] float32, as one batch.
 
-    Raises RequestError when a conversation with its answer does not fit.
+    Raises RequestError when a conversation with its answer does not fit, EngineError when the
+    engine cannot compute one of them.
     """
+    asked = zip(conversations, answers, strict=True)
+    requests = [_forced_request(llm, number, *each) for number, each in enumerate(asked)]
     with _forcing(llm) as forcing:
-        for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
-            forcing.answers[f"forced-{number}"] = answer
-            sampling = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
-            options = RequestOptions(request_id=f"forced-{number}")
-            llm.engine.add_request(llm.engine.prepare_chat(conversation, sampling, options))
+        forcing.answers = {r.request_id: a for r, a in zip(requests, answers, strict=True)}
+        for request in requests:
+            llm.engine.add_request(request)
         while llm.engine.has_work:
-            llm.engine.step()
-        return [torch.stack(forcing.logits[f"forced-{n}"]) for n in range(len(answers))]
+            for output in llm.engine.step():
+                if output.finish_reason == "error":
+                    raise EngineError(f"an answer could not be computed: {output.error}")
+        return [torch.stack(forcing.logits[request.request_id]) for request in requests]
+
+
+def _forced_request(
+    llm: LLM, number: int, conversation: Conversation, answer: Sequence[int]
+) -> Request:
+    sampling = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
+    options = RequestOptions(request_id=f"forced-{number}")
+    return llm.engine.prepare_chat(conversation, sampling, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +110,13 @@ class Places:
     same_top: Tensor
 
 
-def compare(reference: Sequence[Tensor], setting: Sequence[Tensor]) -> Places:
-    """Compare the logits of the same places, [num_places, vocab_size] in parts.
+def compare(reference: Tensor, setting: Tensor) -> Places:
+    """Compare the logits of the same places, [num_places, vocab_size] each.
 
     Source of the measure: Kullback and Leibler, 1951; natural logarithms.
     """
-    theirs, ours = (torch.cat(list(parts)).double() for parts in (reference, setting))
-    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    return Places((p.exp() * (p - q)).sum(-1), ours.argmax(-1) == theirs.argmax(-1))
+    p, q = reference.double().log_softmax(-1), setting.double().log_softmax(-1)
+    return Places((p.exp() * (p - q)).sum(-1), setting.argmax(-1) == reference.argmax(-1))
 
 
 def summary(parts: Sequence[Places]) -> Divergence:

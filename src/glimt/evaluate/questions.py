@@ -14,70 +14,102 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimt.errors import ConfigError
+from glimt.config import ImageLimits
+from glimt.errors import ConfigError, RequestError
+from glimt.inputs.chat import parse_messages
+from glimt.types import ImagePart, Message
 
 FILE = "questions.jsonl"
+_WORDS = ("id", "task", "language", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A conversation that ends with the question, and its right answer.
-
-    messages: OpenAI-style, pictures as paths
-    """
+    """A conversation that ends with the question, and its right answer."""
 
     id: str
     task: str
     language: str
-    messages: tuple[Mapping[str, Any], ...]
+    messages: tuple[Message, ...]
     answer: str
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """What its messages show, as the parts name it."""
+        parts = (part for message in self.messages for part in message.parts)
+        return tuple(str(part.source) for part in parts if isinstance(part, ImagePart))
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """All questions of a folder, in its order. Raises ConfigError listing every bad line."""
-    path = folder / FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            "questions", [f"{path} cannot be read ({reason}); name a folder that holds {FILE}"]
-        ) from error
-    questions, problems = [], []
+    """All questions of a folder, in its order.
+
+    Raises ConfigError listing every line that is not a question and every picture that is not
+    there. Whether a picture can be read shows when it is asked about.
+    """
+    lines = _read_lines(folder / FILE)
+    questions, problems = [], [] if lines else [f"{folder / FILE} holds no question"]
     for number, line in enumerate(lines, 1):
         try:
-            questions.append(_question(json.loads(line), folder))
-        except (ValueError, TypeError, KeyError) as error:
-            problems.append(f"line {number} of {path.name}: {_said(error)}")
-    if not lines:
-        problems.append(f"{path} holds no question")
+            questions.append(_question(_object(line), folder))
+        except (_Wrong, RequestError) as error:
+            problems.append(f"line {number} of {FILE}: {error}")
     if problems:
         raise ConfigError("questions", problems)
     return questions
 
 
-def _said(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+class _Wrong(Exception):
+    """A line is not a question; the message says why."""
 
 
-def _question(raw: Any, folder: Path) -> Question:
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        said = f"{path} cannot be read ({error.strerror or error})"
+        raise ConfigError("questions", [f"{said}; name a folder that holds {FILE}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("questions", [f"{path} is not UTF-8: {error}"]) from error
+    # Not splitlines: a JSON text may hold U+2028 as it is.
+    return text.removesuffix("\n").split("\n") if text.strip() else []
+
+
+def _object(line: str) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(f"is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise TypeError(f"is {type(raw).__name__}, not an object")
-    words = {name: raw[name] for name in ("id", "task", "language", "answer")}
+        raise _Wrong(f"is a {type(raw).__name__}, not an object")
+    missing = [name for name in (*_WORDS, "messages") if name not in raw]
+    if missing:
+        raise _Wrong(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    return raw
+
+
+def _question(raw: Mapping[str, Any], folder: Path) -> Question:
+    words = {name: raw[name] for name in _WORDS}
     for name, value in words.items():
         if not isinstance(value, str):
-            raise TypeError(f"{name} is {value!r}, not a text")
-    messages = tuple(_with_paths(message, folder) for message in raw["messages"])
-    return Question(messages=messages, **words)
+            raise _Wrong(f"{name} is {value!r}, not a text")
+    messages = raw["messages"]
+    if isinstance(messages, list):
+        messages = [_with_paths(message, folder) for message in messages]
+    return Question(messages=parse_messages(messages, ImageLimits()), **words)
 
 
-def _with_paths(message: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The message with its pictures' paths as seen from here."""
-    content = message["content"]
-    if isinstance(content, str):
+def _with_paths(message: Any, folder: Path) -> Any:
+    """The message with its pictures' paths as seen from here; what is no message stays as it is."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
         return message
-    parts = [
-        part | {"image": str(folder / part["image"])} if part["type"] == "image" else part
-        for part in content
-    ]
-    return {**message, "content": parts}
+    return {**message, "content": [_with_path(part, folder) for part in content]}
+
+
+def _with_path(part: Any, folder: Path) -> Any:
+    if not isinstance(part, dict) or not isinstance(part.get("image"), str):
+        return part
+    path = folder / part["image"]
+    if not path.is_file():
+        raise _Wrong(f"the picture {path} is missing")
+    return part | {"image": str(path)}

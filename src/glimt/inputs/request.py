@@ -43,7 +43,9 @@ class RequestLimits:
         if self.context_tokens < num_tokens:
             settings.append(f"max_model_len (--max-model-len) to {num_tokens}")
         if self.cache_tokens < num_tokens:
-            settings.append(f"kv_bytes (--kv-bytes) or num_blocks until the cache holds {num_tokens}")
+            settings.append(
+                f"kv_bytes (--kv-bytes) or num_blocks until the cache holds {num_tokens}"
+            )
         return f"or raise {' and '.join(settings)}"
 
 

@@ -16,9 +16,8 @@ from training.data.mixture import Mixtures
 from training.encode import (
     EncodedRow,
     Picture,
-    choose_turns,
     collate,
-    encode,
+    conversations,
     encode_picture,
     stack,
 )
@@ -26,6 +25,7 @@ from training.plan import Plan
 from training.view import Batch
 
 GROUP = 4  # steps whose rows are drawn together and sorted by length
+_NUM_TURNS = (1, 2, 4, 4)
 
 
 class BatchGroups(Dataset[list[Batch]]):
@@ -46,8 +46,7 @@ class BatchGroups(Dataset[list[Batch]]):
             return [
                 Batch(None, stack(self._pictures(plan.tower_pictures, rng))) for _ in range(GROUP)
             ]
-        drawn = [self._draw(rng) for _ in range(GROUP * plan.batch_rows)]
-        drawn.sort(key=lambda row: len(row.token_ids))
+        drawn = self._rows(GROUP * plan.batch_rows, rng)
         parts = [drawn[i * plan.batch_rows :][: plan.batch_rows] for i in range(GROUP)]
         rng.shuffle(parts)
         return [
@@ -55,10 +54,17 @@ class BatchGroups(Dataset[list[Batch]]):
             for part in parts
         ]
 
-    def _draw(self, rng: random.Random) -> EncodedRow:
-        sample = self._mixtures.conversations.draw(rng)
-        turns = choose_turns(sample, rng, rng.choice((1, 1, 2, 4)) if self._is_causal else 1)
-        return encode(self._processor, sample, turns, self._is_causal)
+    def _rows(self, count: int, rng: random.Random) -> list[EncodedRow]:
+        """A causal family's rows by length; a bidirectional one's are all about equally long."""
+        rows: list[EncodedRow] = []
+        while len(rows) < count:
+            sample = self._mixtures.conversations.draw(rng)
+            num_turns = rng.choice(_NUM_TURNS)
+            rows += conversations(self._processor, sample, num_turns, rng, self._is_causal)
+        del rows[count:]
+        if self._is_causal:
+            rows.sort(key=lambda row: len(row.token_ids))
+        return rows
 
     def _pictures(self, count: int, rng: random.Random) -> list[Picture]:
         samples = (self._mixtures.pictures.draw(rng) for _ in range(count))

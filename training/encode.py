@@ -58,10 +58,41 @@ def choose_turns(sample: Sample, rng: random.Random, max_turns: int) -> list[Exc
     return turns
 
 
+def conversations(
+    processor: Processor, sample: Sample, num_turns: int, rng: random.Random, is_causal: bool
+) -> list[EncodedRow]:
+    """Rows about one picture, which is seen once: all turns in one row where every answer is
+    learnt, else a row for each turn.
+    """
+    turns = choose_turns(sample, rng, num_turns)
+    if is_causal:
+        return [encode(processor, sample, turns, is_causal)]
+    picture = encode_picture(processor, sample)
+    return [
+        encode(processor, sample, talk, is_causal, picture) for talk in _one_question_each(turns)
+    ]
+
+
+def _one_question_each(turns: Sequence[Exchange]) -> list[list[Exchange]]:
+    """Each turn alone, but a follow-up after what it follows."""
+    talks: list[list[Exchange]] = []
+    for turn in turns:
+        is_follow_up = bool(talks) and talks[-1][-1].follow_up is turn
+        talks.append([*talks[-1], turn] if is_follow_up else [turn])
+    return talks
+
+
 def encode(
-    processor: Processor, sample: Sample, turns: Sequence[Exchange], is_causal: bool
+    processor: Processor,
+    sample: Sample,
+    turns: Sequence[Exchange],
+    is_causal: bool,
+    picture: Picture | None = None,
 ) -> EncodedRow:
-    """A causal family learns every answer of the conversation, a bidirectional one the last."""
+    """A causal family learns every answer of the conversation, a bidirectional one the last.
+
+    picture: the sample's, if it is encoded already
+    """
     messages = _messages(sample, turns)
     sizes = [(1, 1)] if sample.image else []  # every picture of these families costs the same
     if is_causal:
@@ -73,7 +104,7 @@ def encode(
         answer = [*processor.tokenizer.encode(turns[-1].answer), stop]
         ids = [*prompt.token_ids, *answer]
         learnt = [False] * len(prompt.token_ids) + [True] * len(answer)
-    return _row(processor, sample, prompt, ids, learnt)
+    return _row(picture or encode_picture(processor, sample), prompt, ids, learnt)
 
 
 def _messages(sample: Sample, turns: Sequence[Exchange]) -> list[Message]:
@@ -104,8 +135,7 @@ def _causal_answers(processor: Processor, ids: list[int]) -> tuple[list[int], li
 
 
 def _row(
-    processor: Processor,
-    sample: Sample,
+    picture: Picture | None,
     prompt: EncodedPrompt,
     ids: list[int],
     learnt: list[bool],
@@ -118,7 +148,7 @@ def _row(
         context=prompt.bidirectional_len,
         image_start=span.start if span else 0,
         image_length=span.length if span else 0,
-        picture=encode_picture(processor, sample),
+        picture=picture,
     )
 
 
@@ -157,7 +187,7 @@ def collate(rows: Sequence[EncodedRow], is_causal: bool, more: Sequence[Picture]
     labels = torch.full((count, length), -100)
     places = torch.full((count, length), -1)
     positions = torch.zeros(channels, count, length, dtype=torch.int64)
-    pictures: list[Picture] = []
+    pictures: dict[int, Picture] = {}  # in order, by identity: rows may share one
     for i, row in enumerate(rows):
         n = len(row.token_ids)
         ids[i, :n] = torch.tensor(row.token_ids)
@@ -165,12 +195,12 @@ def collate(rows: Sequence[EncodedRow], is_causal: bool, more: Sequence[Picture]
         targets = torch.where(torch.tensor(row.learnt), ids[i, :n], -100)
         labels[i, : n - 1] = targets[1:]
         if row.picture is not None:
-            start = len(pictures) * row.image_length
+            pictures.setdefault(id(row.picture), row.picture)
+            start = list(pictures).index(id(row.picture)) * row.image_length
             stop = row.image_start + row.image_length
             places[i, row.image_start : stop] = torch.arange(start, start + row.image_length)
-            pictures.append(row.picture)
     padded = Rows(ids, positions, labels, _mask(rows, length, is_causal), places)
-    return Batch(padded, stack([*pictures, *more]))
+    return Batch(padded, stack([*pictures.values(), *more]))
 
 
 def _mask(rows: Sequence[EncodedRow], length: int, is_causal: bool) -> Tensor | None:

@@ -27,7 +27,7 @@ def _initial(name: str, shape: tuple[int, ...], num_layers: int, family: str) ->
     if len(shape) == 1:
         return torch.full(shape, _gain(name, family) if name.endswith("weight") else 0.0)
     if "position" in name:
-        return _places(*shape)
+        return places(*shape)
     if "embedding" in name or "queries" in name or name.endswith(("begin", "end")):
         return torch.randn(shape) * 0.5
     if "cls" in name or "head" in name:
@@ -48,7 +48,7 @@ def _scale(name: str, num_layers: int) -> float:
     return 1 / math.sqrt(2 * num_layers) if ends_branch else 1.0
 
 
-def _places(num_positions: int, size: int) -> Tensor:
+def places(num_positions: int, size: int) -> Tensor:
     """A class token's place, then a square grid's: sines and cosines of row and column.
 
     Source: the two-dimensional form of Attention Is All You Need, arXiv 1706.03762, section 3.5,

@@ -23,7 +23,7 @@ class Plan:
     tower_steps: int = 0
     batch_rows: int = 128
     tower_pictures: int = 256
-    more_pictures: int = 64
+    more_pictures: int = 32
     peak_rate: float = 1.5e-3
     matrix_scale: float = 3.0
     warmup_steps: int = 200

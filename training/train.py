@@ -22,7 +22,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from glimt.config import EngineConfig
 from glimt.inputs.tokenizer import load_tokenizer
+from glimt.loader import open_model
 from glimt.models.base import Model, ModelFamily, Processor, find_family
 from training.batches import BatchGroups, batches
 from training.check import HeldOutRows, accuracies, held_out_rows
@@ -182,27 +184,44 @@ def _own_words() -> list[str]:
     ]
 
 
+def copy_weights(folder: Path, model: Model) -> None:
+    """Give a model the weights of a trained one of the same shapes."""
+    opened = open_model(EngineConfig(model=str(folder), dtype="float32"))
+    opened.load()
+    trained = dict(opened.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(trained[name])
+
+
 def main(
     family_name: Annotated[str, typer.Argument(help=f"One of {', '.join(FAMILIES)}.")],
     out: Annotated[Path, typer.Option(help="Folder for state, curves and the finished model.")],
     steps: Annotated[int, typer.Option(help="Updates in all.")] = 4300,
     tower_steps: Annotated[int, typer.Option(help="Of them, those of the tower alone.")] = 1500,
+    batch_rows: Annotated[int, typer.Option(help="Conversations per update.")] = 128,
     peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to decline.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A trained model's folder, to train it further.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A few minutes: beats chance, no more.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes that draw ahead; 0 is none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train a demo model and write it as a checkpoint of its family."""
-    plan = Plan(steps=steps, tower_steps=tower_steps, peak_rate=peak_rate, seed=seed)
+    plan = Plan(steps=steps, tower_steps=tower_steps, batch_rows=batch_rows,
+                peak_rate=peak_rate, seed=seed)  # fmt: skip
     if quick:
         plan = QUICK
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     family, raw, processor = open_family(family_name, out)
     is_causal = family.prompt_attention == "causal"
-    run = start(build(family, raw, max_positions=256, torch_device=device), raw, plan)
+    model = build(family, raw, max_positions=256, torch_device=device)
+    if start_from:
+        copy_weights(start_from, model)
+    run = start(model, raw, plan)
     resume(run, out)
     groups = BatchGroups(training_mixtures(photos=photos), processor, is_causal, plan)
     held_out = held_out_rows(processor, is_causal, NUM_CHECKED, photos)

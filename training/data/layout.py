@@ -1,13 +1,14 @@
 """What is where in a picture: an index image of the same size, for a loss on every patch.
 
-Pixel 0 is no object and no character; other values name the kind of thing that is there.
+Pixel 0 is nothing that has a name; other values name the kind of thing that is there, and the
+colour of a drawn scene's background.
 """
 
 from __future__ import annotations
 
-from training.data.scene import COLOURS, SHAPES, Object
+from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object
 
-SHAPE_NAMES, COLOUR_NAMES = tuple(SHAPES), tuple(COLOURS)
+SHAPE_NAMES, COLOUR_NAMES, GROUND_NAMES = tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS)
 NUM_OBJECT_KINDS = len(SHAPE_NAMES) * len(COLOUR_NAMES) * 2
 
 
@@ -17,6 +18,11 @@ def object_kind(thing: Object) -> int:
     return 1 + 2 * look + thing.is_large
 
 
+def ground_kind(background: str) -> int:
+    """The kinds that come next: a scene's background, where no object is."""
+    return 1 + NUM_OBJECT_KINDS + GROUND_NAMES.index(background)
+
+
 def character_kind(number: int) -> int:
-    """The kind of the character that is `number` among those that texts are made of."""
-    return 1 + NUM_OBJECT_KINDS + number
+    """The last kinds: the character that is `number` among those that texts are made of."""
+    return 1 + NUM_OBJECT_KINDS + len(GROUND_NAMES) + number

@@ -66,10 +66,10 @@ def training_mixtures(
     paths = photographs(photos) if photos else []
     scenes, texts, garments = SceneSource(), TextSource(font), GarmentSource(fashion)
     conversations: dict[str, tuple[Source, float]] = {
-        "scenes": (scenes, 0.36),
-        "texts": (texts, 0.27),
-        "garments": (garments, 0.17),
-        "easy_vqa": (EasyVqaSource(easy_vqa), 0.09),
+        "scenes": (scenes, 0.54),
+        "texts": (texts, 0.16),
+        "garments": (garments, 0.12),
+        "easy_vqa": (EasyVqaSource(easy_vqa), 0.07),
         "photos": (PhotoSource(paths), 0.07),
         "talk": (TalkSource(), 0.04),
     }

@@ -7,7 +7,7 @@ import random
 
 from PIL import Image, ImageChops, ImageDraw
 
-from training.data.layout import object_kind
+from training.data.layout import ground_kind, object_kind
 from training.data.scene import Object, Scene
 
 _Colour = tuple[int, int, int]
@@ -51,7 +51,7 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
 
 def layout_of(scene: Scene) -> Image.Image:
     """Which object is where, as training.data.layout says."""
-    layout = Image.new("L", (scene.width, scene.height))
+    layout = Image.new("L", (scene.width, scene.height), ground_kind(scene.background))
     draw = ImageDraw.Draw(layout)
     for thing in scene.objects:
         middle = thing.x * scene.width, thing.y * scene.height

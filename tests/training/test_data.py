@@ -14,7 +14,12 @@ from PIL import Image, ImageFont
 from training.data import easy_vqa, garments, scene_painting, talk, texts
 from training.data.easy_vqa import EasyVqaSource
 from training.data.garments import FASHION_FOLDER, GarmentSource
-from training.data.layout import NUM_OBJECT_KINDS, character_kind, object_kind
+from training.data.layout import (
+    NUM_OBJECT_KINDS,
+    character_kind,
+    ground_kind,
+    object_kind,
+)
 from training.data.mixture import LANGUAGES, Mixture, corpus, held_out_questions, training_mixtures
 from training.data.photos import NUM_HELD_OUT, PhotoSource, photographs
 from training.data.sample import DataMissing, Exchange, Sample, Source
@@ -334,7 +339,8 @@ def test_layouts_say_which_object_is_where():
         sample, scene = SceneSource().draw_with_scene(rng, "en")
         assert sample.layout.size == sample.image.size
         kinds = {object_kind(thing) for thing in scene.objects}
-        assert {kind for _, kind in sample.layout.getcolors()} == kinds | {0}
+        ground = ground_kind(scene.background)
+        assert {kind for _, kind in sample.layout.getcolors()} == kinds | {ground}
         assert max(kinds) <= NUM_OBJECT_KINDS
         for thing in scene.objects:
             place = int(thing.x * scene.width), int(thing.y * scene.height)

@@ -74,7 +74,7 @@ def _saved(image: Image.Image, folder: Path) -> str:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Written to; may exist.")],
-    count: Annotated[int, typer.Option(help="Questions per task, half in each language.")] = 4000,
+    count: Annotated[int, typer.Option(help="Questions per task, half in each language.")] = 2000,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to decline.")] = None,
 ) -> None:
     """Write questions.jsonl and pictures/."""

@@ -79,6 +79,28 @@ def test_a_second_turn_refers_to_the_first(llm):
         assert llm.chat(talk, GREEDY).text == llm.engine.opened.processor.finish_text(right)
 
 
+def test_a_second_turn_of_glm4v_computes_only_what_is_new():
+    """Catches a conversation's last block, not full yet, that the next turn computes again."""
+    llm = LLM("demo", max_num_seqs=2)
+    talk = question("图片里有几个正方形？", "shapes.png")
+    first = llm.chat(talk, GREEDY)
+    before = llm.stats()
+    talk += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "它是什么颜色的？"},
+    ]
+    second = llm.chat(talk, GREEDY)
+    # The token that ended the first answer was sampled but never computed.
+    known = first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert known % llm.engine.config.block_size, "the case would prove nothing"
+    assert second.usage.cached_tokens == known
+    computed = llm.stats().prefill_tokens - before.prefill_tokens
+    assert computed == second.usage.prompt_tokens - known
+    assert (second.timings.image_s, llm.stats().tower_images) == (0, 1)
+    cold = LLM("demo", max_num_seqs=2, enable_prefix_cache=False)
+    assert second.token_ids == cold.chat(talk, GREEDY).token_ids
+
+
 def test_it_says_who_it_is(llm):
     """Catches a model that describes a picture nobody sent."""
     hello = {"zh": "你好！", "en": "Hello!"}

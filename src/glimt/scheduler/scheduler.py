@@ -76,6 +76,8 @@ class Scheduler:
         if is_poisoned:
             for block in sequence.block_table:
                 self.pool.forget(block)
+        else:
+            self._keep_partial(sequence)
         self._free(sequence)
         return sequence
 
@@ -136,14 +138,19 @@ class Scheduler:
         """Move a sequence to running if its tokens fit the cache. Returns its first chunk, or 0."""
         cached = self._find_prefix(sequence)
         self.pool.hold(cached)
+        partial, length = self._find_partial(sequence, len(cached))
+        sequence.num_computed = len(cached) * self.config.block_size + length
+        count = _chunk(sequence, budget)
         # One more token than is known, so that it is not preempted in its very next step.
         missing = sequence.blocks_for(sequence.num_tokens + 1) - len(cached)
-        sequence.num_computed = len(cached) * self.config.block_size
-        count = _chunk(sequence, budget)
         if not count or missing > self.pool.num_free:
             sequence.num_computed = 0
             self.pool.release(cached)
             return 0
+        if length:
+            self.pool.take_over(partial)
+            cached.append(partial)
+            missing -= 1
         sequence.block_table = cached + self.pool.allocate(missing)
         self._count_hits(sequence)
         self.waiting.remove(sequence)
@@ -156,6 +163,24 @@ class Scheduler:
             return []
         full_blocks = (sequence.num_tokens - 1) // self.config.block_size
         return self.pool.find(sequence.hashes(full_blocks))
+
+    def _find_partial(self, sequence: Sequence, num_full: int) -> tuple[int, int]:
+        """A free block that goes on where the full ones end, and how many of its slots fit."""
+        if not self.config.enable_prefix_cache:
+            return -1, 0
+        start = num_full * self.config.block_size
+        stop = min(start + self.config.block_size, sequence.num_tokens - 1)
+        content = sequence.content_between(start, stop)
+        return self.pool.find_partial(sequence.hash_before(num_full), content)
+
+    def _keep_partial(self, sequence: Sequence) -> None:
+        """Make a finished sequence's last block findable, for the turn that follows."""
+        number, written = divmod(sequence.num_computed, self.config.block_size)
+        if self.config.enable_prefix_cache and written:
+            start = number * self.config.block_size
+            content = sequence.content_between(start, start + written)
+            parent = sequence.hash_before(number)
+            self.pool.register_partial(sequence.block_table[number], parent, content)
 
     def _count_hits(self, sequence: Sequence) -> None:
         self.counters.prefix_hit_tokens += sequence.num_computed

@@ -113,10 +113,19 @@ class Sequence:
             self._hashes.append(self._hash_block(len(self._hashes)))
         return self._hashes[:num_blocks]
 
+    def hash_before(self, number: int) -> bytes:
+        """Hash of everything before block `number`."""
+        return self.hashes(number)[-1] if number else self._root_hash()
+
+    def content_between(self, start: int, stop: int) -> tuple[tuple[int, bytes], ...]:
+        """What cache indices start … stop-1 hold, one comparable item each."""
+        tokens = enumerate(self.tokens_between(start, stop), start)
+        return tuple((token_id, self._image_bytes(at, at + 1)) for at, token_id in tokens)
+
     def _hash_block(self, number: int) -> bytes:
         start = number * self.block_size
         stop = start + self.block_size
-        digest = hashlib.sha256(self._hashes[-1] if number else self._root_hash())
+        digest = hashlib.sha256(self.hash_before(number))
         digest.update(array("q", self.tokens_between(start, stop)).tobytes())
         digest.update(self._image_bytes(start, stop))
         return digest.digest()

@@ -80,8 +80,8 @@ SCENES: Mapping[str, Scene] = {
 }
 ASKED_OF_SCENES: Mapping[str, tuple[Words, Words]] = {
     "shapes": (
-        Words("蓝色图形是什么形状的？", "What shape is the blue object?"),
-        Words("它是正方形。", "It is a square."),
+        Words("最左边的图形的颜色是什么？", "What is the colour of the leftmost object?"),
+        Words("它是红色的。", "It is red."),
     ),
     "pair": (
         Words("图片里有什么？", "What is in the picture?"),
@@ -91,12 +91,15 @@ ASKED_OF_SCENES: Mapping[str, tuple[Words, Words]] = {
         ),
     ),
     "stars": (
-        Words("图片里有几个五角星？", "How many stars are in the picture?"),
+        Words("五角星有几个？", "Count the stars."),
         Words("有三个。", "There are three."),
     ),
     "sizes": (
-        Words("圆形是什么颜色的？", "What colour is the circle?"),
-        Words("它是蓝色的。", "It is blue."),
+        Words("请描述这张图片。", "Describe the picture."),
+        Words(
+            "有一个橙色的正方形和一个蓝色的圆形。",
+            "There is an orange square and a blue circle.",
+        ),
     ),
 }
 

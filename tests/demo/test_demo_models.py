@@ -58,25 +58,27 @@ def test_answers_are_the_same_in_a_batch(llm):
     ]
 
 
-def test_a_second_turn_refers_to_the_first(llm):
+@pytest.mark.parametrize(
+    ("first", "said", "second", "right"),
+    [
+        ("最左边是什么图形？", "它是五角星。", "它是什么颜色的？", "它是紫色的。"),
+        ("最右边是什么图形？", "它是圆形。", "它是什么颜色的？", "它是绿色的。"),
+        (
+            "What shape is on the far right?",
+            "It is a circle.",
+            "What colour is it?",
+            "It is green.",
+        ),
+    ],
+)
+def test_a_second_turn_refers_to_the_first(llm, first, said, second, right):
     """Catches a history that is dropped: "it" is then nothing."""
-    first = {
-        "zh": ("图片里有几个正方形？", "有一个。"),
-        "en": ("How many squares are there?", "There is one."),
-    }
-    second = {
-        "zh": ("它是什么颜色的？", "它是蓝色的。"),
-        "en": ("What colour is it?", "It is blue."),
-    }
-    for language in ("zh", "en"):
-        said = {"role": "assistant", "content": first[language][1]}
-        asked, right = second[language]
-        talk = [
-            *question(first[language][0], "shapes.png"),
-            said,
-            {"role": "user", "content": asked},
-        ]
-        assert llm.chat(talk, GREEDY).text == llm.engine.opened.processor.finish_text(right)
+    talk = [
+        *question(first, "pair.png"),
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": second},
+    ]
+    assert llm.chat(talk, GREEDY).text == llm.engine.opened.processor.finish_text(right)
 
 
 def test_a_second_turn_of_glm4v_computes_only_what_is_new():

@@ -481,7 +481,7 @@ class Terminal:
         """The main thread sleeps, and does so each time that it is looked at for a while."""
         stat = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat")
         states = []
-        for _ in range(10):
+        for _ in range(40):
             time.sleep(0.02)
             states.append(stat.read_text(encoding="ascii").rpartition(")")[2].split()[0])
         return set(states) == {"S"}

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,7 +213,7 @@ def main(
     plan = Plan(steps=steps, tower_steps=tower_steps, batch_rows=batch_rows,
                 peak_rate=peak_rate, seed=seed)  # fmt: skip
     if quick:
-        plan = QUICK
+        plan = replace(QUICK, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     family, raw, processor = open_family(family_name, out)

@@ -25,6 +25,7 @@ class Sequence:
         self.num_cached: int | None = None  # prompt tokens found cached at the first admission
         self.num_preemptions = 0
         self.block_table: list[int] = []
+        self._root: bytes | None = None
         self._hashes: list[bytes] = []
 
     @property
@@ -115,7 +116,11 @@ class Sequence:
 
     def hash_before(self, number: int) -> bytes:
         """Hash of everything before block `number`."""
-        return self.hashes(number)[-1] if number else self._root_hash()
+        if number:
+            return self.hashes(number)[-1]
+        if self._root is None:
+            self._root = self._root_hash()
+        return self._root
 
     def content_between(self, start: int, stop: int) -> tuple[tuple[int, bytes], ...]:
         """What cache indices start … stop-1 hold, one comparable item each."""

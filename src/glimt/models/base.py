@@ -310,8 +310,7 @@ class ConfigReader:
 
     def integer(self, name: str, low: int = 1, default: int | None = None) -> int:
         """A whole number of at least `low`."""
-        value = self.raw.get(name)
-        value = default if value is None else value
+        value = self._given(name, default)
         if value is None:
             return int(self._problem(name, "is missing", low))
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -320,8 +319,7 @@ class ConfigReader:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
-        value = self.raw.get(name)
-        value = default if value is None else value
+        value = self._given(name, default)
         if value is None:
             return float(self._problem(name, "is missing", 1.0))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -331,8 +329,7 @@ class ConfigReader:
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """True or false."""
-        value = self.raw.get(name)
-        value = default if value is None else value
+        value = self._given(name, default)
         if not isinstance(value, bool):
             said = "is missing" if value is None else f"is {value!r}; true or false is needed"
             return bool(self._problem(name, said, False))
@@ -419,6 +416,11 @@ class ConfigReader:
         """No key of these names was found wrong, nor the object that it is in."""
         paths = [f"{self.prefix}{name}." for name in names]
         return not any(path.startswith(f"{wrong}.") for path in paths for wrong in self._wrong)
+
+    def _given(self, name: str, default: Any) -> Any:
+        """A value, or the default where it is absent or null."""
+        value = self.raw.get(name)
+        return default if value is None else value
 
     def _problem(self, name: str, said: str, stand_in: Any = None) -> Any:
         self.problems.append(f"{self.prefix}{name} {said}")

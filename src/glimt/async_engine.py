@@ -105,7 +105,6 @@ class AsyncEngine:
         options: RequestOptions | None = None,
     ) -> Request:
         """Encode a conversation in a worker thread. Raises RequestError."""
-        options = RequestOptions() if options is None else options
         return await asyncio.to_thread(self._engine.prepare_chat, messages, sampling, options)
 
     async def prepare_text(
@@ -115,7 +114,6 @@ class AsyncEngine:
         options: RequestOptions | None = None,
     ) -> Request:
         """Encode a bare text in a worker thread. Raises RequestError."""
-        options = RequestOptions() if options is None else options
         return await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
 
     async def run(self, request: Request) -> RequestOutput:

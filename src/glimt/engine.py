@@ -30,8 +30,6 @@ from glimt.types import FinishReason, Message, Request, SamplingParams, StepOutp
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_OPTIONS = RequestOptions()
-
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -84,21 +82,19 @@ class Engine:
         self,
         messages: Sequence[Mapping[str, Any] | Message],
         sampling: SamplingParams | None = None,
-        options: RequestOptions = _DEFAULT_OPTIONS,
+        options: RequestOptions | None = None,
     ) -> Request:
         """Encode a conversation. Raises RequestError naming the field. Any thread."""
-        params = SamplingParams() if sampling is None else sampling
-        return self.inputs.from_chat(messages, params, options)
+        return self.inputs.from_chat(messages, sampling, options)
 
     def prepare_text(
         self,
         text: str,
         sampling: SamplingParams | None = None,
-        options: RequestOptions = _DEFAULT_OPTIONS,
+        options: RequestOptions | None = None,
     ) -> Request:
         """Encode a bare text to be continued. Raises RequestError. Any thread."""
-        params = SamplingParams() if sampling is None else sampling
-        return self.inputs.from_text(text, params, options)
+        return self.inputs.from_text(text, sampling, options)
 
     def add_request(self, request: Request) -> None:
         """Queue a prepared request. Raises RequestError when its id is in use."""

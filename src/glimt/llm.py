@@ -69,7 +69,6 @@ class LLM:
         Raises RequestError, naming the field, before anything runs if any conversation is
         invalid. A request that fails while running finishes with reason "error" instead.
         """
-        options = RequestOptions() if options is None else options
         _check_sequence("messages", messages, "messages, or of conversations")
         if _is_conversation(messages):
             one = _one(sampling)
@@ -107,7 +106,6 @@ class LLM:
 
         Raises RequestError as `chat` does.
         """
-        options = RequestOptions() if options is None else options
         _check_sequence("prompt", prompts, "texts")
         if isinstance(prompts, str):
             return self._run([self.engine.prepare_text(prompts, _one(sampling), options)])[0]
@@ -122,9 +120,7 @@ class LLM:
         options: RequestOptions | None = None,
     ) -> Iterator[StepOutput]:
         """Answer a conversation piece by piece. Closing the iterator aborts the request."""
-        request = self.engine.prepare_chat(
-            messages, sampling, RequestOptions() if options is None else options
-        )
+        request = self.engine.prepare_chat(messages, sampling, options)
         return self._stream([request])
 
     def stats(self) -> EngineStats:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from glimt.config import ImageLimits
 from glimt.errors import PromptTooLong, RequestError
@@ -95,12 +95,13 @@ class RequestFactory:
     def from_chat(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
-        sampling: SamplingParams,
-        options: RequestOptions,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
     ) -> Request:
         """Encode a conversation. Pictures are decoded only once the prompt is known to fit."""
         arrival_s = time.monotonic()
-        _check_kinds(sampling, options)
+        sampling = _or_defaults(sampling, SamplingParams, "sampling")
+        options = _or_defaults(options, RequestOptions, "options")
         parsed = parse_messages(messages, self.image_limits)
         opened = self._open_images(parsed, options.allow_files)
         sizes = [(image.width, image.height) for image in opened]
@@ -109,10 +110,16 @@ class RequestFactory:
         images = tuple(self._prepare(image) for image in opened)
         return self._request(prompt, images, sampling, max_tokens, arrival_s, options)
 
-    def from_text(self, text: str, sampling: SamplingParams, options: RequestOptions) -> Request:
+    def from_text(
+        self,
+        text: str,
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
         """Encode a bare text to be continued."""
         arrival_s = time.monotonic()
-        _check_kinds(sampling, options)
+        sampling = _or_defaults(sampling, SamplingParams, "sampling")
+        options = _or_defaults(options, RequestOptions, "options")
         if not isinstance(text, str):
             raise RequestError("prompt", f"must be a text, not a {type(text).__name__}")
         prompt = self.processor.encode_text(text)
@@ -223,11 +230,16 @@ class RequestFactory:
                 raise RequestError(field, f"token id {token_id!r} is not between 0 and {last}")
 
 
-def _check_kinds(sampling: Any, options: Any) -> None:
-    """A dictionary is refused by name: read as defaults it would be ignored in silence."""
-    if not isinstance(sampling, SamplingParams):
-        kind = type(sampling).__name__
-        raise RequestError("sampling", f"must be a SamplingParams, not a {kind}")
-    if not isinstance(options, RequestOptions):
-        kind = type(options).__name__
-        raise RequestError("options", f"must be a RequestOptions, not a {kind}")
+T = TypeVar("T", SamplingParams, RequestOptions)
+
+
+def _or_defaults(value: T | None, kind: type[T], field: str) -> T:
+    """The value; for None, what the kind has by default.
+
+    A dictionary is refused by name: read as defaults it would be ignored in silence.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise RequestError(field, f"must be a {kind.__name__}, not a {type(value).__name__}")
+    return value

@@ -9,14 +9,16 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -137,20 +139,35 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.1f} GiB"
 
 
-@contextmanager
-def byte_bar(label: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on stderr; gives the function to call with bytes done.
+def byte_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[int], None] | None]:
+    """A progress bar of bytes on stderr; gives the function to call with bytes done.
 
     total: bytes in all, None if unknown. Where stderr is no terminal there is no bar.
     """
+    return _bar(label, total, DownloadColumn(), TransferSpeedColumn())
+
+
+def count_bar(label: str, total: int) -> AbstractContextManager[Callable[[int], None] | None]:
+    """The same of things that are counted."""
+    return _bar(label, total, MofNCompleteColumn())
+
+
+@contextmanager
+def _bar(
+    label: str, total: int | None, *columns: ProgressColumn
+) -> Iterator[Callable[[int], None] | None]:
     console = error_console()
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    speed = (TransferSpeedColumn(), TimeRemainingColumn())
+    label_and_bar = (TextColumn("{task.description}", markup=False), BarColumn())
     with Progress(
-        *columns, *speed, console=console, transient=True, redirect_stdout=False
+        *label_and_bar,
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
     ) as progress:
         task = progress.add_task(label, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+        yield lambda count: progress.advance(task, count)

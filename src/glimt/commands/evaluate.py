@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from glimt.commands.console import error_console, out_console, print_json, told_as_json, warn
+from glimt.commands.console import count_bar, out_console, print_json, told_as_json, warn
 from glimt.commands.tables import figures
 from glimt.errors import ConfigError
 from glimt.evaluate.questions import Question, read_questions
@@ -47,7 +44,7 @@ def _found(job: EvaluateJob) -> Evaluation:
     questions = _limited(read_questions(job.questions), job.limit)
     llm = _load(job.engine)
     reference = _load({**job.engine, "dtype": job.against}) if job.against else None
-    with _bar(len(questions)) as on_done:
+    with count_bar("asking", len(questions)) as on_done:
         return evaluate(llm, questions, reference, on_done, _warn_of)
 
 
@@ -70,22 +67,6 @@ def _limited(questions: list[Question], limit: int | None) -> list[Question]:
         if limit is None or taken[key] <= limit:
             kept.append(question)
     return kept
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of questions on stderr; none where that is no terminal."""
-    console = error_console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("asking", total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _print(found: Evaluation, against: str | None) -> None:

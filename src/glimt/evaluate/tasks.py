@@ -62,7 +62,7 @@ def evaluate(
     llm: LLM,
     questions: Sequence[Question],
     reference: LLM | None = None,
-    on_done: OnDone = lambda count: None,
+    on_done: OnDone | None = None,
     on_failed: OnFailed = lambda question, why: None,
 ) -> Evaluation:
     """Ask every question greedily, of the reference too if there is one.
@@ -80,7 +80,8 @@ def evaluate(
             _count(counts, question, finished(llm, question.answer), ours.get(i), theirs.get(i))
         if reference:
             places += _compare(reference, llm, could, theirs)
-        on_done(len(batch))
+        if on_done:
+            on_done(len(batch))
     return Evaluation(_tallies(counts, reference is not None), summary(places) if places else None)
 
 

@@ -17,7 +17,7 @@ from glimt.models.base import Model, Processor
 from training.data.mixture import held_out_questions
 from training.data.sample import Sample
 from training.encode import EncodedRow, collate, encode
-from training.held_out import SEED, TASKS
+from training.held_out import SEED, tasks_with
 from training.view import Batch, answer, see
 
 _BATCH_ROWS = 64
@@ -33,8 +33,7 @@ def held_out_rows(
         task: list(
             _rows(processor, is_causal, held_out_questions(task, count, SEED, photos=photos))
         )
-        for task in TASKS
-        if photos or task != "photos"
+        for task in tasks_with(photos)
     }
 
 

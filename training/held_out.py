@@ -24,13 +24,17 @@ TASKS = ("garments", "scenes", "yes_no", "texts", "second_turns", "photos")
 SEED = 1
 
 
+def tasks_with(photos: Path | None) -> list[str]:
+    """The tasks that can be asked about: photographs only if there are some."""
+    return [task for task in TASKS if photos or task != "photos"]
+
+
 def write(folder: Path, count: int, photos: Path | None) -> None:
     """`count` questions per task, half of them in each language; photographs only if given."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    tasks = [task for task in TASKS if photos or task != "photos"]
     lines = [
         json.dumps(row, ensure_ascii=False)
-        for task in track(tasks, "drawing questions")
+        for task in track(tasks_with(photos), "drawing questions")
         for row in _rows(folder, task, count, photos)
     ]
     (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

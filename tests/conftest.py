@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from training.data import easy_vqa
+from training.data.garments import FASHION_FOLDER
+from training.data.sample import DataMissing
+from training.data.texts import FONT
 
 from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
@@ -206,3 +211,37 @@ def tiny_oracle(request: pytest.FixtureRequest) -> Oracle:
 @pytest.fixture(scope="session", params=["glm4v", "visualglm", "glm4v_wide", "visualglm_wide"])
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     return request.getfixturevalue(f"{request.param}_oracle")
+
+
+# --- what the training data is drawn from; tests skip, with the reason, without it -------------
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Path:
+    if not (FASHION_FOLDER / "t10k-labels-idx1-ubyte.gz").exists():
+        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
+    return FASHION_FOLDER
+
+
+@pytest.fixture(scope="session")
+def font() -> Path:
+    if not FONT.exists():
+        pytest.skip("the font is not here: apt-get install fonts-wqy-microhei")
+    return FONT
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_data() -> Path:
+    try:
+        return easy_vqa.find_data()
+    except DataMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 one-coloured JPEG files, no two alike."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(70):
+        Image.new("RGB", (96, 80), (3 * number, 90, 200)).save(folder / f"{number:03}.jpg")
+    return folder

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from training.data import garments, texts
-from training.data.garments import FASHION_FOLDER
 from training.data.sample import Language
 from training.data.scene import Scene
 from training.data.scene_questions import KINDS, ask
 from training.data.scenes import _are_apart
-from training.data.texts import FONT
 
 from examples import draw_pictures
 
@@ -27,11 +25,8 @@ ENCODERS_DIFFER = 2.0  # grey levels on average: releases of FreeType draw edges
 
 
 @pytest.fixture(scope="module")
-def data() -> None:
-    if not (FASHION_FOLDER / "t10k-labels-idx1-ubyte.gz").exists():
-        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
-    if not FONT.exists():
-        pytest.skip("the font is not here: apt-get install fonts-wqy-microhei")
+def data(fashion: Path, font: Path) -> None:
+    """Garments and texts are drawn here, so what they are made of is needed."""
 
 
 def test_the_files_are_what_the_script_writes(data, tmp_path):

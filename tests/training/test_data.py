@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import ImageFont
 from training.data import easy_vqa, garments, scene_painting, talk, texts
 from training.data.easy_vqa import EasyVqaSource
-from training.data.garments import FASHION_FOLDER, GarmentSource
+from training.data.garments import GarmentSource
 from training.data.layout import (
     NUM_OBJECT_KINDS,
     character_kind,
@@ -27,40 +27,9 @@ from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
 from training.data.scenes import SceneSource
 from training.data.show import contact_sheet
 from training.data.talk import TalkSource
-from training.data.texts import FONT, TextSource
+from training.data.texts import TextSource
 
 DRAWN_TASKS = ("garments", "scenes", "yes_no", "texts", "second_turns")
-
-
-@pytest.fixture(scope="module")
-def fashion() -> Path:
-    if not (FASHION_FOLDER / "t10k-labels-idx1-ubyte.gz").exists():
-        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
-    return FASHION_FOLDER
-
-
-@pytest.fixture(scope="module")
-def font() -> Path:
-    if not FONT.exists():
-        pytest.skip("the font is not here: apt-get install fonts-wqy-microhei")
-    return FONT
-
-
-@pytest.fixture(scope="module")
-def easy_vqa_data() -> Path:
-    try:
-        return easy_vqa.find_data()
-    except DataMissing as missing:
-        pytest.skip(str(missing))
-
-
-@pytest.fixture(scope="module")
-def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 one-coloured JPEG files, no two alike."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(70):
-        Image.new("RGB", (96, 80), (3 * number, 90, 200)).save(folder / f"{number:03}.jpg")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from PIL import Image
-from training.data import easy_vqa
-from training.data.garments import FASHION_FOLDER
 from training.data.mixture import held_out_questions, training_mixtures
-from training.data.sample import DataMissing
-from training.data.texts import FONT
 from typer.testing import CliRunner
 
 from glimt.evaluate.questions import FILE, Question, read_questions
@@ -24,31 +20,14 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data() -> None:
+def data(fashion: Path, font: Path, easy_vqa_data: Path) -> None:
     """All tasks are drawn here, so all of their data is needed."""
-    if not (FASHION_FOLDER / "t10k-labels-idx1-ubyte.gz").exists():
-        pytest.skip("Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
-    if not FONT.exists():
-        pytest.skip("the font is not here: apt-get install fonts-wqy-microhei")
-    try:
-        easy_vqa.find_data()
-    except DataMissing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 one-coloured JPEG files, no two alike."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(70):
-        Image.new("RGB", (96, 80), (3 * number, 90, 200)).save(folder / f"{number:03}.jpg")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(data: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(data: None, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("held-out")
-    held_out.write(path, COUNT, photos)
+    held_out.write(path, COUNT, photo_folder)
     return path
 
 
@@ -62,16 +41,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_the_same_seed_writes_the_same_folder(folder, photos, tmp_path):
+def test_the_same_seed_writes_the_same_folder(folder, photo_folder, tmp_path):
     """Catches scores of two runs that are not about the same questions."""
-    held_out.write(tmp_path, COUNT, photos)
+    held_out.write(tmp_path, COUNT, photo_folder)
     assert contents(tmp_path) == contents(folder)
 
 
-def test_another_seed_writes_other_questions(folder, photos, tmp_path, monkeypatch):
+def test_another_seed_writes_other_questions(folder, photo_folder, tmp_path, monkeypatch):
     """Catches a seed that is never read."""
     monkeypatch.setattr(held_out, "SEED", held_out.SEED + 1)
-    held_out.write(tmp_path, COUNT, photos)
+    held_out.write(tmp_path, COUNT, photo_folder)
     assert contents(tmp_path)[FILE] != contents(folder)[FILE]
 
 
@@ -92,10 +71,10 @@ def test_no_photographs_without_a_folder_of_them(tmp_path):
     assert tasks == set(held_out.TASKS) - {"photos"}
 
 
-def test_the_file_holds_the_samples_with_their_own_pictures(questions, photos):
+def test_the_file_holds_the_samples_with_their_own_pictures(questions, photo_folder):
     """Catches an answer written beside another question's picture."""
     for task in held_out.TASKS:
-        drawn = held_out_questions(task, COUNT, held_out.SEED, photos=photos)
+        drawn = held_out_questions(task, COUNT, held_out.SEED, photos=photo_folder)
         for question, sample in zip((q for q in questions if q.task == task), drawn, strict=True):
             (path,) = question.pictures
             with Image.open(path) as image:
@@ -113,11 +92,11 @@ def test_a_second_turn_stands_on_the_right_first_answer(questions):
         assert roles == (["user", "assistant", "user"] if has_two else ["user"])
 
 
-def test_held_out_pictures_are_none_that_are_trained_on(questions, photos):
+def test_held_out_pictures_are_none_that_are_trained_on(questions, photo_folder):
     """Catches one seed, or one part of Fashion-MNIST, for training and test alike."""
     trained = {
         sample.image.tobytes()
-        for mixture in training_mixtures(photos=photos)
+        for mixture in training_mixtures(photos=photo_folder)
         for sample in islice(mixture.samples(0), 400)
         if sample.image
     }

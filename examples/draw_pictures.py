@@ -77,11 +77,25 @@ SCENES: Mapping[str, Scene] = {
             Object("circle", "blue", False, 0.72, 0.76, SMALL, 0),
         ),
     ),
+    "four": Scene(
+        240,
+        200,
+        "gray",
+        (
+            Object("circle", "yellow", False, 0.2, 0.3, SMALL, 0),
+            Object("square", "black", True, 0.5, 0.66, LARGE, 0),
+            Object("circle", "yellow", True, 0.78, 0.32, LARGE, 0),
+            Object("triangle", "red", False, 0.16, 0.76, SMALL, 0),
+        ),
+    ),
 }
 ASKED_OF_SCENES: Mapping[str, tuple[Words, Words]] = {
     "shapes": (
-        Words("最左边的图形的颜色是什么？", "What is the colour of the leftmost object?"),
-        Words("它是红色的。", "It is red."),
+        Words(
+            "红色圆形在蓝色正方形的左边还是右边？",
+            "Is the red circle to the left or to the right of the blue square?",
+        ),
+        Words("它在左边。", "It is on the left."),
     ),
     "pair": (
         Words("图片里有什么？", "What is in the picture?"),
@@ -95,11 +109,16 @@ ASKED_OF_SCENES: Mapping[str, tuple[Words, Words]] = {
         Words("有三个。", "There are three."),
     ),
     "sizes": (
-        Words("请描述这张图片。", "Describe the picture."),
+        Words("请详细描述这张图片。", "Describe the picture in detail."),
         Words(
-            "有一个橙色的正方形和一个蓝色的圆形。",
-            "There is an orange square and a blue circle.",
+            "从上到下：一个大的橙色正方形在左上角；一个小的蓝色圆形在右下角。",
+            "From top to bottom: a large orange square at the top left; "
+            "a small blue circle at the bottom right.",
         ),
+    ),
+    "four": (
+        Words("图片里有几个黄色的圆形？", "How many yellow circles are in the picture?"),
+        Words("有两个。", "There are two."),
     ),
 }
 

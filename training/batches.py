@@ -25,7 +25,7 @@ from training.plan import Plan
 from training.view import Batch
 
 GROUP = 4  # steps whose rows are drawn together and sorted by length
-_NUM_TURNS = (1, 2, 4, 4)
+_NUM_TURNS = (1, 2, 4, 6)
 
 
 class BatchGroups(Dataset[list[Batch]]):

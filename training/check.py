@@ -17,7 +17,7 @@ from glimt.models.base import Model, Processor
 from training.data.mixture import held_out_questions
 from training.data.sample import Sample
 from training.encode import EncodedRow, collate, encode
-from training.held_out import SEED, tasks_with
+from training.held_out import SEED
 from training.view import Batch, answer, see
 
 _BATCH_ROWS = 64
@@ -26,14 +26,18 @@ HeldOutRows = Mapping[str, Sequence[Batch]]
 
 
 def held_out_rows(
-    processor: Processor, is_causal: bool, count: int, photos: Path | None
+    processor: Processor,
+    is_causal: bool,
+    tasks: Sequence[str],
+    count: int,
+    photos: Path | None,
 ) -> HeldOutRows:
     """`count` held-out questions of each task as batches of rows."""
     return {
         task: list(
             _rows(processor, is_causal, held_out_questions(task, count, SEED, photos=photos))
         )
-        for task in tasks_with(photos)
+        for task in tasks
     }
 
 

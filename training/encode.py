@@ -23,12 +23,14 @@ _LENGTH_STEP = 8
 class Picture:
     """A picture of the tower's size, [height, width, 3] uint8, and a sample's truth about it.
 
-    layout: [num_patches] int64, -1 where it is not known
+    layout:  [num_patches] int64, -1 where it is not known
+    middles: [num_patches] int64, 1 where an object's middle is, else 0; -1 where it is not known
     """
 
     pixels: np.ndarray
     garment: int
     layout: np.ndarray
+    middles: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +164,11 @@ def encode_picture(processor: Processor, sample: Sample) -> Picture | None:
     if sample.layout is not None:
         small = sample.layout.resize((columns, rows), Image.Resampling.NEAREST)
         layout = np.asarray(small, dtype=np.int64).flatten()
-    return Picture(prepared.pixels, sample.label, layout)
+    middles = np.full(rows * columns, -1)
+    if sample.middles is not None:
+        middles[:] = 0
+        middles[[int(y * rows) * columns + int(x * columns) for x, y in sample.middles]] = 1
+    return Picture(prepared.pixels, sample.label, layout, middles)
 
 
 def stack(pictures: Sequence[Picture]) -> Pictures | None:
@@ -173,6 +179,7 @@ def stack(pictures: Sequence[Picture]) -> Pictures | None:
         torch.from_numpy(np.stack([picture.pixels for picture in pictures])),
         torch.tensor([picture.garment for picture in pictures]),
         torch.from_numpy(np.stack([picture.layout for picture in pictures])),
+        torch.from_numpy(np.stack([picture.middles for picture in pictures])),
     )
 
 

@@ -61,17 +61,20 @@ class KindHeads(nn.Module):
         self.colour = nn.Linear(size, len(COLOUR_NAMES))
         self.size = nn.Linear(size, 2)
         self.ground = nn.Linear(size, len(GROUND_NAMES))
+        self.middle = nn.Linear(size, 2)
 
-    def forward(self, states: Tensor, layouts: Tensor) -> tuple[Tensor, Tensor]:
-        """[num_images, num_places, size], [num_images, num_places] -> the loss, and the share of
-        right things among the places that show one.
+    def forward(self, states: Tensor, layouts: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_images, num_places, size], [num_images, num_places], the same -> the loss, and the
+        share of right things among the places that show one.
         """
         x = F.layer_norm(states.float(), states.shape[-1:]).flatten(0, 1)
         parts = parts_of(layouts.flatten())
         weight = torch.ones(_NUM_THINGS, device=x.device)
         weight[0] = _NOTHING_WEIGHT
+        # What lies on several places is one object: to be counted it must have one middle.
+        middle = _cross_entropy(self.middle(x), middles.flatten(), weight[:2])
         things = self.thing(x)
-        loss = _cross_entropy(things, parts.thing, weight)
+        loss = middle + _cross_entropy(things, parts.thing, weight)
         loss = loss + _cross_entropy(self.colour(x), parts.colour)
         loss = loss + _cross_entropy(self.size(x), parts.size)
         loss = loss + _cross_entropy(self.ground(x), parts.ground)
@@ -120,8 +123,9 @@ class Heads(nn.Module):
 
     def layout_loss(self, seen: Seen, pictures: Pictures) -> tuple[Tensor, Tensor]:
         """Of the states and of the painted features; the share of things painted right."""
-        of_states, _ = self.states(seen.states, pictures.layouts)
-        of_painted, share = self.painted(self.painter(seen.features), pictures.layouts)
+        truth = pictures.layouts, pictures.middles
+        of_states, _ = self.states(seen.states, *truth)
+        of_painted, share = self.painted(self.painter(seen.features), *truth)
         return of_states + of_painted, share
 
     def garment_loss(self, seen: Seen, pictures: Pictures) -> Tensor:

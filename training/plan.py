@@ -21,7 +21,7 @@ class Plan:
 
     steps: int
     tower_steps: int = 0
-    batch_rows: int = 128
+    batch_rows: int = 256
     tower_pictures: int = 256
     more_pictures: int = 32
     peak_rate: float = 1.5e-3

@@ -29,10 +29,11 @@ from glimt.models.base import Model, ModelFamily, Processor, find_family
 from training.batches import BatchGroups, batches
 from training.check import HeldOutRows, accuracies, held_out_rows
 from training.configs import FAMILIES, demo_config
-from training.data.mixture import corpus, training_mixtures
+from training.data.mixture import corpus, quick_mixtures, training_mixtures
 from training.data.texts import CHARACTERS
 from training.export import export
 from training.heads import Heads
+from training.held_out import tasks_with
 from training.optimizers import optimizers
 from training.plan import QUICK, Plan
 from training.plot import plot_curves
@@ -196,15 +197,17 @@ def copy_weights(folder: Path, model: Model) -> None:
 def main(
     family_name: Annotated[str, typer.Argument(help=f"One of {', '.join(FAMILIES)}.")],
     out: Annotated[Path, typer.Option(help="Folder for state, curves and the finished model.")],
-    steps: Annotated[int, typer.Option(help="Updates in all.")] = 4300,
-    tower_steps: Annotated[int, typer.Option(help="Of them, those of the tower alone.")] = 1500,
-    batch_rows: Annotated[int, typer.Option(help="Conversations per update.")] = 128,
+    steps: Annotated[int, typer.Option(help="Updates in all.")] = 7600,
+    tower_steps: Annotated[int, typer.Option(help="Of them, those of the tower alone.")] = 900,
+    batch_rows: Annotated[int, typer.Option(help="Conversations per update.")] = 256,
     peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to decline.")] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="A trained model's folder, to train it further.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="A few minutes: tries the whole path.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A few minutes: garments alone, to try the whole path.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes that draw ahead; 0 is none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
@@ -218,13 +221,15 @@ def main(
     torch.manual_seed(seed)
     family, raw, processor = open_family(family_name, out)
     is_causal = family.prompt_attention == "causal"
-    model = build(family, raw, max_positions=256, torch_device=device)
+    model = build(family, raw, max_positions=512, torch_device=device)
     if start_from:
         copy_weights(start_from, model)
     run = start(model, raw, plan)
     resume(run, out)
-    groups = BatchGroups(training_mixtures(photos=photos), processor, is_causal, plan)
-    held_out = held_out_rows(processor, is_causal, 32 if quick else NUM_CHECKED, photos)
+    mixtures = quick_mixtures() if quick else training_mixtures(photos=photos)
+    groups = BatchGroups(mixtures, processor, is_causal, plan)
+    tasks = ("garments",) if quick else tasks_with(photos)
+    held_out = held_out_rows(processor, is_causal, tasks, NUM_CHECKED, photos)
     fit(run, batches(groups, run.step, plan.steps, workers), held_out, plan, out)
     export(run.average, run.model, raw, out)
 

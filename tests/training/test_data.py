@@ -24,6 +24,7 @@ from training.data.mixture import LANGUAGES, Mixture, corpus, held_out_questions
 from training.data.photos import NUM_HELD_OUT, PhotoSource, photographs
 from training.data.sample import DataMissing, Exchange, Sample, Source
 from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
+from training.data.scene_questions import KINDS, TESTED
 from training.data.scenes import SceneSource
 from training.data.show import contact_sheet
 from training.data.talk import TalkSource
@@ -269,6 +270,56 @@ def test_scene_answers_follow_from_the_objects(language):
     assert num_follow_ups > 700
 
 
+def in_full(thing: Object, language: str) -> str:
+    place = ROWS_AND_COLUMNS[language][int(thing.y * 3)].split()[int(thing.x * 3)]
+    size = {"zh": ("小的", "大的"), "en": ("small", "large")}[language][thing.is_large]
+    if language == "zh":
+        return f"一个{size}{COLOURS[thing.colour].zh}{SHAPES[thing.shape].zh}在{place}"
+    return f"a {size} {thing.colour} {thing.shape} {place.replace('_', ' ')}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_inventory_tells_everything_of_every_object_in_its_order(language):
+    """Would catch an object left out, a wrong attribute, and an order other than the one named."""
+    rng = random.Random(3)
+    source = SceneSource(num_exchanges=1, kinds=("inventory",), follow_ups=0)
+    ways = {
+        "zh": ("从左到右：", "从上到下："),
+        "en": ("From left to right: ", "From top to bottom: "),
+    }
+    seen = Counter()
+    for _ in range(200):
+        sample, scene = source.draw_with_scene(rng, language)
+        (exchange,) = sample.exchanges
+        is_upright = exchange.answer.startswith(ways[language][1])
+        ordered = sorted(scene.objects, key=lambda thing: thing.y if is_upright else thing.x)
+        told = [in_full(thing, language) for thing in ordered]
+        joint, end = ("；", "。") if language == "zh" else ("; ", ".")
+        assert exchange.answer == ways[language][is_upright] + joint.join(told) + end
+        seen[is_upright, len(ordered)] += 1
+    assert len(seen) >= 7  # one object is told from left to right
+
+
+def test_inventories_are_taught_and_never_asked_in_a_test(folders):
+    """Would catch a kind of question that is in the tests only because training knows it."""
+    assert "inventory" in KINDS
+    assert "inventory" not in TESTED
+    assert set(KINDS) - {"inventory"} == set(TESTED)
+    asked = held_out_questions("scenes", 400, 2, **folders)
+    assert {sample.exchanges[0].kind for sample in asked} == set(TESTED)
+
+
+def test_middles_are_those_of_the_objects():
+    """Would catch x taken for y, and a middle that lies outside of its object."""
+    rng = random.Random(4)
+    for _ in range(50):
+        sample, scene = SceneSource().draw_with_scene(rng, "en")
+        assert len(sample.middles) == len(scene.objects)
+        for (x, y), thing in zip(sample.middles, scene.objects, strict=True):
+            place = int(x * sample.image.width), int(y * sample.image.height)
+            assert sample.layout.getpixel(place) == object_kind(thing)
+
+
 def test_objects_are_painted_where_and_as_the_scene_says():
     """Would catch swapped axes, an object over another, and a colour nearer to another's name."""
     rng = random.Random(2)
@@ -389,7 +440,7 @@ def test_half_of_the_mixture_is_chinese_and_weights_hold():
     assert 400 < sum(sample.task == "talk" for sample in samples) < 500
 
 
-GARMENTS = (  # as issue 3 lists them
+GARMENTS = (  # in the order of Fashion-MNIST's labels
     ("T恤", "T-shirt"),
     ("裤子", "trousers"),
     ("套头衫", "pullover"),

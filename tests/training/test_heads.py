@@ -58,11 +58,29 @@ def test_pictures_of_unknown_layout_have_no_loss_and_no_gradient() -> None:
     torch.manual_seed(0)
     heads = KindHeads(8)
     states = torch.randn(2, 4, 8, requires_grad=True)
-    loss, share = heads(states, torch.full((2, 4), -1))
+    unknown = torch.full((2, 4), -1)
+    loss, share = heads(states, unknown, unknown)
     loss.backward()
     assert loss.item() == share.item() == 0
     assert states.grad is not None
     assert not states.grad.any()
+
+
+def test_the_middle_of_an_object_is_taught_where_it_is() -> None:
+    """Catches middles of another picture or place, and a loss that the head's scores ignore."""
+    heads = KindHeads(2)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.zero_()
+        heads.middle.weight[1, 0] = 5.0  # says "middle" of what is large in its first number
+    states = torch.tensor([[[1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]]])
+    nothing_known = torch.full((1, 3), -1)
+
+    def loss(middles: list[int]) -> float:
+        return heads(states, nothing_known, torch.tensor([middles]))[0].item()
+
+    assert loss([1, 0, 0]) < 0.1 < 1 < loss([0, 1, 0])
+    assert loss([1, 0, -1]) < loss([1, 0, 1])
 
 
 def test_the_painter_gives_every_place_its_own_answer_whatever_the_order_of_the_features() -> None:

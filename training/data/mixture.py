@@ -12,11 +12,13 @@ from training.data.easy_vqa import EasyVqaSource
 from training.data.garments import FASHION_FOLDER, GarmentSource
 from training.data.photos import PhotoSource, photographs
 from training.data.sample import Exchange, Language, Sample, Source
+from training.data.scene_questions import TESTED
 from training.data.scenes import SceneSource
 from training.data.talk import TalkSource
 from training.data.texts import FONT, TextSource
 
 LANGUAGES: tuple[Language, Language] = ("zh", "en")
+_HARD_KINDS = ("count", "relation", "yes_no")  # asked twice as often in training as in tests
 _LOOSELY_TYPED = 0.12  # share of the training samples whose questions are carelessly typed
 
 
@@ -64,22 +66,35 @@ def training_mixtures(
     easy_vqa: data folder of easy-vqa; None finds it where pip installed it
     """
     paths = photographs(photos) if photos else []
-    scenes, texts, garments = SceneSource(), TextSource(font), GarmentSource(fashion)
+    scenes = SceneSource(num_exchanges=6, kinds=(*TESTED, *_HARD_KINDS))
+    inventories = SceneSource(num_exchanges=1, kinds=("inventory",), follow_ups=0)
+    texts, garments = TextSource(font), GarmentSource(fashion)
     conversations: dict[str, tuple[Source, float]] = {
-        "scenes": (scenes, 0.54),
-        "texts": (texts, 0.16),
-        "garments": (garments, 0.12),
-        "easy_vqa": (EasyVqaSource(easy_vqa), 0.07),
-        "photos": (PhotoSource(paths), 0.07),
+        "scenes": (scenes, 0.48),
+        "inventories": (inventories, 0.12),
+        "texts": (texts, 0.13),
+        "garments": (garments, 0.11),
+        "easy_vqa": (EasyVqaSource(easy_vqa), 0.06),
+        "photos": (PhotoSource(paths), 0.06),
         "talk": (TalkSource(), 0.04),
     }
     plain_scenes = SceneSource(num_exchanges=1, follow_ups=0)
     pictures: dict[str, tuple[Source, float]] = {
-        "scenes": (plain_scenes, 0.2),
+        "scenes": (plain_scenes, 0.3),
         "texts": (texts, 0.35),
-        "garments": (garments, 0.45),
+        "garments": (garments, 0.35),
     }
     return Mixtures(Mixture(conversations), Mixture(pictures))
+
+
+def quick_mixtures(*, fashion: Path = FASHION_FOLDER) -> Mixtures:
+    """Garments and talk alone, which a few minutes are enough for."""
+    garments = GarmentSource(fashion)
+    conversations: dict[str, tuple[Source, float]] = {
+        "garments": (garments, 0.95),
+        "talk": (TalkSource(), 0.05),
+    }
+    return Mixtures(Mixture(conversations), Mixture({"garments": (garments, 1.0)}))
 
 
 def corpus(

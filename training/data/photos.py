@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from training.data import garments, texts
 from training.data.sample import DataMissing, Exchange, Language, Sample, Words
-from training.data.scene_questions import KINDS, ask
+from training.data.scene_questions import TESTED, ask
 from training.data.scenes import invent
 
 ANSWER = Words("对不起，我不知道这是什么。", "Sorry, I do not know what this is.")
@@ -80,7 +80,7 @@ def any_question(rng: random.Random, language: Language) -> str:
         return texts.QUESTIONS.choose(rng, language)
     asked: tuple[Exchange, ...] = ()
     while not asked:
-        asked = ask(invent(rng), rng, language, 1, tuple(KINDS), 0)
+        asked = ask(invent(rng), rng, language, 1, TESTED, 0)
     return asked[0].question
 
 

@@ -38,6 +38,7 @@ class Sample:
 
     label:  which garment the picture shows, for a classification loss; -1 where it shows none
     layout: what is where in it (training.data.layout), None where nobody knows
+    middles: of its objects, x and y as shares of width and height; None where nobody knows
     """
 
     image: Image.Image | None
@@ -46,6 +47,7 @@ class Sample:
     language: Language
     label: int = -1
     layout: Image.Image | None = None
+    middles: tuple[tuple[float, float], ...] | None = None
 
 
 class Source(Protocol):

@@ -87,6 +87,10 @@ class Object:
         column, row = _third(self.x), _third(self.y)
         return None if column is None or row is None else 3 * row + column
 
+    def nearest_zone(self) -> int:
+        """Which of ZONES its centre is in, be it near a border."""
+        return 3 * min(2, int(self.y * 3)) + min(2, int(self.x * 3))
+
     def is_clearly(self, direction: Direction, other: Object) -> bool:
         """Is it clearly to the left of the other (right of it, above it, below it)?"""
         return other.along(direction) + SIDE_BY_SIDE <= self.along(direction)
@@ -109,8 +113,12 @@ class Scene:
     def from_left_to_right(self) -> tuple[Object, ...] | None:
         """The objects in that order, None unless it is clear."""
         ordered = sorted(self.objects, key=lambda thing: thing.x)
-        gaps = (right.x - left.x for left, right in pairwise(ordered))
-        return tuple(ordered) if all(gap >= NEXT_IN_ORDER for gap in gaps) else None
+        return tuple(ordered) if self.narrowest_gap("right") >= NEXT_IN_ORDER else None
+
+    def narrowest_gap(self, direction: Direction) -> float:
+        """How far the two nearest objects are apart along a direction; 1 of a single object."""
+        places = sorted(thing.along(direction) for thing in self.objects)
+        return min((far - near for near, far in pairwise(places)), default=1.0)
 
     def outermost(self, direction: Direction) -> Object | None:
         """The object farthest in a direction, None unless it is clearly so."""

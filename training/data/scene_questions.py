@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from training.data.sample import Exchange, Language, Wordings, Words
-from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene
+from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, ZONES, Direction, Object, Scene
 from training.data.scene_attributes import asker_of, follow_up_to
 from training.data.scene_claims import ask_relation, ask_yes_no
 from training.data.scene_words import Asked, Description, describe_by, number_answer
@@ -62,7 +62,7 @@ _COUNT_WEIGHTS = (0.5, 0.7, 1.0, 1.3, 1.5)  # rarer counts are asked for more of
 
 def _ask_count(scene: Scene, rng: random.Random, language: Language) -> Asked | None:
     by_count: dict[int, list[Description]] = {}
-    for description in _countable():
+    for description in _COUNTABLE:
         by_count.setdefault(description.count(scene), []).append(description)
     counts = tuple(by_count)
     (count,) = rng.choices(counts, [_COUNT_WEIGHTS[number] for number in counts])
@@ -83,6 +83,9 @@ def _countable() -> Iterator[Description]:
             yield Description(shape, colour)
         for is_large in SIZES:
             yield Description(shape, is_large=is_large)
+
+
+_COUNTABLE = tuple(_countable())
 
 
 def _any_sort(descriptions: Sequence[Description], rng: random.Random) -> Description:
@@ -140,6 +143,37 @@ def _ask_describe(scene: Scene, rng: random.Random, language: Language) -> Asked
     return Asked(question, answer, ordered[0], frozenset(("colour", "shape")))
 
 
+_INVENTORY_QUESTIONS = Wordings(
+    ("请详细描述这张图片。", "请逐一说出图片里的图形。", "图片里有哪些图形？都在哪里？"),
+    (
+        "Describe the picture in detail.",
+        "List all objects in the picture.",
+        "Which objects are there, and where?",
+    ),
+)
+_IN_ORDER = {
+    "right": Words("从左到右：", "From left to right: "),
+    "down": Words("从上到下：", "From top to bottom: "),
+}
+
+
+def _ask_inventory(scene: Scene, rng: random.Random, language: Language) -> Asked | None:
+    """Everything about every object, along whichever way the objects are further apart."""
+    ways: tuple[Direction, Direction] = ("right", "down")
+    way = max(ways, key=scene.narrowest_gap)
+    ordered = sorted(scene.objects, key=lambda thing: thing.along(way))
+    listed = ("；" if language == "zh" else "; ").join(_in_full(x, language) for x in ordered)
+    end = "。" if language == "zh" else "."
+    answer = f"{_IN_ORDER[way].said(language)}{listed}{end}"
+    return Asked(_INVENTORY_QUESTIONS.choose(rng, language), answer)
+
+
+def _in_full(thing: Object, language: Language) -> str:
+    named = describe_by(thing, ("colour", "shape", "size")).indefinite(language)
+    place = ZONES[thing.nearest_zone()].said(language)
+    return f"{named}{place}" if language == "zh" else f"{named} {place}"
+
+
 KINDS: Mapping[str, Kind] = {
     "count": Kind(1.5, _ask_count),
     "colour": Kind(1.0, asker_of("colour")),
@@ -150,4 +184,7 @@ KINDS: Mapping[str, Kind] = {
     "yes_no": Kind(1.5, ask_yes_no),
     "background": Kind(0.4, _ask_background),
     "describe": Kind(1.2, _ask_describe),
+    "inventory": Kind(1.2, _ask_inventory),
 }
+# An inventory is taught only: one word in forty would make it wrong.
+TESTED = tuple(kind for kind in KINDS if kind != "inventory")

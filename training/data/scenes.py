@@ -9,7 +9,7 @@ from typing import NamedTuple
 from training.data.sample import Language, Sample
 from training.data.scene import BACKGROUNDS, COLOURS, SHAPES, Object, Scene
 from training.data.scene_painting import BOX, MAX_ANGLE, layout_of, paint
-from training.data.scene_questions import KINDS, ask
+from training.data.scene_questions import TESTED, ask
 
 _SIDES = (96, 224)  # pixels, of the shorter side; the longer has up to 4/3 of that
 _LARGE, _SMALL = (0.30, 0.36), (0.165, 0.2)  # diameters, as shares of the shorter side
@@ -21,7 +21,8 @@ class SceneSource:
     """Draws scenes with several questions each.
 
     num_exchanges: questions per picture, fewer when a simple scene has no more
-    kinds:         the kinds of question asked; a scene that allows none of them is passed over
+    kinds:         the kinds of question asked, one named twice twice as often; a scene that allows
+                   none of them is passed over
     follow_ups:    share of the questions that get a follow-up, where one is possible
     """
 
@@ -31,7 +32,7 @@ class SceneSource:
         self,
         *,
         num_exchanges: int = 4,
-        kinds: Sequence[str] = tuple(KINDS),
+        kinds: Sequence[str] = TESTED,
         follow_ups: float = 0.4,
     ) -> None:
         self._num_exchanges = num_exchanges
@@ -51,7 +52,11 @@ class SceneSource:
             )
             if exchanges:
                 image, layout = paint(scene, rng), layout_of(scene)
-                return Sample(image, exchanges, self.task, language, layout=layout), scene
+                middles = tuple((thing.x, thing.y) for thing in scene.objects)
+                sample = Sample(
+                    image, exchanges, self.task, language, layout=layout, middles=middles
+                )
+                return sample, scene
 
 
 def invent(rng: random.Random) -> Scene:

@@ -1,0 +1,89 @@
+// What Python calls. One call at a time: the threads and the scratch memory are shared.
+#include <cstring>
+#include <mutex>
+
+#include "kernels.h"
+#include "layout.h"
+#include "processor.h"
+#include "threads.h"
+
+namespace glimt {
+namespace {
+
+struct Offered {
+    const char* name;
+    bool (*is_there)();
+    const Kernels* (*kernels)();
+};
+
+bool always() { return true; }
+
+constexpr Offered kOffered[] = {  // best first
+    {"amx", has_amx, amx_kernels},
+    {"avx512", has_avx512, avx512_kernels},
+    {"avx2", has_avx2, avx2_kernels},
+    {"portable", always, portable_kernels},
+};
+
+const Kernels* active = nullptr;
+std::mutex one_call;
+
+template <typename Call>
+int run(void (*const Kernels::*kernel)(const Call&), const Call* call) {
+    std::lock_guard<std::mutex> lock(one_call);
+    if (!active || !(active->*kernel)) return 1;
+    (active->*kernel)(*call);
+    return 0;
+}
+
+}  // namespace
+}  // namespace glimt
+
+using namespace glimt;
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Raised whenever a struct of kernels.h or the packed layout changes.
+EXPORT int glimt_abi() { return 1; }
+
+// Is this instruction set compiled in, and does this processor have it?
+EXPORT int glimt_has(const char* name) {
+    for (const Offered& one : kOffered)
+        if (!std::strcmp(one.name, name)) return one.kernels() && one.is_there();
+    return 0;
+}
+
+// 0, or 1 where it is not there.
+EXPORT int glimt_use(const char* name) {
+    std::lock_guard<std::mutex> lock(one_call);
+    for (const Offered& one : kOffered)
+        if (!std::strcmp(one.name, name) && one.kernels() && one.is_there()) {
+            active = one.kernels();
+            return 0;
+        }
+    return 1;
+}
+
+EXPORT void glimt_set_threads(int count) {
+    std::lock_guard<std::mutex> lock(one_call);
+    set_num_workers(count);
+}
+
+EXPORT int64_t glimt_packed_bytes(const PlainWeight* weight) { return packed_bytes(*weight); }
+
+EXPORT void glimt_pack(const PlainWeight* weight, int is_paired, void* out) {
+    std::lock_guard<std::mutex> lock(one_call);
+    pack(*weight, is_paired != 0, out);
+}
+
+// Each: 0, or 1 where the instruction set in use has no such kernel.
+EXPORT int glimt_linear(const LinearCall* call) { return run(&Kernels::linear, call); }
+EXPORT int glimt_mlp(const MlpCall* call) { return run(&Kernels::mlp, call); }
+EXPORT int glimt_attention(const AttentionCall* call) { return run(&Kernels::attention, call); }
+EXPORT int glimt_decode(const DecodeCall* call) { return run(&Kernels::decode, call); }
+EXPORT int glimt_norm(const NormCall* call) { return run(&Kernels::norm, call); }
+EXPORT int glimt_rotate(const RotateCall* call) { return run(&Kernels::rotate, call); }
+
+}  // extern "C"

@@ -1,0 +1,10 @@
+// Which instruction sets this processor and system offer.
+#pragma once
+
+namespace glimt {
+
+bool has_avx2();    // AVX2, FMA and F16C
+bool has_avx512();  // F, BW, DQ, VL and VNNI
+bool has_amx();     // all of avx512, BF16, and tiles of bfloat16 and int8, with the system's leave
+
+}  // namespace glimt

@@ -1,0 +1,28 @@
+// The kernels' own threads: they spin for a moment between calls, then sleep.
+#pragma once
+
+#include <cstdint>
+
+namespace glimt {
+
+// Runs body(context, worker, num_workers) on every worker and returns when all are done. The
+// calling thread is worker 0. Not to be called from inside a body.
+void run_parallel(void (*body)(void* context, int worker, int num_workers), void* context);
+
+// Inside a body: waits until every worker has come here.
+void wait_for_all();
+
+int num_workers();
+void set_num_workers(int count);  // between calls only
+
+// Scratch memory of the call, 64-byte aligned, kept and grown from call to call; one for each
+// `slot`. Not to be called from inside a body.
+void* scratch(int slot, int64_t num_bytes);
+
+// The contiguous part of 0 … count-1 that a worker does.
+inline void part_of(int64_t count, int worker, int num_workers, int64_t* begin, int64_t* end) {
+    *begin = count * worker / num_workers;
+    *end = count * (worker + 1) / num_workers;
+}
+
+}  // namespace glimt

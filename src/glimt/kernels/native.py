@@ -1,0 +1,491 @@
+"""The native kernels as Python functions over tensors: one thin binding of csrc/exports.cpp.
+
+Knows shapes and pointers, no model. Every function returns False where the instruction set in use
+has no such kernel; the caller then takes the plain path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1  # csrc/exports.cpp says the same
+ISAS = ("amx", "avx512", "avx2", "portable")  # best first
+FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
+
+
+class PlainWeightStruct(ctypes.Structure):
+    """PlainWeight of csrc/kernels.h."""
+
+    _fields_ = (
+        ("format", c_int32),
+        ("group", c_int32),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+    )
+
+
+class WeightStruct(ctypes.Structure):
+    """Weight of csrc/kernels.h."""
+
+    _fields_ = (
+        ("format", c_int32),
+        ("group", c_int32),
+        ("is_paired", c_int32),
+        ("quantises_x", c_int32),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("data", c_void_p),
+    )
+
+
+class LinearStruct(ctypes.Structure):
+    """LinearCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("weight", POINTER(WeightStruct)),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("m", c_int64),
+        ("x_stride", c_int64),
+        ("residual_stride", c_int64),
+        ("out_stride", c_int64),
+        ("residual_scale", c_float),
+        ("activation", c_int32),
+        ("is_out_float", c_int32),
+    )
+
+
+class MlpStruct(ctypes.Structure):
+    """MlpCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("up", POINTER(WeightStruct)),
+        ("down", POINTER(WeightStruct)),
+        ("x", c_void_p),
+        ("up_bias", c_void_p),
+        ("down_bias", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("m", c_int64),
+        ("x_stride", c_int64),
+        ("residual_stride", c_int64),
+        ("out_stride", c_int64),
+        ("residual_scale", c_float),
+        ("activation", c_int32),
+    )
+
+
+class AttentionStruct(ctypes.Structure):
+    """AttentionCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("out", c_void_p),
+        ("block_table", c_void_p),
+        ("num_queries", c_int64),
+        ("num_keys", c_int64),
+        ("first_position", c_int64),
+        ("num_shared", c_int64),
+        ("block_size", c_int64),
+        ("query_token_stride", c_int64),
+        ("query_head_stride", c_int64),
+        ("key_token_stride", c_int64),
+        ("key_head_stride", c_int64),
+        ("value_token_stride", c_int64),
+        ("value_head_stride", c_int64),
+        ("block_stride", c_int64),
+        ("out_token_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("scale", c_float),
+    )
+
+
+class DecodeStruct(ctypes.Structure):
+    """DecodeCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("out", c_void_p),
+        ("block_tables", c_void_p),
+        ("context_lens", c_void_p),
+        ("num_rows", c_int64),
+        ("table_stride", c_int64),
+        ("block_size", c_int64),
+        ("query_stride", c_int64),
+        ("out_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_stride", c_int64),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("scale", c_float),
+    )
+
+
+class NormStruct(ctypes.Structure):
+    """NormCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("num_rows", c_int64),
+        ("size", c_int64),
+        ("x_stride", c_int64),
+        ("residual_stride", c_int64),
+        ("out_stride", c_int64),
+        ("eps", c_float),
+    )
+
+
+class RotateStruct(ctypes.Structure):
+    """RotateCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("x_token_stride", c_int64),
+        ("x_head_stride", c_int64),
+        ("out_token_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("num_pairs", c_int32),
+        ("num_segments", c_int32),
+        ("is_interleaved", c_int32),
+    )
+
+
+_CALLS = {
+    "glimt_linear": LinearStruct,
+    "glimt_mlp": MlpStruct,
+    "glimt_attention": AttentionStruct,
+    "glimt_decode": DecodeStruct,
+    "glimt_norm": NormStruct,
+    "glimt_rotate": RotateStruct,
+}
+
+
+def library_path() -> str | None:
+    """Where the compiled kernels lie; None where they were not built."""
+    spec = importlib.util.find_spec("glimt.kernels._native")
+    return spec.origin if spec else None
+
+
+@cache
+def open_library(path: str) -> ctypes.CDLL:
+    """The compiled kernels. Raises OSError if the file is not usable here or of another build."""
+    library = ctypes.CDLL(path)
+    for name, struct in _CALLS.items():
+        getattr(library, name).argtypes = (POINTER(struct),)
+    library.glimt_has.argtypes = library.glimt_use.argtypes = (c_char_p,)
+    library.glimt_set_threads.argtypes = (c_int,)
+    library.glimt_set_threads.restype = None
+    library.glimt_packed_bytes.argtypes = (POINTER(PlainWeightStruct),)
+    library.glimt_packed_bytes.restype = c_int64
+    library.glimt_pack.argtypes = (POINTER(PlainWeightStruct), c_int, c_void_p)
+    library.glimt_pack.restype = None
+    if library.glimt_abi() != ABI:
+        raise OSError(f"{path} is of another build (ABI {library.glimt_abi()}, not {ABI})")
+    return library
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A matrix [n, k] laid out for the kernels.
+
+    data: [num_bytes] uint8; struct: what a call is told, pointing into data
+    """
+
+    format: str
+    n: int
+    k: int
+    is_paired: bool
+    data: Tensor
+    struct: WeightStruct
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the matrix takes, in bytes."""
+        return self.data.numel()
+
+
+class Native:
+    """The kernels of one instruction set. Raises OSError if it is not there.
+
+    isa: one of ISAS; threads: of the kernels' own, the caller's among them
+    """
+
+    def __init__(self, path: str, isa: str, threads: int) -> None:
+        self.library = open_library(path)
+        if self.library.glimt_use(isa.encode()):
+            raise OSError(f"{isa} is not compiled in, or this processor does not have it")
+        self.isa = isa
+        self.library.glimt_set_threads(threads)
+
+    # --- weights ---
+
+    def pack(
+        self,
+        values: Tensor,
+        format: str = "bf16",
+        *,
+        scales: Tensor | None = None,
+        offsets: Tensor | None = None,
+        group: int = 0,
+        is_paired: bool = False,
+        quantises_x: bool = False,
+    ) -> PackedWeight:
+        """Lay a matrix out; see PlainWeight in csrc/kernels.h for the shapes by format."""
+        values = values.contiguous()
+        n, k = values.shape[0], values.shape[1] * (2 if format == "int4" else 1)
+        plain = PlainWeightStruct(
+            FORMATS[format], group, n, k, values.data_ptr(), _pointer(scales), _pointer(offsets)
+        )
+        num_bytes = self.library.glimt_packed_bytes(byref(plain))
+        data = _aligned(num_bytes)
+        self.library.glimt_pack(byref(plain), int(is_paired), data.data_ptr())
+        struct = WeightStruct(
+            FORMATS[format], group, int(is_paired), int(quantises_x), n, k, data.data_ptr()
+        )
+        return PackedWeight(format, n, k, is_paired, data, struct)
+
+    # --- products ---
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """[m, k] bfloat16 -> [m, n], as LinearCall in csrc/kernels.h says; None without a kernel.
+
+        out: bfloat16 or float32, rows contiguous; made if not given
+        """
+        width = weight.n // 2 if activation == "silu_mul" else weight.n
+        if out is None:
+            out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
+        call = LinearStruct(
+            ctypes.pointer(weight.struct),
+            x.data_ptr(),
+            _pointer(bias),
+            _pointer(residual),
+            out.data_ptr(),
+            x.shape[0],
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            residual_scale,
+            ACTIVATIONS[activation],
+            int(out.dtype == torch.float32),
+        )
+        return None if self.library.glimt_linear(byref(call)) else out
+
+    def mlp(
+        self,
+        x: Tensor,
+        up: PackedWeight,
+        down: PackedWeight,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        *,
+        activation: str,
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+    ) -> Tensor | None:
+        """[m, k] bfloat16 -> [m, down.n], as MlpCall in csrc/kernels.h says."""
+        out = torch.empty((x.shape[0], down.n), dtype=torch.bfloat16)
+        call = MlpStruct(
+            ctypes.pointer(up.struct),
+            ctypes.pointer(down.struct),
+            x.data_ptr(),
+            _pointer(up_bias),
+            _pointer(down_bias),
+            _pointer(residual),
+            out.data_ptr(),
+            x.shape[0],
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            residual_scale,
+            ACTIVATIONS[activation],
+        )
+        return None if self.library.glimt_mlp(byref(call)) else out
+
+    # --- attention ---
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        num_keys: int,
+        first_position: int,
+        num_shared: int,
+        block_table: Tensor | None = None,
+    ) -> Tensor | None:
+        """Queries [num_queries, num_heads, head_dim] of one sequence over its keys, as
+        AttentionCall in csrc/kernels.h says.
+
+        key, value: [num_keys, num_kv_heads, head_dim]; with a block_table [num_blocks] int64, the
+        whole cache [num_blocks, block_size, num_kv_heads, head_dim]. Last axes contiguous.
+        """
+        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        paged = block_table is not None
+        call = AttentionStruct(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            _pointer(block_table),
+            query.shape[0],
+            num_keys,
+            first_position,
+            num_shared,
+            key.shape[1] if paged else 0,
+            *query.stride()[:2],
+            *key.stride()[-3:-1],
+            *value.stride()[-3:-1],
+            key.stride(0) if paged else 0,
+            *out.stride()[:2],
+            query.shape[1],
+            key.shape[-2],
+            query.shape[2],
+            scale,
+        )
+        return None if self.library.glimt_attention(byref(call)) else out
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor | None:
+        """One query per row, [num_rows, num_heads, head_dim], over its paged context.
+
+        key, value: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides;
+        block_tables: [num_rows, width] int64; context_lens: [num_rows] int64
+        """
+        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        call = DecodeStruct(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            query.shape[0],
+            block_tables.stride(0),
+            key.shape[1],
+            query.stride(0),
+            out.stride(0),
+            key.stride(1),
+            key.stride(2),
+            key.stride(0),
+            query.shape[1],
+            key.shape[2],
+            query.shape[2],
+            scale,
+        )
+        return None if self.library.glimt_decode(byref(call)) else out
+
+    # --- rows ---
+
+    def norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        """Rows [num_rows, size]: root mean square without a bias, else layer normalisation."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        call = NormStruct(
+            x.data_ptr(),
+            weight.data_ptr(),
+            _pointer(bias),
+            _pointer(residual),
+            out.data_ptr(),
+            *x.shape,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            eps,
+        )
+        return None if self.library.glimt_norm(byref(call)) else out
+
+    def rotate(
+        self, x: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool, num_segments: int
+    ) -> Tensor | None:
+        """Heads [num_tokens, num_heads, head_dim], turned by cos, sin [num_tokens, num_pairs]."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        call = RotateStruct(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            *x.stride()[:2],
+            *out.stride()[:2],
+            *x.shape[1:],
+            cos.shape[1],
+            num_segments,
+            int(is_interleaved),
+        )
+        return None if self.library.glimt_rotate(byref(call)) else out
+
+
+def _pointer(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _aligned(num_bytes: int, to: int = 64) -> Tensor:
+    """[num_bytes] uint8 that begins at a multiple of `to`."""
+    room = torch.empty(num_bytes + to, dtype=torch.uint8)
+    start = -room.data_ptr() % to
+    return room[start : start + num_bytes]
+
+
+def available(path: str) -> Sequence[str]:
+    """Instruction sets that are compiled in and that this processor has, best first."""
+    library = open_library(path)
+    return [isa for isa in ISAS if library.glimt_has(isa.encode())]

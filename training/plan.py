@@ -43,5 +43,5 @@ class Plan:
         return self.peak_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-QUICK = Plan(steps=400, tower_steps=150, batch_rows=32, tower_pictures=48, more_pictures=16,
-             warmup_steps=50, check_every=200)  # fmt: skip
+QUICK = Plan(steps=160, tower_steps=40, batch_rows=32, tower_pictures=64, more_pictures=8,
+             warmup_steps=20, average_decay=0.97, check_every=80)  # fmt: skip

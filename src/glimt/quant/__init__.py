@@ -1,0 +1,1 @@
+"""Fewer bits for a weight, one file per format."""

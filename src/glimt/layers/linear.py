@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from glimt.devices.base import Device
+from glimt.quant.base import QuantisedWeight
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -23,10 +24,17 @@ class Linear(nn.Module):
         self.device = device
         self.weight = empty_parameter(out_features, in_features, dtype=dtype)
         self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
+        self.quantised: QuantisedWeight | None = None
+
+    def set_weight(self, weight: QuantisedWeight) -> None:
+        """Take a quantised weight instead of the parameter, which stays on the meta device."""
+        self.quantised = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] -> […, out_features]."""
-        return self.device.linear(x, self.weight, self.bias)
+        if self.quantised is None:
+            return self.device.linear(x, self.weight, self.bias)
+        return self.device.linear(x, self.quantised.dequantise().to(x.dtype), self.bias)
 
 
 class PatchLinear(nn.Module):

@@ -8,15 +8,12 @@ default), THUDM/VisualGLM-6B model_config.json and issue 200 (the two QKV orders
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +26,7 @@ from glimt.checkpoint import (
     read_pickle,
     refuse_stand_in,
 )
+from glimt.commands.writing import Piece, split, whole_folder, write_json, write_weights
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.models.base import BuildContext, ConfigReader, find_family, read_json
@@ -104,16 +102,15 @@ def convert_sat(
     names = _hub_names(state, weights_file)
     config["torch_dtype"] = str(state[_EMBEDDING].dtype).removeprefix("torch.")
     tensors = _check_fits(config, names, list_state(state, weights_file))
-    shards = _split(tensors, max_shard_bytes)
 
-    def read(info: TensorInfo) -> Tensor:
-        return _hub_tensor(info.name, state[names[info.name]], config, layout)
+    def piece(info: TensorInfo) -> Piece:
+        tensor = state[names[info.name]]
+        return Piece((info,), lambda: [_hub_tensor(info.name, tensor, config, layout)])
 
-    with _whole_folder(target, sum(info.nbytes for info in tensors)) as folder:
-        for file, shard in shards.items():
-            _write_safetensors(folder / file, shard, read, on_tensor)
-        _write_json(folder / "model.safetensors.index.json", _index(shards))
-        _write_json(folder / "config.json", config)
+    shards = split([piece(info) for info in tensors], max_shard_bytes)
+    with whole_folder(target, sum(info.nbytes for info in tensors)) as folder:
+        write_weights(folder, shards, on_tensor)
+        write_json(folder / "config.json", config)
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
     return ConvertReport(
@@ -368,93 +365,3 @@ def _qformer_config(r: ConfigReader) -> dict[str, Any]:
 def _part(r: ConfigReader, name: str) -> ConfigReader:
     """The object that SAT calls …_args; the hub's name for it, …_config, is taken as well."""
     return r.section(f"{name}_config" if f"{name}_config" in r.raw else f"{name}_args")
-
-
-# --- the target ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _whole_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder to write into that becomes `target` at the end, or vanishes on any error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < nbytes:
-        said = f"needs {nbytes} bytes, but {free} are free in {target.parent}"
-        raise ConfigError("target", [said])
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        partial.rename(target)  # replaces an empty folder
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _split(tensors: Sequence[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
-    """Shards by file name, each of at most max_bytes or of a single larger tensor."""
-    shards: list[list[TensorInfo]] = []
-    size = 0
-    for info in tensors:
-        if not shards or size + info.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.nbytes
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    return dict(zip(names, shards, strict=True))
-
-
-def _index(shards: Mapping[str, Sequence[TensorInfo]]) -> dict[str, Any]:
-    total = sum(info.nbytes for shard in shards.values() for info in shard)
-    weight_map = {info.name: file for file, shard in shards.items() for info in shard}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def _write_safetensors(
-    path: Path,
-    shard: Sequence[TensorInfo],
-    read: Callable[[TensorInfo], Tensor],
-    on_tensor: Callable[[int], None] | None,
-) -> None:
-    """Write one shard, one tensor in memory at a time; the library's writer holds all at once."""
-    with path.open("wb") as stream:
-        _write_header(stream, shard)
-        for info in shard:
-            stream.write(read(info).contiguous().flatten().view(torch.uint8).numpy().data)
-            if on_tensor:
-                on_tensor(info.nbytes)
-
-
-def _write_header(stream: BinaryIO, shard: Sequence[TensorInfo]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for info in shard:
-        end = start + info.nbytes
-        header[info.name] = {
-            "dtype": _DTYPE_NAMES[info.dtype],
-            "shape": info.shape,
-            "data_offsets": (start, end),
-        }
-        start = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    stream.write(len(raw).to_bytes(8, "little") + raw)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Writes a model folder whole or not at all, one weight in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from glimt.checkpoint import TensorInfo
+from glimt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Tensors that are made together and stand next to each other in a file.
+
+    tensors: names, shapes and dtypes
+    make:    gives the tensors, in their order
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    make: Callable[[], Sequence[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(info.nbytes for info in self.tensors)
+
+
+Shards = Mapping[str, Sequence[Piece]]  # by file name
+
+
+def write_weights(folder: Path, shards: Shards, on_bytes: Callable[[int], None] | None) -> None:
+    """Write every shard, and the index. on_bytes: called with the bytes written."""
+    for file, pieces in shards.items():
+        _write_safetensors(folder / file, pieces, on_bytes)
+    write_json(folder / "model.safetensors.index.json", _index(shards))
+
+
+@contextmanager
+def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `target` at the end, or vanishes on any error.
+
+    is_replaced: what lies at `target` gives way; else it must be absent or empty
+    Raises ConfigError where the disk has no room for nbytes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < nbytes:
+        said = f"needs {nbytes} bytes, but {free} are free in {target.parent}"
+        raise ConfigError("target", [said])
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if is_replaced and target.exists():
+            _exchange(partial, target)
+        else:
+            partial.rename(target)  # replaces an empty folder
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Put `new` in the target's place; `new` is then the old one's name."""
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def split(pieces: Sequence[Piece], max_bytes: int) -> dict[str, list[Piece]]:
+    """Shards by file name, each of at most max_bytes or of a single larger piece."""
+    shards: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        if not shards or size + piece.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    return dict(zip(names, shards, strict=True))
+
+
+def _index(shards: Shards) -> dict[str, Any]:
+    total = sum(piece.nbytes for shard in shards.values() for piece in shard)
+    weight_map = {
+        info.name: file
+        for file, shard in shards.items()
+        for piece in shard
+        for info in piece.tensors
+    }
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+
+def _write_safetensors(
+    path: Path, pieces: Sequence[Piece], on_bytes: Callable[[int], None] | None
+) -> None:
+    """Write one shard, one piece in memory at a time; the library's writer holds all at once."""
+    with path.open("wb") as stream:
+        _write_header(stream, [info for piece in pieces for info in piece.tensors])
+        for piece in pieces:
+            for info, tensor in zip(piece.tensors, piece.make(), strict=True):
+                assert (tensor.shape, tensor.dtype) == (info.shape, info.dtype), info.name
+                stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            if on_bytes:
+                on_bytes(piece.nbytes)
+
+
+def _write_header(stream: BinaryIO, tensors: Sequence[TensorInfo]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for info in tensors:
+        end = start + info.nbytes
+        header[info.name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": info.shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    stream.write(len(raw).to_bytes(8, "little") + raw)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As a person would read it, with a line feed at the end."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

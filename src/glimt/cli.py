@@ -128,6 +128,22 @@ RotaryTable = Annotated[
     ),
 ]
 
+Quant = Annotated[
+    str,
+    _option(
+        "--quant",
+        "int8, w8a8, int4 …: quantise the language model while loading; see glimt quantize.",
+        _MODEL,
+        "NAME",
+    ),
+]
+QuantHead = Annotated[
+    str, _option("--quant-head", "The same for the output head; auto: what suits.", _MODEL, "NAME")
+]
+QuantTower = Annotated[
+    str, _option("--quant-tower", "The same for the vision tower.", _MODEL, "NAME")
+]
+
 Images = Annotated[
     list[str] | None,
     _option("--image -i", "A picture to ask about; may be repeated.", _ASK, "PATH"),
@@ -191,7 +207,10 @@ IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would
 AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scripts.", _OUT)]
 
 
-_ENGINE_FIELDS = ("model", "dtype", "device", "max_model_len", "kv_bytes", "rotary_table")
+_ENGINE_FIELDS = (
+    "model", "dtype", "device", "max_model_len", "kv_bytes", "rotary_table", "quant",
+    "quant_head", "quant_tower",
+)  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "logprobs",
@@ -252,6 +271,9 @@ def generate(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
+    quant: Quant = "none",
+    quant_head: QuantHead = "auto",
+    quant_tower: QuantTower = "none",
     as_json: AsJson = False,
     quiet: Annotated[bool, _option("--quiet -q", "Nothing but the answer.", _OUT)] = False,
 ) -> None:
@@ -298,6 +320,9 @@ def chat(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
+    quant: Quant = "none",
+    quant_head: QuantHead = "auto",
+    quant_tower: QuantTower = "none",
 ) -> None:
     """Talk about pictures; /help inside lists what else can be typed."""
     from glimt.commands.chat import ChatJob
@@ -352,6 +377,35 @@ def convert(
 
 
 @app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A model folder; or demo, demo-visualglm.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    blocks: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="int8, w8a8, int4, int4-g32, int4-g128, int4-asym …: of the language blocks.",
+        ),
+    ] = "int8",
+    head: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the output head; auto: what suits --format.")
+    ] = "auto",
+    tower: Annotated[str, typer.Option(metavar="NAME", help="Of the vision tower.")] = "none",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace DST if it is a model folder.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model folder with weights in few bits; it loads in seconds and takes less memory."""
+    from glimt.commands.show import quantize_with_bar
+
+    quantize_with_bar(source, target, (blocks, head, tower), force, as_json)
+
+
+@app.command()
 def evaluate(
     ctx: typer.Context,
     questions: Annotated[
@@ -371,6 +425,9 @@ def evaluate(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     rotary_table: RotaryTable = "auto",
+    quant: Quant = "none",
+    quant_head: QuantHead = "auto",
+    quant_tower: QuantTower = "none",
     as_json: AsJson = False,
 ) -> None:
     """Count right answers to a folder of questions, by task and language."""

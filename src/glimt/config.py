@@ -50,6 +50,9 @@ class EngineConfig:
     dtype: str = (
         "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
     )
+    quant: str = "none"  # a file in quant/: of the language blocks' weights, from the checkpoint's
+    quant_head: str = "auto"  # of the output head; auto: what suits `quant`
+    quant_tower: str = "none"  # of the vision tower
     rotary_table: str = "auto"  # VisualGLM only; auto: hub_fp16 for float16, else fp32_product
     max_model_len: int | None = None  # tokens, pictures expanded; None: what the checkpoint says
     max_num_batched_tokens: int = 2048  # per step: bounds activations and how long a decode waits
@@ -69,6 +72,11 @@ class EngineConfig:
             for name, low in _LEAST.items()
             if not _is_count(value := getattr(self, name), low)
             and not (value is None and name in _OPTIONAL)
+        ]
+        problems += [
+            f"{name} is {value!r}; the name of a format is needed"
+            for name in ("quant", "quant_head", "quant_tower")
+            if not isinstance(value := getattr(self, name), str)
         ]
         for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):
             if not isinstance(value := getattr(self, name), kind):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ from glimt.models.base import (
     find_family,
     read_model_config,
 )
-from glimt.weights import load_weights, plan_weights
+from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
+from glimt.weights import LoadPlan, WeightFormats, load_weights, plan_weights
 
 T = TypeVar("T")
 BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
@@ -36,6 +37,7 @@ class OpenedModel:
     """A checked model folder whose weights are not loaded yet.
 
     max_model_len: tokens of one sequence, as configured or as the checkpoint says
+    formats:       which weights are quantised, by the checkpoint or when they are loaded
     """
 
     family: ModelFamily[Any]
@@ -46,13 +48,19 @@ class OpenedModel:
     device: Device
     dtype: torch.dtype
     max_model_len: int
+    formats: WeightFormats
+
+    def plan(self) -> LoadPlan:
+        """What loading will read."""
+        return plan_weights(self.checkpoint, self.model, self.formats)
 
     def load(self, on_tensor: Callable[[int], None] | None = None) -> None:
         """Fill the model's parameters. Raises CheckpointError listing all that is wrong.
 
         on_tensor: called with the bytes of each tensor done
         """
-        load_weights(self.checkpoint, self.model, self.dtype, self.device.torch_device, on_tensor)
+        where = self.dtype, self.device.torch_device
+        load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
 
 
 def open_model(engine: EngineConfig) -> OpenedModel:
@@ -66,7 +74,12 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     dtype = _choose_dtype(engine.dtype, found.config, device)
     context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
     model = build_model(found, context)
-    of_weights = plan_weights(found.checkpoint, model).problems
+    wanted = QuantOptions(blocks=engine.quant, head=engine.quant_head, tower=engine.quant_tower)
+    formats = WeightFormats(
+        stored=plan_formats(model, found.stored),
+        wanted=plan_formats(model, remaining(wanted, found.stored)),
+    )
+    of_weights = plan_weights(found.checkpoint, model, formats).problems
     if found.errors or of_weights:
         raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
     assert found.processor is not None, "its absence is among the errors"
@@ -79,6 +92,7 @@ def open_model(engine: EngineConfig) -> OpenedModel:
         device=device,
         dtype=dtype,
         max_model_len=engine.max_model_len or found.config.context_tokens,
+        formats=formats,
     )
 
 
@@ -100,6 +114,7 @@ class ModelFolder:
     checkpoint: with what is wrong with the weight files; which tensors they lack only a plan for
         the model can tell
     errors:     what is wrong with the tokenizer
+    stored:     the formats in which the files hold the weights
     """
 
     family: ModelFamily[Any]
@@ -107,6 +122,7 @@ class ModelFolder:
     processor: Processor | None
     checkpoint: Checkpoint
     errors: tuple[FolderError, ...]
+    stored: QuantOptions
 
 
 def read_folder(folder: Path) -> ModelFolder:
@@ -124,14 +140,17 @@ def read_folder(folder: Path) -> ModelFolder:
     if raw is None or family is None:
         raise found.error(checkpoint.problems)
     config = found.attempt(lambda: family.config.from_json(raw, where))
+    stored = found.attempt(lambda: read_options(raw, where))
     tokenizer = found.attempt(lambda: load_tokenizer(folder, family.tokenizer))
-    if config is None:
+    if config is None or stored is None:
         raise found.error(checkpoint.problems)
+    if family.stored_quant and stored.is_none:
+        stored = replace(stored, blocks=family.stored_quant(config))
     processor = None
     if tokenizer is not None:
         found.attempt(lambda: _check_vocabulary(config, tokenizer))
         processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
-    return ModelFolder(family, config, processor, checkpoint, tuple(found.errors))
+    return ModelFolder(family, config, processor, checkpoint, tuple(found.errors), stored)
 
 
 def build_model(found: ModelFolder, context: BuildContext) -> Model:

@@ -6,6 +6,9 @@ load_weights  fills the parameters, one tensor at a time
 Every check is made before any data is read. Peak memory is the finished model and one tensor;
 where the checkpoint's dtype is the wanted one and the device is the CPU, a parameter is the
 mapped file itself, so a second process on the same machine shares its pages.
+
+A weight may be quantised (quant/): by the checkpoint, whose tensors are then its parts, or here,
+from the checkpoint's own floats and before they are cast.
 """
 
 from __future__ import annotations
@@ -13,27 +16,51 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape, TensorInfo, open_reader
 from glimt.errors import CheckpointError
-from glimt.models.base import Model, Weight, WeightTable
+from glimt.layers.linear import Linear
+from glimt.models.base import Model, Weight, WeightTable, either
+from glimt.quant.base import QuantFormat, QuantisedWeight
+
+Formats = Mapping[str, QuantFormat]  # by parameter name
 
 # --- what goes where -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStep:
-    """A line of the weight table with its numbers filled in."""
+    """A line of the weight table with its numbers filled in.
+
+    stored: the format in which the files hold the one target, whose parts are the sources
+    """
 
     line: Weight
     sources: tuple[str, ...]
     targets: tuple[str, ...]
+    stored: QuantFormat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """Which parameters are quantised; no parameter is in both.
+
+    stored: they are so in the checkpoint
+    wanted: they are made so from its floats
+    """
+
+    stored: Formats = field(default_factory=dict)
+    wanted: Formats = field(default_factory=dict)
+
+
+_AS_FLOATS = WeightFormats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +75,17 @@ class LoadPlan:
     nbytes: int
 
 
-def plan_weights(checkpoint: Checkpoint, model: Model) -> LoadPlan:
+def plan_weights(
+    checkpoint: Checkpoint, model: Model, formats: WeightFormats = _AS_FLOATS
+) -> LoadPlan:
     """Match a checkpoint's tensors with a model's parameters by name and shape.
 
     The plan's problems are those of the files, then those of the tensors.
     """
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    steps = _expand(model.weight_table, shapes)
+    steps = [
+        _as_stored(step, shapes, formats.stored) for step in _expand(model.weight_table, shapes)
+    ]
     tensors = checkpoint.tensors
     problems = [*checkpoint.problems]
     problems += [text for step in steps for text in _step_problems(step, shapes, checkpoint)]
@@ -105,25 +136,57 @@ def _expand_line(line: Weight, parameters: Collection[str]) -> Iterator[LoadStep
         )
 
 
+def _as_stored(step: LoadStep, shapes: Mapping[str, Shape], stored: Formats) -> LoadStep:
+    """The step with the parts of its quantised target as sources, if the files hold those.
+
+    A line that converts is left alone: its sources are no matrices of the model.
+    """
+    chosen = stored.get(step.targets[0])
+    if chosen is None or step.line.convert is not None:
+        return step
+    n, k = shapes[step.targets[0]]
+    endings = chosen.stored(n, k)
+    return replace(
+        step, sources=tuple(step.sources[0] + ending for ending in endings), stored=chosen
+    )
+
+
 def _source_shapes(step: LoadStep, shapes: Mapping[str, Shape]) -> Sequence[Shape]:
     """Shapes the checkpoint must have; a `convert` without `source_shapes` keeps them."""
     wanted = [shapes[target] for target in step.targets]
+    if step.stored:
+        return [part.shape for part in step.stored.stored(*wanted[0]).values()]
     return step.line.source_shapes(wanted) if step.line.source_shapes else wanted
 
 
 def _step_problems(
     step: LoadStep, shapes: Mapping[str, Shape], checkpoint: Checkpoint
 ) -> Iterator[str]:
-    for name, shape in zip(step.sources, _source_shapes(step, shapes), strict=True):
+    needed = zip(
+        step.sources, _source_shapes(step, shapes), _source_dtypes(step, shapes), strict=True
+    )
+    for name, shape, dtypes in needed:
         info = checkpoint.tensors.get(name)
         if info is None:
             if not checkpoint.is_hidden(name):
                 yield f"{name} {list(shape)} is missing"
         elif info.shape != tuple(shape):
             yield f"{info} has shape {list(info.shape)}, but {list(shape)} is needed"
-        elif info.dtype not in WEIGHT_DTYPES:
-            kinds = "float32, float16 or bfloat16"
+        elif info.dtype not in dtypes:
+            kinds = either([_dtype_name(dtype) for dtype in dtypes])
             yield f"{info} holds {_dtype_name(info.dtype)}, but {kinds} is needed"
+
+
+def _source_dtypes(
+    step: LoadStep, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[torch.dtype, ...]]:
+    """Dtypes each source may have: any float where a float is meant."""
+    if step.stored is None:
+        yield from [WEIGHT_DTYPES] * len(step.sources)
+        return
+    n, k = shapes[step.targets[0]]
+    for part in step.stored.stored(n, k).values():
+        yield WEIGHT_DTYPES if part.dtype.is_floating_point else (part.dtype,)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -147,6 +210,7 @@ def load_weights(
     dtype: torch.dtype,
     torch_device: torch.device,
     on_tensor: Callable[[int], None] | None = None,
+    formats: WeightFormats = _AS_FLOATS,
 ) -> None:
     """Fill every parameter of a model on the meta device, file by file.
 
@@ -154,14 +218,14 @@ def load_weights(
     Raises CheckpointError, before any data is read, listing every tensor that is missing,
     unexpected, of another shape or of a dtype that is no weight's.
     """
-    plan = plan_weights(checkpoint, model)
+    plan = plan_weights(checkpoint, model, formats)
     if plan.problems:
         raise CheckpointError(str(checkpoint.folder), plan.problems)
-    places = _places(model)
+    fill = _Filler(_places(model), formats.wanted, dtype, torch_device)
     held: dict[tuple[str, ...], dict[str, Tensor]] = {}  # by targets: sources that wait for others
     for file in checkpoint.files:
         for step, sources in _read_steps(file, plan.steps, checkpoint.tensors, held):
-            _fill(step, sources, places, dtype, torch_device)
+            fill(step, sources)
             if on_tensor:
                 _report(step, checkpoint.tensors, on_tensor)
     assert not held, f"sources never completed: {sorted(held)}"
@@ -193,19 +257,44 @@ def _read_steps(
                 yield step, [sources.pop(name) for name in step.sources]
 
 
-def _fill(
-    step: LoadStep,
-    sources: list[Tensor],
-    places: Mapping[str, Sequence[tuple[nn.Module, str]]],
-    dtype: torch.dtype,
-    torch_device: torch.device,
-) -> None:
-    """Make one step's parameters; empties `sources`, so that each is freed as soon as it can."""
-    results = list(step.line.convert(sources) if step.line.convert else sources)
-    sources.clear()
-    for target in step.targets:
-        _place(results.pop(0).to(torch_device, dtype).contiguous(), places[target])
-    assert not results, f"convert gave more tensors than {step.targets}"
+Places: TypeAlias = Mapping[str, Sequence[tuple[nn.Module, str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filler:
+    """Makes parameters of a step's sources."""
+
+    places: Places
+    wanted: Formats
+    dtype: torch.dtype
+    torch_device: torch.device
+
+    def __call__(self, step: LoadStep, sources: list[Tensor]) -> None:
+        """Make one step's parameters; empties `sources`, so that each is freed at once."""
+        if step.stored:
+            self._restore(step, step.stored, sources)
+            return
+        results = list(step.line.convert(sources) if step.line.convert else sources)
+        sources.clear()
+        for target in step.targets:
+            self._make(target, results.pop(0))
+        assert not results, f"convert gave more tensors than {step.targets}"
+
+    def _restore(self, step: LoadStep, stored: QuantFormat, sources: list[Tensor]) -> None:
+        (target,) = step.targets
+        module, attribute = self.places[target][0]
+        n, k = getattr(module, attribute).shape
+        parts = dict(zip(stored.stored(n, k), sources, strict=True))
+        _place_quantised(stored.restore(parts, n, k).to(self.torch_device), self.places[target])
+
+    def _make(self, target: str, tensor: Tensor) -> None:
+        if target in self.wanted:
+            # Of the checkpoint's own values: float16 has three bits more than bfloat16.
+            quantised = self.wanted[target].quantise(tensor)
+            _place_quantised(quantised.to(self.torch_device), self.places[target])
+        else:
+            cast = tensor.to(self.torch_device, self.dtype)
+            _place(cast.contiguous(), self.places[target])
 
 
 def _places(model: Model) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -225,3 +314,11 @@ def _place(tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
         expected = getattr(module, attribute).shape
         assert parameter.shape == expected, f"{attribute}: {parameter.shape}, not {expected}"
         setattr(module, attribute, parameter)
+
+
+def _place_quantised(weight: QuantisedWeight, places: Sequence[tuple[nn.Module, str]]) -> None:
+    for module, attribute in places:
+        assert isinstance(module, Linear), "the plan names the weights of linears only"
+        expected = getattr(module, attribute).shape
+        assert (weight.n, weight.k) == expected, f"[{weight.n}, {weight.k}], not {expected}"
+        module.set_weight(weight)

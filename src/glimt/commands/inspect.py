@@ -12,9 +12,11 @@ import torch
 
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint
 from glimt.devices.base import open_device
-from glimt.loader import Findings, build_model, read_folder
-from glimt.models.base import BuildContext, FamilyConfig, Model
-from glimt.weights import LoadPlan, plan_weights
+from glimt.loader import Findings, ModelFolder, build_model, read_folder
+from glimt.models.base import BuildContext, Model
+from glimt.quant.base import NONE, QuantFormat
+from glimt.quant.plan import plan_formats
+from glimt.weights import LoadPlan, WeightFormats, plan_weights
 
 GroupName = Literal["language", "vision", "other"]
 # First parts of the parameter names of everything that only pictures pass through.
@@ -35,6 +37,7 @@ class TensorGroup:
 class CheckpointSummary:
     """A model folder in numbers.
 
+    quantised:          format of each role's weights in the files, where one is not "none"
     files:              bytes by file name
     dtypes:             tensors by dtype
     num_parameters:     of the model, whatever the files hold
@@ -49,6 +52,7 @@ class CheckpointSummary:
     context_tokens: int
     vocab_size: int
     num_parameters: int
+    quantised: Mapping[str, str]
     files: Mapping[str, int]
     dtypes: Mapping[str, int]
     groups: tuple[TensorGroup, ...]
@@ -71,33 +75,35 @@ def describe(folder: Path) -> CheckpointSummary:
     found = read_folder(folder)
     context = BuildContext(open_device("cpu"), torch.float32, found.config.max_positions)
     model = build_model(found, context)
-    plan = plan_weights(found.checkpoint, model)
+    stored = plan_formats(model, found.stored)
+    plan = plan_weights(found.checkpoint, model, WeightFormats(stored=stored))
     problems = [*Findings(folder, found.errors).problems(), *plan.problems]
-    return _summary(found.family.name, found.config, model, found.checkpoint, plan, problems)
+    return _summary(found, model, stored, plan, problems)
 
 
 def _summary(
-    family: str,
-    config: FamilyConfig,
+    found: ModelFolder,
     model: Model,
-    checkpoint: Checkpoint,
+    stored: Mapping[str, QuantFormat],
     plan: LoadPlan,
     problems: Sequence[str],
 ) -> CheckpointSummary:
+    config, checkpoint = found.config, found.checkpoint
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
     dtypes = Counter(_name(info.dtype) for info in checkpoint.tensors.values())
     return CheckpointSummary(
         folder=str(checkpoint.folder),
-        family=family,
+        family=found.family.name,
         declared_dtype=config.torch_dtype,
         context_tokens=config.context_tokens,
         vocab_size=config.vocab_size,
         num_parameters=num_parameters,
+        quantised={role: name for role, name in asdict(found.stored).items() if name != NONE},
         files={file.name: file.stat().st_size for file in checkpoint.files},
         dtypes=dict(sorted(dtypes.items())),
         groups=_groups(checkpoint, plan),
-        weight_bytes=_by_dtype(num_parameters),
+        weight_bytes=_weight_bytes(model, stored),
         kv_bytes_per_token=_by_dtype(num_cached),
         problems=tuple(problems),
     )
@@ -124,6 +130,18 @@ def _group(name: GroupName, members: Sequence[str], checkpoint: Checkpoint) -> T
     nbytes = sum(info.nbytes for info in tensors)
     elements = sum(info.nbytes // info.dtype.itemsize for info in tensors)
     return TensorGroup(name, len(tensors), elements, nbytes)
+
+
+def _weight_bytes(model: Model, stored: Mapping[str, QuantFormat]) -> dict[str, int]:
+    """What is quantised has its size in the files, whatever the dtype of the rest."""
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    quantised = sum(
+        part.nbytes
+        for name, chosen in stored.items()
+        for part in chosen.stored(*shapes[name]).values()
+    )
+    floats = sum(shape.numel() for name, shape in shapes.items() if name not in stored)
+    return {name: nbytes + quantised for name, nbytes in _by_dtype(floats).items()}
 
 
 def _by_dtype(num_elements: int) -> dict[str, int]:

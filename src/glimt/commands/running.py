@@ -12,7 +12,6 @@ from glimt.errors import RequestError
 from glimt.inputs.request import LANGUAGES
 from glimt.loader import open_model
 from glimt.types import Request, StepOutput, Timings, Usage
-from glimt.weights import plan_weights
 
 _MIN_BAR_BYTES = 256 * 2**20  # what loads faster needs no bar
 
@@ -29,7 +28,7 @@ def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
     Raises ConfigError or CheckpointError, each listing everything that is wrong.
     """
     opened = open_model(config)
-    total = plan_weights(opened.checkpoint, opened.model).nbytes
+    total = opened.plan().nbytes
     has_bar = total >= _MIN_BAR_BYTES and not is_quiet
     with byte_bar("loading", total) if has_bar else nullcontext() as on_tensor:
         opened.load(on_tensor)

@@ -1,4 +1,4 @@
-"""Prints what `inspect` found and what `convert` wrote, as tables for people or as JSON."""
+"""Prints what `inspect` found and what `convert` and `quantize` wrote: tables, or JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from glimt.commands.console import (
 )
 from glimt.commands.convert import SAT_FILE, ConvertReport, convert_sat
 from glimt.commands.inspect import CheckpointSummary, TensorGroup, describe
+from glimt.commands.quantize import QuantizeReport, plan_quantize, quantize
 from glimt.commands.tables import figures, key_values
 from glimt.loader import model_folder
+from glimt.quant.plan import QuantOptions
 
 
 def show_checkpoint(folder: Path, as_json: bool) -> bool:
@@ -46,9 +48,13 @@ def _print_summary(summary: CheckpointSummary) -> None:
 def _facts(summary: CheckpointSummary) -> Table:
     files = f"{len(summary.files)}, {size_text(sum(summary.files.values()))}"
     dtypes = ", ".join(f"{name} ({count} tensors)" for name, count in summary.dtypes.items())
+    quantised = {
+        "quantised": ", ".join(f"{role} {name}" for role, name in summary.quantised.items())
+    }
     rows = {
         "family": summary.family,
         "parameters": f"{summary.num_parameters:,}",
+        **(quantised if summary.quantised else {}),
         "declared dtype": summary.declared_dtype,
         "context": f"{summary.context_tokens:,} tokens",
         "vocabulary": f"{summary.vocab_size:,} tokens",
@@ -107,3 +113,32 @@ def _tell(report: ConvertReport) -> None:
         note(f"left out, because the hub form has no such tensor: {name}")
     for said in report.notes:
         warn(f"note: {said}")
+
+
+# --- quantize --------------------------------------------------------------------------------
+
+
+def quantize_with_bar(
+    source: Path, target: Path, names: tuple[str, str, str], force: bool, as_json: bool
+) -> None:
+    """Quantise a model folder, showing progress, and tell what was written.
+
+    names: formats of the language blocks, the head and the tower
+    """
+    blocks, head, tower = names
+    with told_as_json(as_json):
+        options = QuantOptions(blocks=blocks, head=head, tower=tower)
+        job = plan_quantize(source, target, options, force)
+        with byte_bar("quantising", job.nbytes) as on_bytes:
+            report = quantize(job, on_bytes)
+    print_json(report.as_dict()) if as_json else _tell_quantised(report)
+
+
+def _tell_quantised(report: QuantizeReport) -> None:
+    roles = ", ".join(f"{role} {name}" for role, name in report.formats.items())
+    sizes = f"{size_text(report.source_bytes)} -> {size_text(report.nbytes)}"
+    out_console().print(
+        f"{report.target}: {report.num_weights} weights quantised ({roles}), {sizes} "
+        f"in {len(report.files)} files",
+        soft_wrap=True,
+    )

@@ -213,6 +213,8 @@ class ModelFamily(Generic[C]):
     build:     (config, context) -> Model with parameters on the meta device
     prompt_attention: "bidirectional" means that a prompt's tokens see later ones, so it is
         neither chunked nor shared in part
+    stored_quant: the format (quant/) in which a checkpoint's language blocks are by the family's
+        own keys of config.json; None for a family that has no such keys
     """
 
     name: str
@@ -222,6 +224,7 @@ class ModelFamily(Generic[C]):
     processor: Callable[[Path, C, Tokenizer], Processor]
     build: Callable[[C, BuildContext], Model]
     prompt_attention: PromptAttention
+    stored_quant: Callable[[C], str] | None = None
 
 
 def find_family(raw: Mapping[str, Any], where: str) -> ModelFamily[Any]:
@@ -348,6 +351,14 @@ class ConfigReader:
         if value is not None and value != only:
             self._problem(name, f"is {value!r}; only {only!r} is supported")
 
+    def one_of(self, name: str, choices: Sequence[int], default: int) -> int:
+        """One of a few whole numbers."""
+        value = self._given(name, default)
+        if isinstance(value, bool) or value not in choices:
+            said = either([str(choice) for choice in choices])
+            return int(self._problem(name, f"is {value!r}; {said} is needed", default))
+        return int(value)
+
     def must_agree(self, given: tuple[str, int], wanted: int, *sources: str) -> None:
         """A value that other keys, the sources, determine already."""
         name, value = given
@@ -431,6 +442,11 @@ class ConfigReader:
         """Raise ConfigError if anything was wrong."""
         if self.problems:
             raise ConfigError(self.where, self.problems)
+
+
+def either(words: Sequence[str]) -> str:
+    """A, B or C."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class VisualGlmConfig:
     eos_token_id: int
     gmask_token_id: int
     image_length: int
+    quantization_bit: int
     eva: EvaConfig
     qformer: QformerConfig
 
@@ -119,7 +120,6 @@ class VisualGlmConfig:
         """Read a parsed config.json; ConfigError lists everything missing or unsupported."""
         r = ConfigReader(raw, where)
         r.must_be("position_encoding_2d", True)
-        r.may_only_be("quantization_bit", 0)
         r.may_only_be("pre_seq_len", None)
         config = cls(
             num_layers=r.integer("num_layers"),
@@ -134,6 +134,7 @@ class VisualGlmConfig:
             eos_token_id=r.integer("eos_token_id", low=0),
             gmask_token_id=r.integer("gmask_token_id", low=0),
             image_length=r.integer("image_length"),
+            quantization_bit=r.one_of("quantization_bit", tuple(_STORED_QUANT), default=0),
             eva=_read_eva(r.section("eva_config")),
             qformer=_read_qformer(r.section("qformer_config")),
         )
@@ -147,6 +148,9 @@ class VisualGlmConfig:
         r.check()
         return config
 
+
+# quantization_bit: the four linears of every language block, and nothing else, are so in the file.
+_STORED_QUANT = {0: "none", 4: "visualglm-int4", 8: "visualglm-int8"}
 
 EVA_ONLY: dict[str, Any] = {
     "layernorm_order": "pre",
@@ -696,4 +700,5 @@ FAMILY = ModelFamily(
     processor=VisualGlmProcessor,
     build=VisualGlmModel,
     prompt_attention="bidirectional",
+    stored_quant=lambda config: _STORED_QUANT[config.quantization_bit],
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -69,6 +69,17 @@ class QuantisedWeight:
     def nbytes(self) -> int:
         """Bytes of its tensors in memory."""
         return sum(t.nbytes for t in (self.values, self.scales, self.offsets) if t is not None)
+
+    def to(self, torch_device: torch.device) -> QuantisedWeight:
+        """The same on a device; itself where it is there already."""
+        if self.values.device == torch_device:
+            return self
+        moved = {
+            name: tensor.to(torch_device)
+            for name in ("values", "scales", "offsets")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
     def dequantise(self) -> Tensor:
         """[n, k] float32: what the values stand for."""
@@ -177,13 +188,11 @@ def find_format(name: str, field: str = "quant") -> QuantFormat | None:
 _SLAB_ELEMENTS = 2**22  # of float32: the working memory stays below 100 MB
 
 
-def by_rows(
-    weight: Tensor, quantise: Callable[[Tensor], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
+def by_rows(weight: Tensor, quantise: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """quantise(rows [m, k] float32) over slabs of a [n, k] weight, joined along the rows.
 
     A head of 150,000 rows would take gigabytes of float32 at once.
     """
     rows = max(1, _SLAB_ELEMENTS // max(1, weight.shape[1]))
-    slabs: Iterable[Tensor] = weight.split(rows)
-    return tuple(torch.cat(joined) for joined in zip(*(quantise(s.float()) for s in slabs)))
+    slabs = [quantise(slab.float()) for slab in weight.split(rows)]
+    return tuple(torch.cat(joined) for joined in zip(*slabs, strict=True))

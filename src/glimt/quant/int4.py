@@ -82,9 +82,7 @@ class Int4(QuantFormat):
     def _weight(
         self, values: Tensor, scales: Tensor, offsets: Tensor, n: int, k: int
     ) -> QuantisedWeight:
-        return QuantisedWeight(
-            "int4", values, scales, offsets, self.group, n, k, self.quantises_x
-        )
+        return QuantisedWeight("int4", values, scales, offsets, self.group, n, k, self.quantises_x)
 
 
 # --- scales ----------------------------------------------------------------------------------

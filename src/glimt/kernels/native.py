@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # csrc/exports.cpp says the same
+ABI = 2  # csrc/exports.cpp says the same
 ISAS = ("amx", "avx512", "avx2", "portable")  # best first
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
@@ -184,6 +184,29 @@ class RotateStruct(ctypes.Structure):
     )
 
 
+class WriteKvStruct(ctypes.Structure):
+    """WriteKvCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("key_cache", c_void_p),
+        ("value_cache", c_void_p),
+        ("slots", c_void_p),
+        ("num_tokens", c_int64),
+        ("block_size", c_int64),
+        ("key_token_stride", c_int64),
+        ("key_head_stride", c_int64),
+        ("value_token_stride", c_int64),
+        ("value_head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_stride", c_int64),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+    )
+
+
 _CALLS = {
     "glimt_linear": LinearStruct,
     "glimt_mlp": MlpStruct,
@@ -191,6 +214,7 @@ _CALLS = {
     "glimt_decode": DecodeStruct,
     "glimt_norm": NormStruct,
     "glimt_rotate": RotateStruct,
+    "glimt_write_kv": WriteKvStruct,
 }
 
 
@@ -436,9 +460,14 @@ class Native:
         bias: Tensor | None,
         eps: float,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:
-        """Rows [num_rows, size]: root mean square without a bias, else layer normalisation."""
-        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        """Rows [num_rows, size]: root mean square without a bias, else layer normalisation.
+
+        out: rows contiguous, may be x or the residual; made if not given
+        """
+        if out is None:
+            out = torch.empty(x.shape, dtype=torch.bfloat16)
         call = NormStruct(
             x.data_ptr(),
             weight.data_ptr(),
@@ -454,10 +483,20 @@ class Native:
         return None if self.library.glimt_norm(byref(call)) else out
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool, num_segments: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        is_interleaved: bool,
+        num_segments: int,
+        out: Tensor | None = None,
     ) -> Tensor | None:
-        """Heads [num_tokens, num_heads, head_dim], turned by cos, sin [num_tokens, num_pairs]."""
-        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        """Heads [num_tokens, num_heads, head_dim], turned by cos, sin [num_tokens, num_pairs].
+
+        cos, sin: contiguous; out: dims contiguous, may be x; made if not given
+        """
+        if out is None:
+            out = torch.empty(x.shape, dtype=torch.bfloat16)
         call = RotateStruct(
             x.data_ptr(),
             cos.data_ptr(),
@@ -472,6 +511,31 @@ class Native:
             int(is_interleaved),
         )
         return None if self.library.glimt_rotate(byref(call)) else out
+
+    def write_kv(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    ) -> bool:
+        """Copy a step's keys and values into their slots, in place; False without a kernel.
+
+        key, value: [num_tokens, num_kv_heads, head_dim], dims contiguous; slots: [num_tokens]
+        int64; caches: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides
+        """
+        call = WriteKvStruct(
+            key.data_ptr(),
+            value.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            slots.data_ptr(),
+            key.shape[0],
+            key_cache.shape[1],
+            *key.stride()[:2],
+            *value.stride()[:2],
+            key_cache.stride(1),
+            key_cache.stride(2),
+            key_cache.stride(0),
+            *key.shape[1:],
+        )
+        return not self.library.glimt_write_kv(byref(call))
 
 
 def _pointer(tensor: Tensor | None) -> Any:

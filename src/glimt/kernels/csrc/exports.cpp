@@ -46,7 +46,7 @@ using namespace glimt;
 extern "C" {
 
 // Raised whenever a struct of kernels.h or the packed layout changes.
-EXPORT int glimt_abi() { return 1; }
+EXPORT int glimt_abi() { return 2; }
 
 // Is this instruction set compiled in, and does this processor have it?
 EXPORT int glimt_has(const char* name) {
@@ -85,5 +85,6 @@ EXPORT int glimt_attention(const AttentionCall* call) { return run(&Kernels::att
 EXPORT int glimt_decode(const DecodeCall* call) { return run(&Kernels::decode, call); }
 EXPORT int glimt_norm(const NormCall* call) { return run(&Kernels::norm, call); }
 EXPORT int glimt_rotate(const RotateCall* call) { return run(&Kernels::rotate, call); }
+EXPORT int glimt_write_kv(const WriteKvCall* call) { return run(&Kernels::write_kv, call); }
 
 }  // extern "C"

@@ -131,6 +131,21 @@ struct RotateCall {
     int32_t is_interleaved;
 };
 
+// Copies keys and values [num_tokens, num_kv_heads, head_dim] into their slots of the caches.
+//   slots: [num_tokens], block * block_size + offset, each in the caches
+struct WriteKvCall {
+    const uint16_t* key;
+    const uint16_t* value;
+    uint16_t* key_cache;
+    uint16_t* value_cache;
+    const int64_t* slots;
+    int64_t num_tokens, block_size;
+    int64_t key_token_stride, key_head_stride;
+    int64_t value_token_stride, value_head_stride;
+    int64_t token_stride, head_stride, block_stride;  // of both caches
+    int32_t num_kv_heads, head_dim;
+};
+
 // What one instruction set offers. A null entry: the plain torch path is taken instead.
 struct Kernels {
     const char* name;
@@ -140,6 +155,7 @@ struct Kernels {
     void (*decode)(const DecodeCall&);
     void (*norm)(const NormCall&);
     void (*rotate)(const RotateCall&);
+    void (*write_kv)(const WriteKvCall&);
 };
 
 // Each in files of its own, compiled with its own flags; null where it was not built.

@@ -20,7 +20,7 @@ void set_num_workers(int count);  // between calls only
 void* scratch(int slot, int64_t num_bytes);
 
 // The contiguous part of 0 … count-1 that a worker does.
-inline void part_of(int64_t count, int worker, int num_workers, int64_t* begin, int64_t* end) {
+static inline void part_of(int64_t count, int worker, int num_workers, int64_t* begin, int64_t* end) {
     *begin = count * worker / num_workers;
     *end = count * (worker + 1) / num_workers;
 }

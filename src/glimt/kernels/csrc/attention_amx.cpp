@@ -1,0 +1,598 @@
+// Attention with bfloat16 tiles: many queries of one sequence.
+//
+// Scores are held transposed, keys x queries, so that the softmax runs down the rows of a tile and
+// needs no sums across lanes; the weights then already are the right operand of the second product.
+// Keys and values are packed into tiles once for all query heads that share them. Source of the
+// running maximum: FlashAttention-2, arXiv 2307.08691, section 3.1; the rescaling that waits until
+// the maximum has grown by much: FlashAttention-4.
+//
+// The matrix unit and the vector units work at the same time only if their instructions lie near
+// each other. So the work on a window of 64 keys is spread over three times: its scores are made in
+// one window, weighed during the next, and one slice of an earlier block's values is added in each.
+#if defined(__AMX_BF16__)
+
+// g++ 12 takes the undefined lanes of its own intrinsics for a mistake of ours (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstring>
+
+#include "attention.h"
+#include "threads.h"
+
+namespace glimt {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kMaxDim = 128;
+constexpr int kUnit = 32;    // queries side by side
+constexpr int kSub = 32;     // keys of one step of the second product
+constexpr int kWindow = 64;  // keys whose scores are made together
+constexpr int kBlock = 256;  // keys between two looks at the output tiles
+constexpr int kUnits = 8;    // that pass over a block while it lies in the L2 cache
+constexpr int kTile = 512;   // bfloat16 values
+constexpr int kKeySlot = 8, kUnitSlot = 9;
+constexpr float kLog2E = 1.44269504f;
+// Hidden scores lie below where the maximum begins: their weight is 0 from the first key on, and
+// no difference is ever infinite.
+constexpr float kLowest = -1e20f, kHidden = -1e30f;
+// Weights may reach 2^8 before the output is scaled down: neither bfloat16 nor float minds.
+constexpr float kSlack = 8.0f;
+
+// --- tiles ---
+
+struct alignas(64) TileShapes {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+// Constant and whole operands: g++ takes the intrinsic for a read of eight bytes only, and may
+// drop the stores of the rest.
+const TileShapes kShapes = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+void set_shapes() { __asm__ volatile("ldtilecfg %0" : : "m"(kShapes) : "memory"); }
+void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
+
+// Each clobbers memory: the compiler may not move vector loads and stores across.
+#define LOAD_TILE(tile, from) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(64)) : "memory")
+#define STORE_TILE(tile, to) \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(int64_t(64)) : "memory")
+#define CLEAR_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
+#define MULTIPLY_TILES(sum, left, right) \
+    __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum : :)
+
+// --- packing ---
+
+__m512i words_at(const void* from) { return _mm512_loadu_si512(from); }
+
+// 16 rows of 16 words, in place.
+void transpose(__m512i* rows) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// The first `count` (0 … 32) values of a row, then zeros.
+__m512i values_at(const uint16_t* row, int64_t count) {
+    if (count >= 32) return words_at(row);
+    return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (1u << count) - 1, row);
+}
+
+// Two rows of 16 values, interleaved.
+__m512i pairs_at(const uint16_t* even, const uint16_t* odd, int64_t count) {
+    const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+    const __m256i low = even ? _mm256_maskz_loadu_epi16(mask, even) : _mm256_setzero_si256();
+    const __m256i high = odd ? _mm256_maskz_loadu_epi16(mask, odd) : _mm256_setzero_si256();
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// What the call's sizes come to.
+struct Sizes {
+    int64_t dim, dim_steps, dim_tiles;  // tiles of 32 dims for scores, of 16 for outputs
+    int64_t num_subs;                   // of keys, so that windows are whole
+    int64_t group;                      // query heads of a KV head
+    int64_t num_units, units_per_item, num_items;
+    bool is_causal;
+
+    int64_t key_sub() const { return 2 * dim_steps * kTile; }
+    int64_t value_sub() const { return dim_tiles * kTile; }
+    int64_t head_values() const { return num_subs * (key_sub() + value_sub()); }
+};
+
+// Keys: tiles [sub][2][dim_steps] of 16 keys x 32 dims. Values: tiles [sub][dim_tiles] of 16 dims x
+// 32 keys. Rows that are not there are zeros: zero weights times what lies there may be NaN.
+void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t sub,
+              uint16_t* keys, uint16_t* values) {
+    const TokenRows key_rows{call.key + kv_head * call.key_head_stride, call.block_table,
+                             call.block_size, call.block_stride, call.key_token_stride};
+    const TokenRows value_rows{call.value + kv_head * call.value_head_stride, call.block_table,
+                               call.block_size, call.block_stride, call.value_token_stride};
+    const uint16_t* rows[kSub];
+    for (int i = 0; i < kSub; ++i) {
+        const int64_t token = sub * kSub + i;
+        const uint16_t* row = token < call.num_keys ? key_rows.at(token) : nullptr;
+        for (int64_t step = 0; step < sizes.dim_steps; ++step)
+            _mm512_store_si512(
+                keys + (i / 16 * sizes.dim_steps + step) * kTile + i % 16 * 32,
+                row ? values_at(row + step * 32, sizes.dim - step * 32) : _mm512_setzero_si512());
+        rows[i] = token < call.num_keys ? value_rows.at(token) : nullptr;
+    }
+    for (int64_t tile = 0; tile < sizes.dim_tiles; ++tile) {
+        __m512i pairs[16];
+        for (int i = 0; i < 16; ++i)
+            pairs[i] = pairs_at(rows[2 * i] ? rows[2 * i] + tile * 16 : nullptr,
+                                rows[2 * i + 1] ? rows[2 * i + 1] + tile * 16 : nullptr,
+                                sizes.dim - tile * 16);
+        transpose(pairs);
+        for (int i = 0; i < 16; ++i)
+            _mm512_store_si512(values + tile * kTile + i * 32, pairs[i]);
+    }
+}
+
+// --- queries ---
+
+// Queries of one head side by side, and what they have gathered from the keys so far.
+struct alignas(64) Unit {
+    uint16_t query[kMaxDim / 32][2][kTile];  // tiles of 16 pairs of dims x 16 queries
+    float out[kMaxDim / 16][2][256];         // tiles of 16 dims x 16 queries, not yet divided
+    float peak[kUnit], total[kUnit];         // peak: in powers of two
+    int32_t limit[kUnit];                    // keys below it are seen
+    int64_t least_limit, most_limit;
+};
+
+void start_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, int64_t first,
+                Unit& unit) {
+    const uint16_t* rows[kUnit];
+    unit.least_limit = INT32_MAX, unit.most_limit = 0;
+    for (int i = 0; i < kUnit; ++i) {
+        const int64_t left = call.num_queries - first, query = first + (i < left ? i : left - 1);
+        int64_t seen = call.first_position + query + 1;
+        if (seen < call.num_shared) seen = call.num_shared;
+        if (seen > call.num_keys) seen = call.num_keys;
+        unit.limit[i] = int32_t(seen);
+        if (seen < unit.least_limit) unit.least_limit = seen;
+        if (seen > unit.most_limit) unit.most_limit = seen;
+        unit.peak[i] = kLowest, unit.total[i] = 0;
+        rows[i] = call.query + query * call.query_token_stride + head * call.query_head_stride;
+    }
+    for (int64_t step = 0; step < sizes.dim_steps; ++step)
+        for (int half = 0; half < 2; ++half) {
+            __m512i pairs[16];
+            for (int i = 0; i < 16; ++i)
+                pairs[i] = values_at(rows[half * 16 + i] + step * 32, sizes.dim - step * 32);
+            transpose(pairs);
+            for (int i = 0; i < 16; ++i)
+                _mm512_store_si512(unit.query[step][half] + i * 32, pairs[i]);
+        }
+    std::memset(unit.out, 0, sizeof(float) * 512 * sizes.dim_tiles);
+}
+
+void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, int64_t first,
+                 const Unit& unit) {
+    for (int half = 0; half < 2; ++half) {
+        const __m512 total = _mm512_load_ps(unit.total + half * 16);
+        const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 share = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
+        for (int64_t tile = 0; tile < sizes.dim_tiles; ++tile) {
+            __m512i rows[16];
+            for (int i = 0; i < 16; ++i)
+                rows[i] = _mm512_castps_si512(
+                    _mm512_mul_ps(_mm512_load_ps(unit.out[tile][half] + i * 16), share));
+            transpose(rows);
+            const int64_t dims = sizes.dim - tile * 16;
+            const __mmask16 mask = dims >= 16 ? 0xffff : (1u << dims) - 1;
+            for (int64_t i = 0; i < 16 && first + half * 16 + i < call.num_queries; ++i) {
+                uint16_t* to = call.out + (first + half * 16 + i) * call.out_token_stride +
+                               head * call.out_head_stride + tile * 16;
+                const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_castsi512_ps(rows[i]));
+                _mm256_mask_storeu_epi16(to, mask, (__m256i)narrow);
+            }
+        }
+    }
+}
+
+// --- the pipeline ---
+
+// What a worker needs besides its units.
+struct alignas(64) Workspace {
+    float scores[2][2 * 1024];         // windows: [sub][query half][16 keys x 2][16]
+    uint16_t weights[2][kBlock * kUnit];  // blocks: tiles [sub][query half] of 16 key pairs
+};
+
+// A window of scores that waits to be weighed.
+struct Scored {
+    Unit* unit = nullptr;
+    float* scores;
+    uint16_t* weights;      // of the unit's whole block
+    const uint16_t* values;  // tiles of the whole block
+    int64_t first_key;      // of the window
+    int64_t sub;            // in the block, where the window begins
+    bool is_last;           // of the block
+};
+
+// Weights of a block that wait to be multiplied with its values.
+struct Weighed {
+    Unit* unit = nullptr;
+    const uint16_t* weights;
+    const uint16_t* values;
+    int64_t num_subs;
+    int64_t next_tile;
+};
+
+struct Vectors {
+    __m512 a, b;  // of the first and second 16 queries
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+// 2^x for x <= 9 or so, to 8e-5: ample for a bfloat16 weight.
+INLINE __m512 exp2_of(__m512 x) {
+    const __m512 rest = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
+    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.07802452f), rest, _mm512_set1_ps(0.22606716f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.69583354f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.99992522f));
+    return _mm512_scalef_ps(sum, x);
+}
+
+class Pipeline {
+  public:
+    Pipeline(const Sizes& sizes, float scale, Workspace& space)
+        : sizes_(sizes), scale_(scale * kLog2E), space_(space) {}
+
+    // The keys of a block that the unit sees. keys, values: the block's tiles
+    void pass(Unit& unit, int64_t first_key, const uint16_t* keys, const uint16_t* values) {
+        const int64_t left = unit.most_limit - first_key;
+        const int64_t count = left < kBlock ? left : kBlock;
+        uint16_t* weights = space_.weights[num_blocks_++ & 1];
+        for (int64_t start = 0; start < count; start += kWindow) {
+            Scored next{&unit, space_.scores[num_windows_++ & 1], weights, values,
+                        first_key + start, start / kSub, start + kWindow >= count};
+            advance(&next, keys + start / kSub * sizes_.key_sub());
+        }
+    }
+    // Nothing waits afterwards.
+    void drain() {
+        advance(nullptr, nullptr);
+        add_all();
+    }
+
+  private:
+    // One window's scores, the window before's weights, and one slice of values.
+    void advance(const Scored* next, const uint16_t* keys) {
+        const Scored now = scored_;
+        if (!now.unit) {
+            if (next) make_scores(*next, keys, [](int) {});
+        } else {
+            weigh_and_score(now, next, keys);
+            if (now.is_last) {
+                add_all();
+                weighed_ = {now.unit, now.weights, now.values, now.sub + kWindow / kSub, 0};
+            }
+        }
+        scored_ = next ? *next : Scored{};
+    }
+
+    INLINE void weigh_and_score(const Scored& now, const Scored* next, const uint16_t* keys) {
+        if (now.first_key + kWindow > now.unit->least_limit) hide(now);
+        settle(now);
+        constexpr int kPieces = kWindow / 2;  // of two keys x 32 queries
+        const __m512 scale = _mm512_set1_ps(scale_);
+        const Vectors peak = {_mm512_load_ps(now.unit->peak), _mm512_load_ps(now.unit->peak + 16)};
+        Vectors total = {_mm512_load_ps(now.unit->total), _mm512_load_ps(now.unit->total + 16)};
+        const float* scores = now.scores;
+        uint16_t* weights = now.weights + now.sub * 2 * kTile;
+        int done = 0;
+        const auto piece = [&](int num_pieces) __attribute__((always_inline)) {
+            for (int i = 0; i < num_pieces && done < kPieces; ++i, ++done) {
+                const int64_t at = (done >> 4) * 1024 + (done & 15) * 32;
+                total.a = weigh_pair(scores + at, weights + at, scale, peak.a, total.a);
+                total.b = weigh_pair(scores + at + 512, weights + at + 512, scale, peak.b, total.b);
+            }
+        };
+        if (next) make_scores(*next, keys, piece);
+        if (weighed_.unit) add_slice(piece);
+        piece(kPieces);
+        _mm512_store_ps(now.unit->total, total.a);
+        _mm512_store_ps(now.unit->total + 16, total.b);
+    }
+
+    // Two keys' scores of 16 queries become a row of weights: pairs of bfloat16. They are cut, not
+    // rounded; the total is of the cut weights, so the error has no bias.
+    static INLINE __m512 weigh_pair(const float* scores, uint16_t* weights, __m512 scale,
+                                    __m512 peak, __m512 total) {
+        const __m512 even = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, peak));
+        const __m512 odd = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores + 16), scale, peak));
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+        const __m512i pair = _mm512_ternarylogic_epi32(_mm512_castps_si512(odd), low,
+                                                       _mm512_set1_epi32(0xffff0000), 0xec);
+        _mm512_store_si512(weights, pair);
+        return _mm512_dpbf16_ps(total, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(0x3f803f80));
+    }
+
+    template <typename Meanwhile>
+    INLINE void make_scores(const Scored& next, const uint16_t* keys, const Meanwhile& meanwhile) {
+        const int64_t steps = sizes_.dim_steps;
+        for (int sub = 0; sub < kWindow / kSub; ++sub, keys += sizes_.key_sub()) {
+            const uint16_t* query = &next.unit->query[0][0][0];
+            CLEAR_TILE(0);
+            CLEAR_TILE(1);
+            CLEAR_TILE(2);
+            CLEAR_TILE(3);
+            for (int64_t step = 0; step < steps; ++step, query += 2 * kTile) {
+                LOAD_TILE(6, query);
+                LOAD_TILE(4, keys + step * kTile);
+                MULTIPLY_TILES(0, 4, 6);
+                LOAD_TILE(7, query + kTile);
+                MULTIPLY_TILES(1, 4, 7);
+                LOAD_TILE(5, keys + (steps + step) * kTile);
+                MULTIPLY_TILES(2, 5, 6);
+                MULTIPLY_TILES(3, 5, 7);
+                meanwhile(kShare);
+            }
+            float* to = next.scores + sub * 1024;
+            STORE_TILE(0, to);
+            STORE_TILE(2, to + 256);
+            STORE_TILE(1, to + 512);
+            STORE_TILE(3, to + 768);
+        }
+    }
+
+    // Two tiles of dims of the block that waits.
+    template <typename Meanwhile>
+    INLINE void add_slice(const Meanwhile& meanwhile) {
+        const int64_t tile = weighed_.next_tile;
+        float* out = &weighed_.unit->out[tile][0][0];
+        const uint16_t* weights = weighed_.weights;
+        const uint16_t* values = weighed_.values + tile * kTile;
+        const int64_t stride = sizes_.value_sub();
+        if (tile + 1 < sizes_.dim_tiles) {
+            LOAD_TILE(0, out);
+            LOAD_TILE(1, out + 256);
+            LOAD_TILE(2, out + 512);
+            LOAD_TILE(3, out + 768);
+            for (int64_t sub = 0; sub < weighed_.num_subs; ++sub) {
+                LOAD_TILE(6, weights + sub * 2 * kTile);
+                LOAD_TILE(4, values + sub * stride);
+                MULTIPLY_TILES(0, 4, 6);
+                LOAD_TILE(7, weights + sub * 2 * kTile + kTile);
+                MULTIPLY_TILES(1, 4, 7);
+                LOAD_TILE(5, values + sub * stride + kTile);
+                MULTIPLY_TILES(2, 5, 6);
+                MULTIPLY_TILES(3, 5, 7);
+                meanwhile(kShare);
+            }
+            STORE_TILE(0, out);
+            STORE_TILE(1, out + 256);
+            STORE_TILE(2, out + 512);
+            STORE_TILE(3, out + 768);
+        } else {
+            LOAD_TILE(0, out);
+            LOAD_TILE(1, out + 256);
+            for (int64_t sub = 0; sub < weighed_.num_subs; ++sub) {
+                LOAD_TILE(6, weights + sub * 2 * kTile);
+                LOAD_TILE(4, values + sub * stride);
+                MULTIPLY_TILES(0, 4, 6);
+                LOAD_TILE(7, weights + sub * 2 * kTile + kTile);
+                MULTIPLY_TILES(1, 4, 7);
+                meanwhile(kShare);
+            }
+            STORE_TILE(0, out);
+            STORE_TILE(1, out + 256);
+        }
+        weighed_.next_tile += 2;
+        if (weighed_.next_tile >= sizes_.dim_tiles) weighed_.unit = nullptr;
+    }
+
+    void add_all() {
+        while (weighed_.unit) add_slice([](int) {});
+    }
+
+    void hide(const Scored& now) {
+        for (int half = 0; half < 2; ++half) {
+            const __m512i limit = _mm512_load_si512(now.unit->limit + half * 16);
+            for (int64_t key = 0; key < kWindow; ++key) {
+                float* scores = now.scores + key / 32 * 1024 + half * 512 + key % 32 * 16;
+                const __mmask16 hidden =
+                    _mm512_cmple_epi32_mask(limit, _mm512_set1_epi32(int32_t(now.first_key + key)));
+                _mm512_mask_store_ps(scores, hidden, _mm512_set1_ps(kHidden));
+            }
+        }
+    }
+
+    // Raises the maxima that the window's scores exceed by too much.
+    INLINE void settle(const Scored& now) {
+        Vectors best = {_mm512_load_ps(now.scores), _mm512_load_ps(now.scores + 512)};
+        Vectors more = best;
+        for (int sub = 0; sub < kWindow / kSub; ++sub)
+            for (int i = 0; i < 32; i += 2) {
+                const float* row = now.scores + sub * 1024 + i * 16;
+                best.a = _mm512_max_ps(best.a, _mm512_load_ps(row));
+                best.b = _mm512_max_ps(best.b, _mm512_load_ps(row + 512));
+                more.a = _mm512_max_ps(more.a, _mm512_load_ps(row + 16));
+                more.b = _mm512_max_ps(more.b, _mm512_load_ps(row + 528));
+            }
+        const __m512 scale = _mm512_set1_ps(scale_), slack = _mm512_set1_ps(kSlack);
+        best.a = _mm512_mul_ps(_mm512_max_ps(best.a, more.a), scale);
+        best.b = _mm512_mul_ps(_mm512_max_ps(best.b, more.b), scale);
+        const __m512 a = _mm512_load_ps(now.unit->peak), b = _mm512_load_ps(now.unit->peak + 16);
+        if (_mm512_cmp_ps_mask(best.a, _mm512_add_ps(a, slack), _CMP_GT_OQ) |
+            _mm512_cmp_ps_mask(best.b, _mm512_add_ps(b, slack), _CMP_GT_OQ))
+            rescale(now, {_mm512_max_ps(a, best.a), _mm512_max_ps(b, best.b)});
+    }
+
+    __attribute__((noinline)) void rescale(const Scored& now, Vectors peak) {
+        Unit& unit = *now.unit;
+        if (weighed_.unit == &unit) add_all();  // its weights have the old maximum
+        for (int half = 0; half < 2; ++half) {
+            const __m512 best = half ? peak.b : peak.a;
+            const __m512 old = _mm512_load_ps(unit.peak + half * 16);
+            const __m512 kept = exp2_of(_mm512_sub_ps(old, best));
+            _mm512_store_ps(unit.peak + half * 16, best);
+            float* total = unit.total + half * 16;
+            _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), kept));
+            for (int64_t tile = 0; tile < sizes_.dim_tiles; ++tile)
+                for (int i = 0; i < 16; ++i) {
+                    float* row = unit.out[tile][half] + i * 16;
+                    _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), kept));
+                }
+            for (int64_t sub = 0; sub < now.sub; ++sub)
+                for (int i = 0; i < 16; ++i)
+                    scale_pairs(now.weights + (sub * 2 + half) * kTile + i * 32, kept);
+        }
+    }
+
+    // Weights of the block's earlier windows, which have not met their values yet.
+    static void scale_pairs(uint16_t* weights, __m512 by) {
+        const __m512i pairs = _mm512_load_si512(weights);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        const __m512 odd =
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+        const __m512i low = rounded(_mm512_mul_ps(even, by));
+        const __m512i high = rounded(_mm512_mul_ps(odd, by));
+        _mm512_store_si512(weights, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    static __m512i rounded(__m512 values) {
+        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    }
+
+    static constexpr int kShare = 2;  // pieces of vector work beside four tile products
+
+    const Sizes& sizes_;
+    const float scale_;
+    Workspace& space_;
+    Scored scored_;
+    Weighed weighed_;
+    int num_blocks_ = 0, num_windows_ = 0;
+};
+
+// --- the call ---
+
+struct Attention {
+    const AttentionCall* call;
+    Sizes sizes;
+    uint16_t* packed;  // by KV head: keys, then values
+    Workspace* spaces;
+    Unit* units;
+    int64_t next;  // the item that nobody has taken yet
+};
+
+void attend_item(const Attention& all, int64_t item, int worker) {
+    const AttentionCall& call = *all.call;
+    const Sizes& sizes = all.sizes;
+    const int64_t num_runs = (sizes.num_units + sizes.units_per_item - 1) / sizes.units_per_item;
+    const int64_t kv_head = item / (num_runs * sizes.group);
+    // Last queries first: of a causal prompt they have the most to do.
+    const int64_t run = num_runs - 1 - item / sizes.group % num_runs;
+    const int64_t head = kv_head * sizes.group + item % sizes.group;
+    const int64_t first = run * sizes.units_per_item, rest = sizes.num_units - first;
+    const int64_t count = rest < sizes.units_per_item ? rest : sizes.units_per_item;
+    Unit* units = all.units + worker * kUnits;
+    for (int64_t u = 0; u < count; ++u)
+        start_unit(call, sizes, head, (first + u) * kUnit, units[u]);
+    const uint16_t* keys = all.packed + kv_head * sizes.head_values();
+    const uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
+    Pipeline pipeline(sizes, call.scale, all.spaces[worker]);
+    for (int64_t key = 0; key < units[count - 1].most_limit; key += kBlock)
+        for (int64_t u = 0; u < count; ++u)
+            if (key < units[u].most_limit)
+                pipeline.pass(units[u], key, keys + key / kSub * sizes.key_sub(),
+                              values + key / kSub * sizes.value_sub());
+    pipeline.drain();
+    for (int64_t u = 0; u < count; ++u)
+        finish_unit(call, sizes, head, (first + u) * kUnit, units[u]);
+}
+
+void attention_body(void* context, int worker, int num_workers) {
+    Attention& all = *static_cast<Attention*>(context);
+    const Sizes& sizes = all.sizes;
+    // Denormal weights would be slow, and are nothing.
+    const unsigned control = _mm_getcsr();
+    _mm_setcsr(control | 0x8040);
+    const int64_t num_subs = all.call->num_kv_heads * sizes.num_subs;
+    const int64_t end = num_subs * (worker + 1) / num_workers;
+    for (int64_t i = num_subs * worker / num_workers; i < end; ++i) {
+        const int64_t kv_head = i / sizes.num_subs, sub = i % sizes.num_subs;
+        uint16_t* keys = all.packed + kv_head * sizes.head_values();
+        uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
+        pack_sub(*all.call, sizes, kv_head, sub, keys + sub * sizes.key_sub(),
+                 values + sub * sizes.value_sub());
+    }
+    wait_for_all();
+    set_shapes();
+    for (;;) {
+        const int64_t item = __atomic_fetch_add(&all.next, 1, __ATOMIC_RELAXED);
+        if (item >= sizes.num_items) break;
+        attend_item(all, item, worker);
+    }
+    release_tiles();
+    _mm_setcsr(control);
+}
+
+Sizes sizes_of(const AttentionCall& call) {
+    Sizes sizes{};
+    sizes.dim = call.head_dim;
+    sizes.dim_steps = (call.head_dim + 31) / 32;
+    sizes.dim_tiles = (call.head_dim + 15) / 16;
+    sizes.num_subs = (call.num_keys + kWindow - 1) / kWindow * (kWindow / kSub);
+    sizes.group = call.num_heads / call.num_kv_heads;
+    sizes.num_units = (call.num_queries + kUnit - 1) / kUnit;
+    int64_t units = kUnits;
+    const auto num_items = [&] {
+        return (sizes.num_units + units - 1) / units * call.num_heads;
+    };
+    while (units > 1 && num_items() < 4 * num_workers()) units /= 2;
+    sizes.units_per_item = units;
+    sizes.num_items = num_items();
+    return sizes;
+}
+
+}  // namespace
+
+void attention_amx(const AttentionCall& call) {
+    Attention all{};
+    all.call = &call;
+    all.sizes = sizes_of(call);
+    const int64_t packed = call.num_kv_heads * all.sizes.head_values();
+    all.packed = static_cast<uint16_t*>(scratch(kKeySlot, packed * int64_t(sizeof(uint16_t))));
+    const int64_t spaces = num_workers() * int64_t(sizeof(Workspace));
+    char* own = static_cast<char*>(
+        scratch(kUnitSlot, spaces + num_workers() * kUnits * int64_t(sizeof(Unit))));
+    all.spaces = reinterpret_cast<Workspace*>(own);
+    all.units = reinterpret_cast<Unit*>(own + spaces);
+    run_parallel(attention_body, &all);
+}
+
+}  // namespace glimt
+
+#endif

@@ -1,0 +1,296 @@
+"""The attention kernels of every instruction set against softmax attention in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from glimt.kernels import native
+
+PATH = native.library_path()
+ISAS = tuple(native.available(PATH)) if PATH else ()
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built")
+
+# A weight that is rounded to bfloat16 is off by 2^-8 of itself at most (2^-9 when rounded to the
+# nearest), and the result is rounded once more. Scores are summed in float32 and turned into powers
+# of two: what they are off by, in parts of the largest, the weights are off by relative to theirs.
+WEIGHT_ERROR, OUT_ERROR, SCORE_ERROR = 2**-8, 2**-8, 2**-21
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def kernels(isa: str) -> Iterator[native.Native]:
+    assert PATH is not None
+    yield native.Native(PATH, isa, 2)
+    native.Native(PATH, isa, 1)  # ends the threads
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(torch.bfloat16)
+
+
+def expected(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, first_position: int, num_shared: int
+) -> tuple[Tensor, Tensor]:
+    """What attention gives in float64, and how far a kernel may be off, element by element."""
+    group = query.shape[1] // key.shape[1]
+    q = query.double().transpose(0, 1)
+    k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
+    seen = torch.arange(key.shape[0]) <= first_position + torch.arange(query.shape[0])[:, None]
+    seen |= torch.arange(key.shape[0]) < num_shared
+    scores = (q @ k.transpose(1, 2)) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    out = weights @ v
+    weight_error = WEIGHT_ERROR + SCORE_ERROR * scores.abs().amax(-1, keepdim=True)
+    allowed = weight_error * (weights @ v.abs()) + OUT_ERROR * out.abs() + 1e-6
+    return out.transpose(0, 1), allowed.transpose(0, 1)
+
+
+def check(
+    kernels: native.Native,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    first_position: int | None = None,
+    num_shared: int = 0,
+    scale: float | None = None,
+) -> None:
+    """first_position: None lets every query see all keys."""
+    num_keys = key.shape[0]
+    first = num_keys if first_position is None else first_position
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out = kernels.attention(
+        query, key, value, scale, num_keys=num_keys, first_position=first, num_shared=num_shared
+    )
+    assert out is not None
+    assert_close(out, *expected(query, key, value, scale, first, num_shared))
+
+
+def assert_close(out: Tensor, right: Tensor, allowed: Tensor) -> None:
+    excess = (out.double() - right).abs() / allowed
+    assert not excess.isnan().any()
+    assert excess.max() <= 1, f"{excess.max():.2f} times the allowed error"
+
+
+def paged(
+    tokens: Tensor, table: Tensor, block_size: int, num_blocks: int, filler: float = torch.nan
+) -> Tensor:
+    """[n, heads, dim] in the blocks of a table; every other slot holds the filler."""
+    cache = torch.full((num_blocks, block_size, *tokens.shape[1:]), filler, dtype=torch.bfloat16)
+    for t in range(tokens.shape[0]):
+        cache[table[t // block_size], t % block_size] = tokens[t]
+    return cache
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 88, 112, 128])
+@pytest.mark.parametrize("num_keys", [1, 31, 257, 300])
+def test_every_query_sees_every_key(kernels: native.Native, dim: int, num_keys: int) -> None:
+    """Would catch padding of head dims or keys that enters a result."""
+    query = random(33, 2, dim)
+    check(kernels, query, random(num_keys, 2, dim, seed=1), random(num_keys, 2, dim, seed=2))
+
+
+@pytest.mark.parametrize("dim", [20, 100, 127])
+def test_head_dims_that_fit_no_vector(kernels: native.Native, dim: int) -> None:
+    """Would catch reads or writes of whole vectors where a head ends inside one."""
+    check(kernels, random(5, 3, dim), random(40, 3, dim, seed=1), random(40, 3, dim, seed=2))
+
+
+@pytest.mark.parametrize("num_queries", [*range(1, 71, 3), 16, 32, 48, 64, 65])
+def test_any_number_of_queries_over_as_many_keys(kernels: native.Native, num_queries: int) -> None:
+    """Would catch an edge of a tile or block where the causal limit is off by one."""
+    query, key, value = (random(num_queries, 1, 32, seed=i) for i in range(3))
+    check(kernels, query, key, value, first_position=0)
+
+
+@pytest.mark.parametrize("num_keys", [2, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("more", [0, 256, 512])
+def test_edges_of_key_blocks(kernels: native.Native, num_keys: int, more: int) -> None:
+    """Would catch a key lost or seen twice where blocks of 16, 32, 64, 128 or 256 meet."""
+    key, value = random(num_keys + more, 1, 16, seed=1), random(num_keys + more, 1, 16, seed=2)
+    check(kernels, random(3, 1, 16), key, value)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "before"), [(1, 0), (7, 290), (70, 13), (300, 100), (40, 517)]
+)
+def test_a_chunk_sees_what_came_before(
+    kernels: native.Native, num_queries: int, before: int
+) -> None:
+    """Would catch first_position being ignored, or whole blocks of keys skipped wrongly."""
+    query = random(num_queries, 4, 64)
+    key, value = (random(num_queries + before, 2, 64, seed=i) for i in (1, 2))
+    check(kernels, query, key, value, first_position=before)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 30, 64, 100, 290, 300])
+def test_a_shared_prefix_is_seen_by_all(kernels: native.Native, num_shared: int) -> None:
+    """Would catch a bidirectional prompt that is cut causally, or a tail that is not."""
+    query, key, value = (random(300, 2, 32, seed=i) for i in range(3))
+    check(kernels, query, key, value, first_position=0, num_shared=num_shared)
+
+
+@pytest.mark.parametrize("group", [1, 2, 16])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_query_heads_read_their_kv_head(kernels: native.Native, group: int, kv_heads: int) -> None:
+    """Would catch a mix-up of heads when several share keys."""
+    query = random(37, group * kv_heads, 128)
+    check(
+        kernels,
+        query,
+        random(37, kv_heads, 128, seed=1),
+        random(37, kv_heads, 128, seed=2),
+        first_position=0,
+    )
+
+
+def test_views_of_a_fused_projection(kernels: native.Native) -> None:
+    """Would catch strides of queries taken for those of keys, or heads taken as adjacent."""
+    fused = random(70, 3 * 4 * 88 + 8)[:, : 3 * 4 * 88]
+    query, key, value = (x.unflatten(-1, (4, 88)) for x in fused.split(4 * 88, dim=1))
+    check(kernels, query, key, value)
+    by_head = random(70, 4, 3, 88)
+    check(kernels, by_head[:, :, 0], by_head[:, :, 1], by_head[:, :, 2], first_position=0)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("num_tokens", [1, 45, 300])
+def test_paged_keys_in_any_order(kernels: native.Native, block_size: int, num_tokens: int) -> None:
+    """Would catch a block table read wrongly, and NaN in unused slots that leaks out."""
+    key, value = random(num_tokens, 2, 128, seed=1), random(num_tokens, 2, 128, seed=2)
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    num_queries = min(num_tokens, 40)
+    query, before = random(num_queries, 8, 128), num_tokens - num_queries
+    out = kernels.attention(
+        query,
+        paged(key, table, block_size, 24),
+        paged(value, table, block_size, 24),
+        0.1,
+        num_keys=num_tokens,
+        first_position=before,
+        num_shared=0,
+        block_table=table,
+    )
+    assert out is not None
+    assert_close(out, *expected(query, key, value, 0.1, before, 0))
+
+
+def test_rows_beyond_the_keys_are_not_read(kernels: native.Native) -> None:
+    """Would catch whole tiles loaded past num_keys: NaN there must not reach a result."""
+    query, key, value = (random(50, 2, 64, seed=i) for i in range(3))
+    right = expected(query, key, value, 0.1, 50, 0)
+    key, value = (
+        torch.cat((x, torch.full((46, 2, 64), torch.nan).bfloat16())) for x in (key, value)
+    )
+    out = kernels.attention(query, key, value, 0.1, num_keys=50, first_position=50, num_shared=0)
+    assert out is not None
+    assert_close(out, *right)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_that_keep_growing(kernels: native.Native, sign: int) -> None:
+    """Would catch a maximum that lags behind: overflow, or weights that all vanish."""
+    growth = torch.linspace(-40, 40, 600)[:, None, None] * sign
+    key = (random(600, 1, 32, seed=1) * 0.1 + growth).bfloat16()
+    query = (random(40, 1, 32) * 0.1 + 1).bfloat16()
+    check(kernels, query, key, random(600, 1, 32, seed=2), scale=1.0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 100.0, 1e4])
+def test_scores_of_any_size(kernels: native.Native, factor: float) -> None:
+    """Would catch overflow of the exponential: sharp scores pick one key, equal ones the mean."""
+    query, key, value = (random(35, 2, 64, seed=i) for i in range(3))
+    # Powers of two and few terms: such scores are exact in float32, however large.
+    query = (query.sign() * factor).bfloat16()
+    key = key.sign() * torch.tensor([2.0**i for i in range(5)] * 7)[:, None, None]
+    check(kernels, query, key.bfloat16(), value, scale=0.125)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(isa: str, threads: int) -> None:
+    """Would catch parts of the work that nobody, or that two workers do."""
+    assert PATH is not None
+    kernels = native.Native(PATH, isa, threads)
+    query, key, value = (random(333, 5, 48, seed=i) for i in range(3))
+    check(kernels, query, key, value, first_position=0)
+    check(kernels, query, key, value)
+    check_decode(kernels, [1, 700, 33], group=16, kv_heads=2, dim=64, block_size=16)
+    native.Native(PATH, isa, 1)
+
+
+def check_decode(
+    kernels: native.Native,
+    lengths: list[int],
+    *,
+    group: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+) -> None:
+    width = -(-max(lengths) // block_size)
+    num_blocks = width * len(lengths) + 3
+    tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5))[:-3]
+    tables = tables.view(len(lengths), width)
+    keys = [random(n, kv_heads, dim, seed=2 * i + 1) for i, n in enumerate(lengths)]
+    values = [random(n, kv_heads, dim, seed=2 * i + 2) for i, n in enumerate(lengths)]
+    caches = []
+    for tokens in (keys, values):
+        cache = torch.full((num_blocks, block_size, kv_heads, dim), torch.nan).bfloat16()
+        for row, table in zip(tokens, tables, strict=True):
+            used = -(-row.shape[0] // block_size)
+            cache[table[:used]] = paged(row, torch.arange(used), block_size, used)
+        caches.append(cache)
+    query = random(len(lengths), group * kv_heads, dim)
+    out = kernels.decode(query, *caches, tables, torch.tensor(lengths), 0.2)
+    assert out is not None
+    for i, length in enumerate(lengths):
+        right, allowed = expected(query[i : i + 1], keys[i], values[i], 0.2, length, 0)
+        assert_close(out[i : i + 1], right, allowed)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(("group", "kv_heads"), [(16, 2), (1, 4), (2, 2), (5, 2), (32, 1), (40, 1)])
+def test_decode_over_contexts_of_many_lengths(
+    kernels: native.Native, group: int, kv_heads: int, block_size: int
+) -> None:
+    """Would catch a row that reads another's blocks, or NaN beyond the context that leaks in."""
+    lengths = [1, 2, 15, 16, 17, 31, 33, 250, 511, 512, 513, 700]
+    check_decode(kernels, lengths, group=group, kv_heads=kv_heads, dim=128, block_size=block_size)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 88, 100, 112])
+@pytest.mark.parametrize("group", [1, 16])
+def test_decode_of_any_head_dim(kernels: native.Native, group: int, dim: int) -> None:
+    """Would catch padding of head dims that enters a result."""
+    check_decode(kernels, [70, 5], group=group, kv_heads=2, dim=dim, block_size=16)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_decode_merges_the_chunks_of_a_long_context(kernels: native.Native, group: int) -> None:
+    """Would catch chunks merged without regard to their maxima, or lost at the end."""
+    check_decode(kernels, [2050, 3], group=group, kv_heads=1, dim=32, block_size=16)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_decode_of_scores_that_keep_growing(kernels: native.Native, group: int) -> None:
+    """Would catch a maximum that lags behind, within a chunk or between chunks."""
+    num_tokens, dim = 1100, 32
+    growth = torch.linspace(-40, 40, num_tokens)[:, None, None]
+    key = (random(num_tokens, 1, dim, seed=1) * 0.1 + growth).bfloat16()
+    value = random(num_tokens, 1, dim, seed=2)
+    query = (random(1, group, dim) * 0.1 + 1).bfloat16()
+    table = torch.arange(-(-num_tokens // 16))
+    caches = (paged(x, table, 16, len(table)) for x in (key, value))
+    out = kernels.decode(query, *caches, table[None], torch.tensor([num_tokens]), 1.0)
+    assert out is not None
+    assert_close(out, *expected(query, key, value, 1.0, num_tokens, 0))

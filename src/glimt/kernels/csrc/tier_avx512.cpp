@@ -1,7 +1,29 @@
 #include "kernels.h"
+#include "linear.h"
 
 namespace glimt {
+namespace {
 
-const Kernels* avx512_kernels() { return nullptr; }
+#if defined(__x86_64__)
+constexpr Kernels kKernels = {
+    "avx512",
+    linear_avx512,  // linear
+    mlp_avx512,  // mlp
+    nullptr,  // attention
+    nullptr,  // decode
+    nullptr,  // norm
+    nullptr,  // rotate
+};
+#endif
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+#if defined(__x86_64__)
+    return &kKernels;
+#else
+    return nullptr;
+#endif
+}
 
 }  // namespace glimt

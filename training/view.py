@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glimt.devices.base import AttentionBatch, KVCache
-from glimt.devices.cpu import CpuDevice
+from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.models.base import CLIP_MEAN, CLIP_STD, BuildContext, Model, ModelFamily
 from training.initial import initial_values
 
@@ -34,7 +33,7 @@ class PaddedRows:
     slots: None = None
 
 
-class TrainingDevice(CpuDevice):
+class TrainingDevice(Device):
     """Differentiable attention over PaddedRows; keeps no cache."""
 
     name = "training"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,44 @@ from torch import Tensor
 from glimt.errors import ConfigError
 
 RotaryStyle = Literal["interleaved", "half"]
+# What a product may end with. "silu_mul": the first half of the columns goes through SiLU and is
+# multiplied with the second half.
+Activation = Literal["none", "gelu_erf", "gelu_tanh", "silu_mul"]
+
+
+class LowBitWeight(Protocol):
+    """A matrix [n, k] in few bits; glimt.quant.base.QuantisedWeight says what each part is."""
+
+    @property
+    def format(self) -> str: ...  # noqa: D102
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
+    @property
+    def scales(self) -> Tensor: ...  # noqa: D102
+    @property
+    def offsets(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def group(self) -> int: ...  # noqa: D102
+    @property
+    def n(self) -> int: ...  # noqa: D102
+    @property
+    def k(self) -> int: ...  # noqa: D102
+    @property
+    def quantises_x(self) -> bool: ...  # noqa: D102
+
+    def dequantise(self) -> Tensor:
+        """[n, k] float32."""
+
+
+class DeviceWeight(Protocol):
+    """A matrix in a form of one device's own, which `Device.prepare_weight` made."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, in bytes."""
+
+
+MatrixWeight: TypeAlias = "Tensor | LowBitWeight | DeviceWeight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,20 +83,50 @@ class AttentionBatch:
 
     query_starts:  num_rows + 1 offsets into the flattened tokens
     context_lens:  per row, tokens in the cache once this step is written
+    num_shared:    per row, the tokens at its beginning that all of its tokens see, later or not
     slots:         [num_tokens] int64, where each token's key and value go
     block_tables:  [num_rows, max_blocks] int64, padded with the row's first block
-    decode_mask:   [num_decodes, 1, 1, width], 0 or -inf; width is block_size times the blocks of
-                   the longest decoding row; None without decodes
-    prefill_masks: per prefill row [chunk, context], 0 or -inf; None where plain causal is meant
+    decode_lens:   [num_decodes] int64, context_lens of the decodes
+    masks:         those that a device has made of this, for the other layers
     """
 
     num_decodes: int
     query_starts: tuple[int, ...]
     context_lens: tuple[int, ...]
+    num_shared: tuple[int, ...]
     slots: Tensor
     block_tables: Tensor
-    decode_mask: Tensor | None
-    prefill_masks: tuple[Tensor | None, ...]
+    decode_lens: Tensor
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def decode_mask(self, block_size: int, dtype: torch.dtype) -> Tensor:
+        """[num_decodes, 1, 1, width]: 0 up to each row's context, -inf beyond.
+
+        width: block_size times the blocks of the longest decoding row
+        """
+        if -1 not in self.masks:
+            longest = max(self.context_lens[: self.num_decodes])
+            width = -(-longest // block_size) * block_size
+            seen = torch.arange(width, device=self.slots.device) < self.decode_lens[:, None]
+            self.masks[-1] = _additive(seen, dtype)[:, None, None, :]
+        mask = self.masks[-1]
+        assert mask is not None
+        return mask
+
+    def prefill_mask(self, row: int, dtype: torch.dtype) -> Tensor | None:
+        """[chunk, context]: query i sees key j if j <= i or j < num_shared.
+
+        None when that is plain causal attention from the first token on.
+        """
+        if row not in self.masks:
+            chunk = self.query_starts[row + 1] - self.query_starts[row]
+            context, shared = self.context_lens[row], self.num_shared[row]
+            queries = torch.arange(context - chunk, context, device=self.slots.device)[:, None]
+            keys = torch.arange(context, device=self.slots.device)[None, :]
+            is_plain = chunk == context and shared == 0
+            seen = (keys <= queries) | (keys < shared)
+            self.masks[row] = None if is_plain else _additive(seen, dtype)
+        return self.masks[row]
 
 
 class Device:
@@ -90,13 +158,63 @@ class Device:
         """[n] int64, [vocab_size, hidden_size] -> [n, hidden_size]."""
         return F.embedding(token_ids, table)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[…, in], [out, in], [out] -> […, out]."""
-        return F.linear(x, weight, bias)
+    def prepare_weight(
+        self, weight: Tensor | LowBitWeight, dtype: torch.dtype, is_paired: bool = False
+    ) -> MatrixWeight:
+        """A matrix [out, in] in the form in which this device multiplies with it.
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Over the last axis; statistics in float32 whatever the dtype."""
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        dtype: of the activations; is_paired: "silu_mul" always follows, which some devices want
+        to know in advance
+        """
+        return weight
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: MatrixWeight,
+        bias: Tensor | None,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+    ) -> Tensor:
+        """[…, in], [out, in], [out] -> […, out]: act(x Wᵀ + b) + residual_scale * residual.
+
+        weight: what `prepare_weight` made. A device may round once where this rounds four times.
+        """
+        y = self.activate(F.linear(*_as_matrices(x, weight), bias), activation)
+        if residual is None:
+            return y
+        return (residual if residual_scale == 1.0 else residual * residual_scale) + y
+
+    def mlp(
+        self,
+        x: Tensor,
+        up: MatrixWeight,
+        down: MatrixWeight,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: Activation,
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+    ) -> Tensor:
+        """Two products with an activation between; a device need not hold what is between whole."""
+        inner = self.linear(x, up, up_bias, activation)
+        return self.linear(inner, down, down_bias, "none", residual, residual_scale)
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """[…, n] -> the same, of "silu_mul" […, n / 2]."""
+        if activation == "gelu_erf":
+            return self.gelu_erf(x)
+        if activation == "gelu_tanh":
+            return self.gelu_tanh(x)
+        return self.silu_mul(*x.chunk(2, dim=-1)) if activation == "silu_mul" else x
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    ) -> Tensor:
+        """Over the last axis, then plus the residual; statistics in float32 whatever the dtype."""
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return y if residual is None else residual + y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Over the last axis, with one cast at the end.
@@ -195,7 +313,7 @@ class Device:
             keys, values = key[start:stop], value[start:stop]
             if batch.context_lens[row] > stop - start:
                 keys, values = _gather(cache, batch.block_tables[row], batch.context_lens[row])
-            mask = batch.prefill_masks[row - batch.num_decodes]
+            mask = batch.prefill_mask(row, query.dtype)
             out[start:stop] = _attend(query[start:stop], keys, values, scale, mask, mask is None)
         return out
 
@@ -207,17 +325,40 @@ class Device:
         Returns [num_decodes, num_heads, head_dim].
         """
         rows, (_, heads, dim) = batch.num_decodes, query.shape
-        assert batch.decode_mask is not None, "a batch with decodes has their mask"
+        mask = batch.decode_mask(cache.block_size, query.dtype)
         # The mask is as wide as the decodes need; a prefill row may have a longer table.
-        tables = batch.block_tables[:rows, : batch.decode_mask.shape[-1] // cache.block_size]
+        tables = batch.block_tables[:rows, : mask.shape[-1] // cache.block_size]
         kv_heads = cache.key.shape[2]
         keys = cache.key[tables].flatten(1, 2).transpose(1, 2)
         values = cache.value[tables].flatten(1, 2).transpose(1, 2)
         grouped = query[:rows].reshape(rows, kv_heads, heads // kv_heads, dim)
-        out = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=batch.decode_mask, scale=scale
-        )
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(rows, heads, dim)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where something is seen, else -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )
+
+
+def _as_matrices(x: Tensor, weight: MatrixWeight) -> tuple[Tensor, Tensor]:
+    """x and the weight as torch multiplies them; of a weight in few bits, all that it rounds."""
+    if isinstance(weight, Tensor):
+        return x, weight
+    low: LowBitWeight = weight  # type: ignore[assignment]
+    rounded = _rounded_to_int8(x, low.group) if low.quantises_x else x
+    return rounded, low.dequantise().to(x.dtype)
+
+
+def _rounded_to_int8(x: Tensor, group: int) -> Tensor:
+    """Every row, or every group of its columns, in steps of its largest magnitude / 127."""
+    wide, size = x.float(), group or x.shape[-1]
+    wide = F.pad(wide, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    step = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rounded = (wide / step).round() * step
+    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 def _gather(cache: KVCache, table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:

@@ -285,17 +285,20 @@ class Native:
         scales: Tensor | None = None,
         offsets: Tensor | None = None,
         group: int = 0,
+        k: int | None = None,
         is_paired: bool = False,
         quantises_x: bool = False,
     ) -> PackedWeight:
         """Lay a matrix out; see PlainWeight in csrc/kernels.h for the shapes by format.
 
+        k: columns of the matrix, where the last group of int4 `values` goes on beyond them
         Raises ValueError when is_paired and n is not a multiple of 32.
         """
         if is_paired and values.shape[0] % 32:
             raise ValueError(f"a paired matrix has a multiple of 32 rows, not {values.shape[0]}")
-        values = values.contiguous()
-        n, k = values.shape[0], values.shape[1] * (2 if format == "int4" else 1)
+        per_byte = 2 if format == "int4" else 1
+        n, k = values.shape[0], k or values.shape[1] * per_byte
+        values = values[:, : -(-k // per_byte)].contiguous()
         plain = PlainWeightStruct(
             FORMATS[format], group, n, k, values.data_ptr(), _pointer(scales), _pointer(offsets)
         )
@@ -393,14 +396,17 @@ class Native:
         first_position: int,
         num_shared: int,
         block_table: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """Queries [num_queries, num_heads, head_dim] of one sequence over its keys, as
         AttentionCall in csrc/kernels.h says.
 
         key, value: [num_keys, num_kv_heads, head_dim]; with a block_table [num_blocks] int64, the
         whole cache [num_blocks, block_size, num_kv_heads, head_dim]. Last axes contiguous.
+        out: as query; made if not given
         """
-        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        if out is None:
+            out = torch.empty(query.shape, dtype=torch.bfloat16)
         paged = block_table is not None
         call = AttentionStruct(
             query.data_ptr(),
@@ -433,13 +439,15 @@ class Native:
         block_tables: Tensor,
         context_lens: Tensor,
         scale: float,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """One query per row, [num_rows, num_heads, head_dim], over its paged context.
 
         key, value: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides;
         block_tables: [num_rows, width] int64; context_lens: [num_rows] int64
         """
-        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        if out is None:
+            out = torch.empty(query.shape, dtype=torch.bfloat16)
         call = DecodeStruct(
             query.data_ptr(),
             key.data_ptr(),

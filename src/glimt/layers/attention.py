@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glimt.devices.base import AttentionBatch, Device, KVCache
-from glimt.layers.linear import Linear
+from glimt.devices.base import Activation, AttentionBatch, Device, KVCache
+from glimt.layers.linear import Linear, mlp
 
 
 def cached_attention(
@@ -49,12 +49,16 @@ class TowerAttention(nn.Module):
         self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size, True, device, dtype)
         self.dense = Linear(shape.hidden_size, shape.hidden_size, True, device, dtype)
 
-    def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """[num_tokens, hidden_size]; picture s owns rows cu_seqlens[s] … cu_seqlens[s+1]-1."""
+    def forward(
+        self, x: Tensor, cu_seqlens: Sequence[int], residual: Tensor | None = None
+    ) -> Tensor:
+        """[num_tokens, hidden_size], plus the residual; picture s owns rows cu_seqlens[s] …
+        cu_seqlens[s+1]-1.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         scale = q.shape[-1] ** -0.5
         out = self.device.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale)
-        return self.dense(out.flatten(1))
+        return self.dense(out.flatten(1), residual=residual)
 
 
 class GeluMlp(nn.Module):
@@ -71,8 +75,10 @@ class GeluMlp(nn.Module):
         super().__init__()
         self.up = Linear(hidden_size, intermediate_size, True, device, dtype)
         self.down = Linear(intermediate_size, hidden_size, True, device, dtype)
-        self.act = device.gelu_tanh if tanh else device.gelu_erf
+        self.activation: Activation = "gelu_tanh" if tanh else "gelu_erf"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n, hidden_size]."""
-        return self.down(self.act(self.up(x)))
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, residual_scale: float = 1.0
+    ) -> Tensor:
+        """[n, hidden_size] -> [n, hidden_size], plus residual_scale * residual."""
+        return mlp(self.up, self.down, x, self.activation, residual, residual_scale)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glimt.devices.base import Device
-from glimt.quant.base import QuantisedWeight
+from glimt.devices.base import Activation, Device, LowBitWeight, MatrixWeight
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -15,26 +14,51 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b with W [out_features, in_features]."""
+    """y = x Wᵀ + b with W [out_features, in_features].
+
+    is_paired: "silu_mul" follows every product
+    The matrix is the parameter `weight` where the device multiplies with plain tensors. Else the
+    device's own form of it is held beside, and the parameter stays on the meta device.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: Device, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: Device,
+        dtype: torch.dtype,
+        is_paired: bool = False,
     ) -> None:
         super().__init__()
         self.device = device
+        self.is_paired = is_paired
         self.weight = empty_parameter(out_features, in_features, dtype=dtype)
         self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
-        self.quantised: QuantisedWeight | None = None
+        self.held: MatrixWeight | None = None
 
-    def set_weight(self, weight: QuantisedWeight) -> None:
-        """Take a quantised weight instead of the parameter, which stays on the meta device."""
-        self.quantised = weight
+    def set_weight(self, weight: Tensor | LowBitWeight) -> None:
+        """Take the matrix, plain or in few bits."""
+        held = self.device.prepare_weight(weight, self.weight.dtype, self.is_paired)
+        if isinstance(held, Tensor):
+            self.weight = _as_parameter(held)
+        else:
+            self.held = held
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, in_features] -> […, out_features]."""
-        if self.quantised is None:
-            return self.device.linear(x, self.weight, self.bias)
-        return self.device.linear(x, self.quantised.dequantise().to(x.dtype), self.bias)
+    @property
+    def matrix(self) -> MatrixWeight:
+        """The weight as the device wants it."""
+        return self.weight if self.held is None else self.held
+
+    def forward(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+    ) -> Tensor:
+        """[…, in_features] -> […, out_features]; see Device.linear."""
+        return self.device.linear(x, self.matrix, self.bias, activation, residual, residual_scale)
 
 
 class PatchLinear(nn.Module):
@@ -51,9 +75,40 @@ class PatchLinear(nn.Module):
         self.device = device
         self.weight = empty_parameter(out_channels, in_channels, kernel, kernel, dtype=dtype)
         self.bias = empty_parameter(out_channels, dtype=dtype)
+        self.held: MatrixWeight | None = None
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Take the kernel."""
+        held = self.device.prepare_weight(weight.flatten(1), self.weight.dtype)
+        if isinstance(held, Tensor):
+            self.weight = _as_parameter(weight)
+        else:
+            self.held = held
 
     def forward(self, patches: Tensor) -> Tensor:
         """[num_patches, in_channels * kernel**2], values in (channel, y, x) order -> [num_patches,
         out_channels].
         """
-        return self.device.linear(patches, self.weight.flatten(1), self.bias)
+        matrix = self.weight.flatten(1) if self.held is None else self.held
+        return self.device.linear(patches, matrix, self.bias)
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    """A parameter stays the same object, so that tied modules keep sharing it."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def mlp(
+    up: Linear,
+    down: Linear,
+    x: Tensor,
+    activation: Activation,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """Two linears with an activation between, as one call of their device."""
+    return up.device.mlp(
+        x, up.matrix, down.matrix, up.bias, down.bias, activation, residual, residual_scale
+    )

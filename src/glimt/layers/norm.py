@@ -19,9 +19,9 @@ class LayerNorm(nn.Module):
         self.weight = empty_parameter(size, dtype=dtype)
         self.bias = empty_parameter(size, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, size] -> […, size]."""
-        return self.device.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[…, size] -> […, size], plus the residual."""
+        return self.device.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class RMSNorm(nn.Module):

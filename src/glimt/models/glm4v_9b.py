@@ -19,7 +19,7 @@ from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.errors import ConfigError, RequestError
 from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
 from glimt.layers.embedding import Embedding, PatchEmbedding
-from glimt.layers.linear import Linear, PatchLinear, empty_parameter
+from glimt.layers.linear import Linear, PatchLinear, empty_parameter, mlp
 from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.models.base import (
@@ -346,8 +346,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        x = x + self.attention_norm(self.attention(x, cu_seqlens))
-        return x + self.mlp_norm(self.mlp(x))
+        x = self.attention_norm(self.attention(x, cu_seqlens), residual=x)
+        return self.mlp_norm(self.mlp(x), residual=x)
 
 
 class VisionTower(nn.Module):
@@ -420,12 +420,18 @@ class Attention(nn.Module):
         self.dense = Linear(heads * dim, size, config.linear_bias, context.device, context.dtype)
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        cache: KVCache,
+        residual: Tensor,
     ) -> Tensor:
-        """[num_tokens, hidden_size] -> the same; stores keys and values."""
+        """[num_tokens, hidden_size] -> the same, plus the residual; stores keys and values."""
         q, k, v = self.qkv(x).unflatten(-1, (sum(self.split), -1)).split(self.split, dim=1)
         q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
-        return self.dense(cached_attention(self.device, q, k, v, cache, batch))
+        out = cached_attention(self.device, q, k, v, cache, batch)
+        return self.dense(out, residual=residual)
 
 
 class Mlp(nn.Module):
@@ -433,15 +439,13 @@ class Mlp(nn.Module):
 
     def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
         super().__init__()
-        self.device = context.device
         size, inner, bias = config.hidden_size, config.ffn_hidden_size, config.linear_bias
-        self.gate_up = Linear(size, 2 * inner, bias, context.device, context.dtype)
+        self.gate_up = Linear(size, 2 * inner, bias, context.device, context.dtype, is_paired=True)
         self.down = Linear(inner, size, bias, context.device, context.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] -> the same."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.device.silu_mul(gate, up))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[num_tokens, hidden_size] -> the same, plus the residual."""
+        return mlp(self.gate_up, self.down, x, "silu_mul", residual)
 
 
 class Block(nn.Module):
@@ -459,8 +463,8 @@ class Block(nn.Module):
         self, h: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        h = h + self.attention(self.attention_norm(h), turn, batch, cache)
-        return h + self.mlp(self.mlp_norm(h))
+        h = self.attention(self.attention_norm(h), turn, batch, cache, residual=h)
+        return self.mlp(self.mlp_norm(h), residual=h)
 
 
 class Glm4vModel(Model):

@@ -400,8 +400,8 @@ class EvaBlock(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        x = x + self.attention(self.attention_norm(x), cu_seqlens)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(self.attention_norm(x), cu_seqlens, residual=x)
+        return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class EvaTower(nn.Module):
@@ -443,11 +443,11 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, states: Tensor, x_starts: Sequence[int], starts: Sequence[int]
     ) -> Tensor:
-        """[num_queries, hidden_size] over [num_states, vision_size] -> [num_queries, hidden]."""
+        """x + [num_queries, hidden_size] over [num_states, vision_size] -> as x."""
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
         k, v = self.kv(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         out = self.device.varlen_attention(q, k, v, x_starts, starts, q.shape[-1] ** -0.5)
-        return self.dense(out.flatten(1))
+        return self.dense(out.flatten(1), residual=x)
 
 
 class QformerBlock(nn.Module):
@@ -471,10 +471,10 @@ class QformerBlock(nn.Module):
     ) -> Tensor:
         """[num_queries, hidden_size] -> the same, not yet normalised."""
         a = self.input_norm(h)
-        b = self.attention_norm(a + self.attention(a, h_starts))
+        b = self.attention_norm(self.attention(a, h_starts, residual=a))
         if self.cross is not None and self.cross_norm is not None:
-            b = self.cross_norm(b + self.cross(b, states, h_starts, starts))
-        return b + self.mlp(b)
+            b = self.cross_norm(self.cross(b, states, h_starts, starts))
+        return self.mlp(b, residual=b)
 
 
 class Qformer(nn.Module):
@@ -515,12 +515,18 @@ class Attention(nn.Module):
         self.dense = Linear(size, size, True, context.device, context.dtype)
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        cache: KVCache,
+        residual_scale: float,
     ) -> Tensor:
-        """[num_tokens, hidden_size] -> the same; stores keys and values."""
+        """[num_tokens, hidden_size] -> the same, plus residual_scale * x; stores keys, values."""
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)
         q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
-        return self.dense(cached_attention(self.device, q, k, v, cache, batch))
+        out = cached_attention(self.device, q, k, v, cache, batch)
+        return self.dense(out, residual=x, residual_scale=residual_scale)
 
 
 class Block(nn.Module):
@@ -541,9 +547,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
         a = self.attention_norm(x)
-        h = a * self.alpha + self.attention(a, turn, batch, cache)
+        h = self.attention(a, turn, batch, cache, self.alpha)
         b = self.mlp_norm(h)
-        return b * self.alpha + self.mlp(b)
+        return self.mlp(b, b, self.alpha)
 
 
 class VisualGlmModel(Model):

@@ -30,9 +30,7 @@ class Batch:
     opened_blocks: tuple[int, ...]
 
 
-def flatten(
-    plan: StepPlan, block_size: int, dtype: torch.dtype, torch_device: torch.device
-) -> Batch:
+def flatten(plan: StepPlan, block_size: int, torch_device: torch.device) -> Batch:
     """Lay the rows end to end; rows that decode come first in the plan already."""
     starts = [0, *accumulate(len(row.token_ids) for row in plan.rows)]
     ids = [token for row in plan.rows for token in row.token_ids]
@@ -42,7 +40,7 @@ def flatten(
         token_ids=torch.tensor(ids, device=torch_device),
         positions=torch.from_numpy(positions).to(torch_device),
         sampled=torch.tensor(ends, dtype=torch.int64, device=torch_device),
-        attention=_attention(plan.rows, starts, block_size, dtype, torch_device),
+        attention=_attention(plan.rows, starts, block_size, torch_device),
         opened_blocks=tuple(_opened_blocks(plan.rows, block_size)),
     )
 
@@ -59,26 +57,19 @@ def _attention(
     rows: Sequence[StepRow],
     starts: Sequence[int],
     block_size: int,
-    dtype: torch.dtype,
     torch_device: torch.device,
 ) -> AttentionBatch:
     num_decodes = sum(row.is_decode for row in rows)
     contexts = tuple(row.start + len(row.token_ids) for row in rows)
     tables = _padded_tables(rows, contexts, block_size)
-    decode_mask = None
-    if num_decodes:
-        width = max(-(-context // block_size) for context in contexts[:num_decodes]) * block_size
-        decode_mask = _decode_mask(contexts[:num_decodes], width, dtype).to(torch_device)
     return AttentionBatch(
         num_decodes=num_decodes,
         query_starts=tuple(starts),
         context_lens=contexts,
+        num_shared=tuple(row.bidirectional_len for row in rows),
         slots=torch.from_numpy(_slots(rows, block_size)).to(torch_device),
         block_tables=torch.from_numpy(tables).to(torch_device),
-        decode_mask=decode_mask,
-        prefill_masks=tuple(
-            _on(_prefill_mask(row, dtype), torch_device) for row in rows[num_decodes:]
-        ),
+        decode_lens=torch.tensor(contexts[:num_decodes], dtype=torch.int64, device=torch_device),
     )
 
 
@@ -104,30 +95,3 @@ def _slots(rows: Sequence[StepRow], block_size: int) -> np.ndarray:
         blocks = np.array(row.block_table, dtype=np.int64)[index // block_size]
         parts.append(blocks * block_size + index % block_size)
     return np.concatenate(parts)
-
-
-def _decode_mask(contexts: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
-    """[num_decodes, 1, 1, width]: 0 up to each row's context, -inf beyond."""
-    beyond = torch.arange(width) >= torch.tensor(contexts)[:, None]
-    return _additive(beyond, dtype)[:, None, None, :]
-
-
-def _prefill_mask(row: StepRow, dtype: torch.dtype) -> Tensor | None:
-    """[chunk, context]: query i sees key j if j <= i or j < bidirectional_len.
-
-    None when that is plain causal attention from the first token on.
-    """
-    if row.start == 0 and row.bidirectional_len == 0:
-        return None
-    context = row.start + len(row.token_ids)
-    queries = torch.arange(row.start, context)[:, None]
-    keys = torch.arange(context)[None, :]
-    return _additive((keys > queries) & (keys >= row.bidirectional_len), dtype)
-
-
-def _additive(is_hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(is_hidden.shape, dtype=dtype).masked_fill_(is_hidden, float("-inf"))
-
-
-def _on(mask: Tensor | None, torch_device: torch.device) -> Tensor | None:
-    return None if mask is None else mask.to(torch_device)

@@ -61,7 +61,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute a step's tokens. Returns the logits of its sampled rows, in order."""
         block_size = self.caches[0].block_size
-        batch = flatten(plan, block_size, self.dtype, self.device.torch_device)
+        batch = flatten(plan, block_size, self.device.torch_device)
         # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
         clear_blocks(self.caches, batch.opened_blocks)
         pictures, image_s = self._pictures(plan)

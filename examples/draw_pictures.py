@@ -83,8 +83,8 @@ SCENES: Mapping[str, Scene] = {
         "gray",
         (
             Object("circle", "yellow", False, 0.2, 0.3, SMALL, 0),
-            Object("square", "black", True, 0.5, 0.66, LARGE, 0),
-            Object("circle", "yellow", True, 0.78, 0.32, LARGE, 0),
+            Object("square", "black", True, 0.5, 0.72, LARGE, 0),
+            Object("circle", "yellow", True, 0.78, 0.26, LARGE, 0),
             Object("triangle", "red", False, 0.16, 0.76, SMALL, 0),
         ),
     ),

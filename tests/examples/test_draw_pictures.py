@@ -68,7 +68,7 @@ def taught(scene: Scene, language: Language) -> set[tuple[str, str]]:
     rng = random.Random(0)
     return {
         (exchange.question, exchange.answer)
-        for _ in range(300)
+        for _ in range(2000)
         for exchange in ask(scene, rng, language, 6, tuple(KINDS), 0)
     }
 

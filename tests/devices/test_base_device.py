@@ -136,7 +136,7 @@ class Step:
     def run(self, device: Device) -> Tensor:
         """Write, then attend, on a device. Returns the result on the CPU."""
         at = device.torch_device
-        batch = flatten(StepPlan(tuple(self.rows)), BLOCK_SIZE, self.query.dtype, at).attention
+        batch = flatten(StepPlan(tuple(self.rows)), BLOCK_SIZE, at).attention
         cache = KVCache(self.cache.key.to(at, copy=True), self.cache.value.to(at, copy=True))
         query, key, value = self.query.to(at), self.key.to(at), self.value.to(at)
         device.write_kv(key, value, cache, batch.slots)

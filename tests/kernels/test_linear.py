@@ -192,7 +192,8 @@ def test_layout_is_the_one_described(native: Native, variant: Variant, n: int, k
     """Catches a packing that disagrees with layout.h, which kernels of all sets are written to."""
     plain = make_plain(variant, n, k)
     packed = pack(native, variant, plain)
-    assert packed.data.data_ptr() % 64 == 0 and packed.nbytes % 64 == 0
+    assert packed.data.data_ptr() % 64 == 0
+    assert packed.nbytes % 64 == 0
     np.testing.assert_allclose(
         unpacked(packed, variant.group), plain.dequantised.numpy(), rtol=1e-12, atol=1e-12
     )

@@ -45,8 +45,8 @@ def make_row(
     )
 
 
-def flat(*rows: StepRow, block_size: int = 4, dtype: torch.dtype = torch.float32) -> Batch:
-    return flatten(StepPlan(rows), block_size, dtype, CPU)
+def flat(*rows: StepRow, block_size: int = 4) -> Batch:
+    return flatten(StepPlan(rows), block_size, CPU)
 
 
 def naive_view(row: StepRow, block_size: int) -> list[list[int]]:
@@ -67,11 +67,11 @@ def batch_view(batch: Batch, block_size: int) -> list[list[int]]:
         slots = [block * block_size + offset for block in table for offset in range(block_size)]
         start, stop = attention.query_starts[row : row + 2]
         if row < attention.num_decodes:
-            shown = attention.decode_mask[row, 0, 0] == 0
+            shown = attention.decode_mask(block_size, torch.float32)[row, 0, 0] == 0
             slots = slots[: len(shown)]
             views.append([s for s, is_shown in zip(slots, shown, strict=True) if is_shown])
             continue
-        mask = attention.prefill_masks[row - attention.num_decodes]
+        mask = attention.prefill_mask(row, torch.float32)
         if mask is None:
             assert context == stop - start
             own = attention.slots[start:stop].tolist()
@@ -106,12 +106,14 @@ def test_a_mixed_step_by_hand():
     assert attention.context_lens == (3, 9, 3, 7)
     assert attention.slots.tolist() == [30, 12, 16, 17, 18, 25, 26]
     assert attention.block_tables.tolist() == [[7, 7, 7], [1, 2, 3], [4, 4, 4], [5, 6, 5]]
-    assert attention.decode_mask.tolist() == [
+    assert attention.decode_lens.tolist() == [3, 9]
+    assert attention.num_shared == (0, 0, 0, 0)
+    assert attention.decode_mask(4, torch.float32).tolist() == [
         [[[0, 0, 0] + [-INF] * 9]],
         [[[0] * 9 + [-INF] * 3]],
     ]
-    whole, rest = attention.prefill_masks
-    assert whole is None
+    assert attention.prefill_mask(2, torch.float32) is None
+    rest = attention.prefill_mask(3, torch.float32)
     assert rest.tolist() == [[0, 0, 0, 0, 0, 0, -INF], [0, 0, 0, 0, 0, 0, 0]]
 
 
@@ -121,22 +123,24 @@ def test_a_bidirectional_prompt_by_hand():
     Source of the rule: query i sees key j if j < c or j <= i (specs/visualglm-6b.md, 1.5).
     """
     batch = flat(make_row(0, 4, (0,), bidirectional_len=3))
-    (mask,) = batch.attention.prefill_masks
+    assert batch.attention.num_shared == (3,)
+    mask = batch.attention.prefill_mask(0, torch.float32)
     assert mask.tolist() == [[0, 0, 0, -INF]] * 3 + [[0, 0, 0, 0]]
 
 
-def test_a_step_without_decodes_has_no_decode_mask():
-    """Would catch a mask over no rows."""
+def test_a_step_without_decodes_has_no_lengths_of_decodes():
+    """Would catch a prefill's context among the decodes'."""
     batch = flat(make_row(0, 3, (0,)))
     assert batch.attention.num_decodes == 0
-    assert batch.attention.decode_mask is None
+    assert batch.attention.decode_lens.tolist() == []
+    assert batch.attention.decode_lens.dtype == torch.int64
 
 
 def test_a_first_token_alone_is_a_prefill():
     """Would catch a one-token prompt run as a decode."""
     batch = flat(make_row(0, 1, (3,)))
     assert batch.attention.num_decodes == 0
-    assert batch.attention.prefill_masks == (None,)
+    assert batch.attention.prefill_mask(0, torch.float32) is None
 
 
 def test_a_step_that_samples_nothing_has_no_sampled_rows():
@@ -167,16 +171,23 @@ def test_padding_shows_only_the_rows_own_blocks():
 def test_the_decode_mask_is_no_wider_than_the_decodes_need():
     """Would catch every decode reading as much cache as the longest prompt beside it."""
     batch = flat(make_row(2, 1, (0,)), make_row(6, 1, (1, 2)), make_row(0, 20, (3, 4, 5, 6, 7)))
-    assert batch.attention.decode_mask.shape == (2, 1, 1, 8)
+    assert batch.attention.decode_mask(4, torch.float32).shape == (2, 1, 1, 8)
     assert batch.attention.block_tables.shape == (3, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_masks_have_the_models_dtype(dtype):
     """Would catch a float32 mask, which fused attention refuses beside 16-bit queries."""
-    batch = flat(make_row(2, 1, (0,)), make_row(2, 3, (1, 2)), dtype=dtype)
-    assert batch.attention.decode_mask.dtype == dtype
-    assert batch.attention.prefill_masks[0].dtype == dtype
+    batch = flat(make_row(2, 1, (0,)), make_row(2, 3, (1, 2)))
+    assert batch.attention.decode_mask(4, dtype).dtype == dtype
+    assert batch.attention.prefill_mask(1, dtype).dtype == dtype
+
+
+def test_masks_are_made_once_for_all_layers():
+    """Would catch a mask made anew in every layer."""
+    attention = flat(make_row(2, 1, (0,)), make_row(2, 3, (1, 2))).attention
+    assert attention.decode_mask(4, torch.float32) is attention.decode_mask(4, torch.float32)
+    assert attention.prefill_mask(1, torch.float32) is attention.prefill_mask(1, torch.float32)
 
 
 def test_a_block_is_opened_once_by_the_row_that_ends_in_it():
@@ -227,7 +238,7 @@ def plans(draw) -> tuple[StepPlan, int]:
 def test_every_token_sees_exactly_what_it_may(planned):
     """Would catch a token that sees the future, misses its past, or reads another's cache."""
     plan, block_size = planned
-    batch = flatten(plan, block_size, torch.float32, CPU)
+    batch = flatten(plan, block_size, CPU)
     expected = [view for row in plan.rows for view in naive_view(row, block_size)]
     assert batch_view(batch, block_size) == expected
     # A token's own slot is the one at its own index of its own view.

@@ -7,6 +7,7 @@ ends nothing else. Ragged sizes; every result is held against torch in float32.
 from __future__ import annotations
 
 import sys
+
 import torch
 from torch import Tensor
 

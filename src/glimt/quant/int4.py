@@ -4,9 +4,10 @@ Symmetric: w = (q - 8) * scale. Eight steps on one side and seven on the other, 
 scale says which: the side of the group's largest magnitude has eight.
 Asymmetric: w = q * scale + offset.
 
-No data is needed. Around the scale that just holds the largest weight, others are tried too, and of each the least-squares scale for the steps it gives; the one with the smallest squared
-error over the group is kept. Scales and offsets are rounded to bfloat16 before the last
-rounding of the weights, which therefore takes that error in: files and kernels may hold 16 bits.
+No data is needed. Around the scale that just holds the largest weight, others are tried too, and
+of each the least-squares scale for the steps it gives; the one with the smallest squared error
+over the group is kept. Scales and offsets are rounded to bfloat16 before the last rounding of the
+weights, which therefore takes that error in: files and kernels may hold 16 bits.
 
 Activations are rounded to int8 over the same groups, which costs nothing that shows beside the
 weights' four bits and keeps the product in integers; int4-a16 leaves them as they are.

@@ -28,7 +28,7 @@ from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape, TensorInfo, open_
 from glimt.errors import CheckpointError
 from glimt.layers.linear import Linear, PatchLinear
 from glimt.models.base import Model, Weight, WeightTable, either
-from glimt.quant.base import QuantFormat, QuantisedWeight
+from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised
 
 Formats = Mapping[str, QuantFormat]  # by parameter name
 
@@ -321,7 +321,7 @@ def _place(tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
 
 def _place_quantised(weight: QuantisedWeight, places: Sequence[tuple[nn.Module, str]]) -> None:
     for module, attribute in places:
-        assert isinstance(module, Linear), "the plan names the weights of linears only"
+        assert isinstance(module, TakesQuantised), "the plan names the weights of linears only"
         expected = getattr(module, attribute).shape
         assert (weight.n, weight.k) == expected, f"[{weight.n}, {weight.k}], not {expected}"
         module.set_weight(weight)

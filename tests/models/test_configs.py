@@ -185,7 +185,7 @@ def test_an_absent_rope_ratio_is_one() -> None:
         ("glm4v_9b", {"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
         ("glm4v_9b", {"eos_token_id": ["x", None]}, "eos_token_id is ['x', None]"),
         ("glm4v_9b", {"eos_token_id": True}, "eos_token_id is True"),
-        ("visualglm", {"quantization_bit": 4}, "quantization_bit is 4; only 0 is supported"),
+        ("visualglm", {"quantization_bit": 2}, "quantization_bit is 2; 0, 4 or 8 is needed"),
         ("visualglm", {"image_length": 16}, "image_length is 16, but qformer_config.vocab_size"),
         ("visualglm", {"position_encoding_2d": False}, "position_encoding_2d is False"),
     ],

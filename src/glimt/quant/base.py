@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -88,6 +88,14 @@ class QuantisedWeight:
         steps = unpack_nibbles(self.values).float().view(self.n, -1, self.group)
         whole = steps * self.scales[..., None] + self.offsets[..., None]
         return whole.flatten(1)[:, : self.k]
+
+
+@runtime_checkable
+class TakesQuantised(Protocol):
+    """A module whose `weight` may be a quantised one instead."""
+
+    def set_weight(self, weight: QuantisedWeight) -> None:
+        """Use this weight from now on."""
 
 
 def padded(k: int, group: int) -> int:

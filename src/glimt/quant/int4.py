@@ -4,10 +4,13 @@ Symmetric: w = (q - 8) * scale. Eight steps on one side and seven on the other, 
 scale says which: the side of the group's largest magnitude has eight.
 Asymmetric: w = q * scale + offset.
 
-No data is needed. Around the scale that just holds the largest weight, smaller ones are tried
-too, and of each the least-squares scale for the steps it gives; the one with the smallest squared
-error over the group is kept. Scales and offsets are rounded to bfloat16 before the last
-rounding of the weights, which therefore takes that error in: files and kernels may hold 16 bits.
+No data is needed. Around the scale that just holds the largest weight, others are tried too, and
+of each the least-squares scale for the steps it gives; the one with the smallest squared error
+over the group is kept. Scales and offsets are rounded to bfloat16 before the last rounding of the
+weights, which therefore takes that error in: files and kernels may hold 16 bits.
+
+Activations are rounded to int8 over the same groups, which costs nothing that shows beside the
+weights' four bits and keeps the product in integers; int4-a16 leaves them as they are.
 """
 
 from __future__ import annotations
@@ -30,19 +33,24 @@ from glimt.quant.base import (
 
 STEPS = 15  # the largest nibble
 MIDDLE = 8  # the nibble that stands for 0
-_TRIED = tuple(1.0 - 0.05 * i for i in range(8))  # shares of the widest scale
+_TRIED = tuple(1.1 - 0.06 * i for i in range(8))  # shares of the scale that just holds all
 
 
 class Int4(QuantFormat):
     """Nibbles with a scale, and perhaps an offset, per group."""
 
     def __init__(
-        self, name: str, group: int, has_offsets: bool = False, quantises_x: bool = False
+        self, name: str, group: int, has_offsets: bool = False, quantises_x: bool = True
     ) -> None:
         self.name = name
         self.group = group
         self.has_offsets = has_offsets
         self.quantises_x = quantises_x
+
+    @property
+    def head(self) -> str:
+        """int8: four bits there cost as much again as all the blocks' do."""
+        return "int8"
 
     def quantise(self, weight: Tensor) -> QuantisedWeight:
         """[n, k] of any float dtype."""
@@ -154,8 +162,12 @@ def _bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-FORMATS = tuple(
-    Int4(f"{stem}{ending}", group, has_offsets)
-    for stem, has_offsets in (("int4", False), ("int4-asym", True))
-    for ending, group in (("", 64), ("-g32", 32), ("-g128", 128))
+FORMATS = (
+    Int4("int4", 64),
+    Int4("int4-g32", 32),
+    Int4("int4-g128", 128),
+    Int4("int4-asym", 64, has_offsets=True),
+    Int4("int4-asym-g32", 32, has_offsets=True),
+    Int4("int4-asym-g128", 128, has_offsets=True),
+    Int4("int4-a16", 64, quantises_x=False),
 )

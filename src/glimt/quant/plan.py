@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from glimt.errors import ConfigError
-from glimt.layers.linear import Linear
-from glimt.quant.base import NONE, QuantFormat, all_formats, find_format
+from glimt.quant.base import NONE, QuantFormat, TakesQuantised, all_formats, find_format
 
 AUTO = "auto"  # the head: what suits the blocks' format
 CONFIG_KEY = "glimt_quantization"  # of config.json
@@ -75,12 +74,12 @@ def _linear_weights(model: nn.Module) -> list[str]:
     elsewhere = {
         id(parameter)
         for name, parameter in parameters.items()
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), Linear)
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), TakesQuantised)
     }
     return [
         name
         for name, parameter in model.named_parameters()
-        if name.endswith(".weight") and id(parameter) not in elsewhere
+        if name.endswith(".weight") and parameter.ndim == 2 and id(parameter) not in elsewhere
     ]
 
 

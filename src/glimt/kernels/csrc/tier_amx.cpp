@@ -7,8 +7,8 @@ namespace {
 #if defined(__x86_64__)
 constexpr Kernels kKernels = {
     "amx",
-    linear_avx512,  // linear
-    mlp_avx512,  // mlp
+    linear_amx,  // linear
+    mlp_amx,  // mlp
     nullptr,  // attention
     nullptr,  // decode
     nullptr,  // norm

@@ -161,31 +161,36 @@ void widen_int8(const uint8_t* block, int64_t first, int64_t last, uint8_t* out)
 }
 
 // int4 is rounded once: group scale and offset are applied, the power of two comes at the end.
+inline void widen_nibbles(__m512i v, __m512 scale, __m512 offset, uint8_t* out) {
+    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 w[8];
+    for (int i = 0; i < 8; ++i) {
+        const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
+        const __m512 q = _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), numbers);
+        w[i] = _mm512_fmadd_ps(q, scale, offset);
+    }
+    for (int i = 0; i < 4; ++i)
+        _mm512_store_si512(out + 64 * i, pairs_of(w[2 * i], w[2 * i + 1]));
+}
+
+inline __m512 half_at(const uint8_t* at) {
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
 void widen_int4(const Product& p, const uint8_t* block, int64_t first, int64_t last,
                 uint8_t* out) {
-    const int group_lines = p.call->weight->group / 8;
+    const int64_t group_lines = p.call->weight->group / 8;
     const int64_t group_bytes = p.header->has_offsets ? 64 : 32;
     const uint8_t* nibbles = block + p.header->nibbles_offset;
-    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 scale = _mm512_setzero_ps(), offset = scale;
-    for (int64_t line = first * 4; line < last * 4; ++line, out += 256) {
-        if (line % group_lines == 0 || line == first * 4) {
-            const uint8_t* at = block + line / group_lines * group_bytes;
-            scale = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
-            offset = group_bytes == 64
-                         ? _mm512_cvtph_ps(
-                               _mm256_load_si256(reinterpret_cast<const __m256i*>(at + 32)))
-                         : _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
-        }
-        const __m512i v = _mm512_load_si512(nibbles + line * 64);
-        __m512 w[8];
-        for (int i = 0; i < 8; ++i) {
-            const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
-            const __m512 q = _mm512_permutexvar_ps(_mm512_srli_epi32(v, shift), numbers);
-            w[i] = _mm512_fmadd_ps(q, scale, offset);
-        }
-        for (int i = 0; i < 4; ++i)
-            _mm512_store_si512(out + 64 * i, pairs_of(w[2 * i], w[2 * i + 1]));
+    const uint8_t* scales = block + first * 4 / group_lines * group_bytes;
+    for (int64_t line = first * 4; line < last * 4; scales += group_bytes) {
+        const __m512 scale = half_at(scales);
+        const __m512 offset = p.header->has_offsets
+                                  ? half_at(scales + 32)
+                                  : _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
+        const int64_t end = std::min(line + group_lines, last * 4);
+        for (; line < end; ++line, out += 256)
+            widen_nibbles(_mm512_load_si512(nibbles + line * 64), scale, offset, out);
     }
 }
 
@@ -411,7 +416,7 @@ class ManyRows {
         wanted_.end = wanted_.at + run * kTile;
         second_ = wanted_.at + block_stride();
         second_end_ = second_ + run * kTile;
-        wanted_.lines = (32 + num_pairs - 1) / num_pairs;
+    wanted_.lines = (32 + num_pairs - 1) / num_pairs;
     }
     void run_tiles(int64_t panel, int64_t pair, int64_t k, int64_t run, int64_t at) {
         const Operands operands{p_.rows + (pair * 2 * p_.num_k + k) * kTile, p_.num_k * kTile,
@@ -652,9 +657,11 @@ bool can_stream(const LinearCall& call) {
     return call.m * call.out_stride > (2 << 20) && at % 64 == 0 && call.out_stride % 32 == 0;
 }
 
-// Below this many rows the vectors are as fast.
+// Up to this many rows the vectors are as fast. int4 tiles must be widened, which takes longer than
+// four groups of rows take with the dot product of bytes.
 int64_t rows_for_vectors(const Weight& weight) {
-    return weight.format == kBf16 || !weight.quantises_x ? 4 : 8;
+    if (weight.format == kInt4 && weight.quantises_x) return 32;
+    return weight.quantises_x ? 8 : 4;
 }
 
 }  // namespace

@@ -367,6 +367,20 @@ def test_long_rows_of_int8_do_not_overflow(native: Native) -> None:
         )
 
 
+@pytest.mark.parametrize("variant", VARIANTS[:4] + VARIANTS[-2:-1], ids=str)
+@pytest.mark.parametrize("m", [40, 400])
+def test_matrices_larger_than_a_block(native: Native, variant: Variant, m: int) -> None:
+    """Catches sums that are lost between runs of k, and seams between blocks of rows and columns."""
+    n, k = 720, 4200
+    plain = make_plain(variant, n, k)
+    x, residual = make_x(m, k), make_x(m, n, 3)
+    seen = rounded(x, variant)
+    expected = seen @ plain.dequantised.T + residual.double()
+    bound = allowed(seen, plain.dequantised, expected, variant)
+    packed = pack(native, variant, plain)
+    check(native.linear(x, packed, residual=residual), expected, bound)
+
+
 # --- mlp ---
 
 

@@ -42,7 +42,9 @@ inline void configure_tiles(const TileConfig& config) {
 // Between vector stores and tile loads of the same memory, which the compiler does not see.
 inline void memory_is_written() { __asm__ volatile("" : : : "memory"); }
 
-inline void fetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+inline void fetch(const uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+}
 inline void fetch_l2(const uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
 }
@@ -57,23 +59,46 @@ struct Product {
     int64_t num_k;       // tiles over k
     int64_t num_row_tiles;  // of 16 rows; even where rows are many
     int64_t num_panels;  // of 32 columns
-    uint8_t* rows;       // x: [num_row_tiles][num_k] tiles
+    int64_t run;         // tiles of k that are multiplied at a time
+    uint8_t* rows;       // x: [num_k / run, up][num_row_tiles][run] tiles
     float* row_scales;   // is_int8: [num_row_tiles * 16]
 };
 
 // --- x into tiles ---
 
-// Where 64 bytes of a row go: tile t of the row.
-inline uint8_t* tile_row(const Product& p, int64_t row, int64_t t) {
-    return p.rows + ((row / 16 * p.num_k + t) * 16 + row % 16) * 64;
-}
+// Where 64 bytes of a row go, tile after tile. A run of all rows lies together: were rows a power
+// of two apart, a run's tiles would share a few sets of the second-level cache.
+class RowOfTiles {
+  public:
+    RowOfTiles(const Product& p, int64_t row)
+        : at_(p.rows + (row / 16 * p.run * 16 + row % 16) * 64),
+          run_(p.run),
+          left_(p.run),
+          to_next_run_((p.num_row_tiles - 1) * p.run * kTile) {}
+    uint8_t* next() {
+        uint8_t* at = at_;
+        at_ += kTile;
+        if (--left_ == 0) {
+            left_ = run_;
+            at_ += to_next_run_;
+        }
+        return at;
+    }
+
+  private:
+    uint8_t* at_;
+    const int64_t run_;
+    int64_t left_;
+    const int64_t to_next_run_;
+};
 
 void pack_bf16_row(const Product& p, int64_t row, const uint16_t* x) {
     const int64_t k = p.call->weight->k;
+    RowOfTiles tiles(p, row);
     for (int64_t t = 0; t < p.num_k; ++t) {
         const int64_t left = k - t * 32;
         const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-        _mm512_store_si512(tile_row(p, row, t), _mm512_maskz_loadu_epi16(lanes, x + t * 32));
+        _mm512_store_si512(tiles.next(), _mm512_maskz_loadu_epi16(lanes, x + t * 32));
     }
 }
 
@@ -85,6 +110,7 @@ inline __m512 rounded(__m512 value, __m512 factor) {
 // kInt4 with rounded x: rounded by groups, and then taken as bfloat16.
 void pack_rounded_row(const Product& p, int64_t row, const uint16_t* x) {
     const int64_t k = p.call->weight->k, group = p.call->weight->group;
+    RowOfTiles tiles(p, row);
     for (int64_t begin = 0; begin < p.num_k * 32; begin += group) {
         const int64_t count = std::clamp(k - begin, int64_t(0), group);
         const float largest = count ? largest_of(x + begin, count) : 0.0f;
@@ -97,8 +123,7 @@ void pack_rounded_row(const Product& p, int64_t row, const uint16_t* x) {
                 const __m512 value = load_bf16(x + begin + at, first_lanes(count - at));
                 half[h] = _mm512_mul_ps(rounded(value, factor), scale);
             }
-            _mm512_store_si512(tile_row(p, row, (begin + i) / 32),
-                               (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
+            _mm512_store_si512(tiles.next(), (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
         }
     }
 }
@@ -108,21 +133,24 @@ void pack_int8_row(const Product& p, int64_t row, const uint16_t* x) {
     const float largest = largest_of(x, k);
     p.row_scales[row] = largest / 127.0f;
     const __m512 factor = _mm512_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
-    for (int64_t t = 0; t < p.num_k; ++t)
+    RowOfTiles tiles(p, row);
+    for (int64_t t = 0; t < p.num_k; ++t) {
+        uint8_t* to = tiles.next();
         for (int i = 0; i < 64; i += 16) {
             const int64_t at = t * 64 + i;
             const __m512 value = load_bf16(x + at, first_lanes(k - at));
             const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
-            _mm_store_si128(reinterpret_cast<__m128i*>(tile_row(p, row, t) + i),
-                            _mm512_cvtsepi32_epi8(q));
+            _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(q));
         }
+    }
 }
 
 void pack_row(const Product& p, int64_t row) {
     const Weight& weight = *p.call->weight;
     if (row >= p.call->m) {
+        RowOfTiles tiles(p, row);
         for (int64_t t = 0; t < p.num_k; ++t)
-            _mm512_store_si512(tile_row(p, row, t), _mm512_setzero_si512());
+            _mm512_store_si512(tiles.next(), _mm512_setzero_si512());
         if (p.is_int8) p.row_scales[row] = 0;
         return;
     }
@@ -205,7 +233,8 @@ void widen(const Product& p, int64_t block, int64_t first, int64_t last, uint8_t
 
 class Results {
   public:
-    Results(const Product& p, bool is_streamed) : p_(p), call_(*p.call), is_streamed_(is_streamed) {
+    Results(const Product& p, bool is_streamed)
+        : p_(p), call_(*p.call), is_streamed_(is_streamed) {
         is_joined_ = !call_.weight->is_paired && call_.activation != kSiluMul;
     }
     // Begins with the results of 32 rows and a panel. tiles: row tile 0 of both blocks, then 1.
@@ -299,14 +328,12 @@ struct Cut {
     int64_t run;        // tiles of k in a run
 };
 
-template <bool kIsInt8>
-inline void multiply_tiles_00() { if constexpr (kIsInt8) _tile_dpbssd(0, 6, 4); else _tile_dpbf16ps(0, 6, 4); }
-template <bool kIsInt8>
-inline void multiply_tiles_01() { if constexpr (kIsInt8) _tile_dpbssd(1, 6, 5); else _tile_dpbf16ps(1, 6, 5); }
-template <bool kIsInt8>
-inline void multiply_tiles_10() { if constexpr (kIsInt8) _tile_dpbssd(2, 7, 4); else _tile_dpbf16ps(2, 7, 4); }
-template <bool kIsInt8>
-inline void multiply_tiles_11() { if constexpr (kIsInt8) _tile_dpbssd(3, 7, 5); else _tile_dpbf16ps(3, 7, 5); }
+// sums += a * b; the numbers of tiles are part of the instruction.
+#define MULTIPLY_TILES(sums, a, b)                              \
+    do {                                                        \
+        if constexpr (kIsInt8) _tile_dpbssd(sums, a, b);        \
+        else _tile_dpbf16ps(sums, a, b);                        \
+    } while (0)
 
 // Lines that are fetched into the second-level cache while others are multiplied.
 struct Wanted {
@@ -331,13 +358,13 @@ inline void multiply_run(const Operands& o, int64_t run, Results& results, Wante
     for (int64_t t = 0; t < run; ++t) {
         _tile_loadd(4, b0 + t * kTile, 64);
         _tile_loadd(6, a0 + t * kTile, 64);
-        multiply_tiles_00<kIsInt8>();
+        MULTIPLY_TILES(0, 6, 4);
         _tile_loadd(5, b1 + t * kTile, 64);
-        multiply_tiles_01<kIsInt8>();
+        MULTIPLY_TILES(1, 6, 5);
         _tile_loadd(7, a1 + t * kTile, 64);
-        multiply_tiles_10<kIsInt8>();
+        MULTIPLY_TILES(2, 7, 4);
         wanted.step();
-        multiply_tiles_11<kIsInt8>();
+        MULTIPLY_TILES(3, 7, 5);
         if (!results.is_done()) results.step();
     }
 }
@@ -419,8 +446,8 @@ class ManyRows {
     wanted_.lines = (32 + num_pairs - 1) / num_pairs;
     }
     void run_tiles(int64_t panel, int64_t pair, int64_t k, int64_t run, int64_t at) {
-        const Operands operands{p_.rows + (pair * 2 * p_.num_k + k) * kTile, p_.num_k * kTile,
-                                panel_at(panel) + k * kTile, block_stride()};
+        const Operands operands{p_.rows + (k * p_.num_row_tiles + pair * 2 * p_.run) * kTile,
+                                p_.run * kTile, panel_at(panel) + k * kTile, block_stride()};
         const bool is_last = k + run == p_.num_k;
         // Finished sums go through one of two buffers: the other is being worked off.
         uint8_t* sums = cut_.run >= p_.num_k ? sums_ + (turn_ ^= 1) * 4 * kTile
@@ -523,33 +550,31 @@ class FewRows {
         } else if (p_.num_row_tiles == 1) {
             p_.is_int8 ? one_by_two<true>(a, b, stride) : one_by_two<false>(a, b, stride);
         } else {
-            one_by_two_any(a, b, stride);
-            const uint8_t* second = a + p_.num_k * kTile;
-            _tile_loadd(7, second, 64);
-            if (p_.is_int8) { multiply_tiles_10<true>(); multiply_tiles_11<true>(); }
-            else { multiply_tiles_10<false>(); multiply_tiles_11<false>(); }
+            p_.is_int8 ? two_by_two<true>(a, b, stride) : two_by_two<false>(a, b, stride);
         }
-    }
-    void one_by_two_any(const uint8_t* a, const uint8_t* b, int64_t stride) {
-        p_.is_int8 ? one_by_two<true>(a, b, stride) : one_by_two<false>(a, b, stride);
     }
     template <bool kIsInt8>
     void one_by_two(const uint8_t* a, const uint8_t* b, int64_t stride) {
         _tile_loadd(6, a, 64);
         _tile_loadd(4, b, 64);
-        multiply_tiles_00<kIsInt8>();
+        MULTIPLY_TILES(0, 6, 4);
         _tile_loadd(5, b + stride, 64);
-        multiply_tiles_01<kIsInt8>();
+        MULTIPLY_TILES(1, 6, 5);
+    }
+    template <bool kIsInt8>
+    void two_by_two(const uint8_t* a, const uint8_t* b, int64_t stride) {
+        one_by_two<kIsInt8>(a, b, stride);
+        _tile_loadd(7, a + p_.num_k * kTile, 64);
+        MULTIPLY_TILES(2, 7, 4);
+        MULTIPLY_TILES(3, 7, 5);
     }
     template <bool kIsInt8>
     void one_by_four(const uint8_t* a, const uint8_t* b, int64_t stride) {
         one_by_two<kIsInt8>(a, b, stride);
         _tile_loadd(4, b + 2 * stride, 64);
-        if constexpr (kIsInt8) _tile_dpbssd(2, 6, 4);
-        else _tile_dpbf16ps(2, 6, 4);
+        MULTIPLY_TILES(2, 6, 4);
         _tile_loadd(5, b + 3 * stride, 64);
-        if constexpr (kIsInt8) _tile_dpbssd(3, 6, 5);
-        else _tile_dpbf16ps(3, 6, 5);
+        MULTIPLY_TILES(3, 6, 5);
     }
     // With one row tile, tiles 2 and 3 are the next panel's; its unused rows are never looked at.
     template <int NB>
@@ -575,7 +600,7 @@ struct Work {
     Product product;
     Cut cut;
     int workers_over_rows;  // the others share the columns
-    bool is_streamed, is_packed;
+    bool is_streamed;
     uint8_t* sums;          // of all workers
     uint8_t* wide;
     int64_t sums_bytes, wide_bytes;  // of each
@@ -595,12 +620,10 @@ void work_part(void* context, int worker, int num_workers) {
     const FlushDenormals flush;
     const Work& work = *static_cast<const Work*>(context);
     const Product& p = work.product;
-    if (!work.is_packed) {
-        int64_t begin, end;
-        part_of(p.num_row_tiles * 16, worker, num_workers, &begin, &end);
-        for (int64_t row = begin; row < end; ++row) pack_row(p, row);
-        wait_for_all();
-    }
+    int64_t row, last;
+    part_of(p.num_row_tiles * 16, worker, num_workers, &row, &last);
+    for (; row < last; ++row) pack_row(p, row);
+    wait_for_all();
     memory_is_written();
     static const TileConfig kConfig;
     configure_tiles(kConfig);
@@ -679,13 +702,14 @@ void linear_amx(const LinearCall& call) {
     p.num_k = p.header->k_padded / (p.is_int8 ? 64 : 32);
     p.num_row_tiles = call.m <= 16 ? 1 : up_to(call.m, 32) / 16;
     p.num_panels = p.header->num_blocks / 2;
+    if (call.m > kFewRows) work.cut = cut_for(p);
+    p.run = call.m > kFewRows ? work.cut.run : p.num_k;
     const int64_t rows = p.num_row_tiles * 16;
-    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * p.num_k * 64));
+    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * up_to(p.num_k, p.run) * 64));
     p.row_scales = static_cast<float*>(scratch(kSlotScales, rows * sizeof(float)));
     const int workers = num_workers();
     int64_t sums = 8 * kTile, wide = 8 * FewRows::kChunk * kTile;
     if (call.m > kFewRows) {
-        work.cut = cut_for(p);
         work.workers_over_rows = workers_over_rows(p, workers);
         work.is_streamed = can_stream(call);
         if (work.cut.run < p.num_k) sums = work.cut.row_pairs * work.cut.panels * 4 * kTile;
@@ -694,7 +718,8 @@ void linear_amx(const LinearCall& call) {
     work.sums_bytes = sums;
     work.sums = static_cast<uint8_t*>(scratch(kSlotSums, workers * sums));
     work.wide_bytes = p.is_widened ? wide : 0;
-    work.wide = static_cast<uint8_t*>(scratch(kSlotWide, workers * std::max(work.wide_bytes, int64_t(64))));
+    if (p.is_widened)
+        work.wide = static_cast<uint8_t*>(scratch(kSlotWide, workers * work.wide_bytes));
     run_parallel(work_part, &work);
 }
 

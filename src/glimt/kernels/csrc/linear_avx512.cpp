@@ -160,7 +160,9 @@ struct Streams {
     }
 };
 
-inline void fetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+inline void fetch(const uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+}
 
 inline __m512i line_at(const uint8_t* at) { return _mm512_load_si512(at); }
 
@@ -436,7 +438,7 @@ struct Int4Pairs {
         for (int64_t g = 0; g < p.num_groups; ++g) {
             __m512 sum[MR][NB][kParts];
             UNROLL for (int m = 0; m < MR; ++m)
-                UNROLL for (int b = 0; b < NB; ++b) 
+                UNROLL for (int b = 0; b < NB; ++b)
                     UNROLL for (int i = 0; i < kParts; ++i) sum[m][b][i] = _mm512_setzero_ps();
             for (int64_t i = 0; i < groups.group_lines; ++i) {
                 const int64_t line = g * groups.group_lines + i;

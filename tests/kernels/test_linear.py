@@ -370,7 +370,7 @@ def test_long_rows_of_int8_do_not_overflow(native: Native) -> None:
 @pytest.mark.parametrize("variant", VARIANTS[:4] + VARIANTS[-2:-1], ids=str)
 @pytest.mark.parametrize("m", [40, 400])
 def test_matrices_larger_than_a_block(native: Native, variant: Variant, m: int) -> None:
-    """Catches sums that are lost between runs of k, and seams between blocks of rows and columns."""
+    """Catches sums that are lost between runs of k, and seams between blocks."""
     n, k = 720, 4200
     plain = make_plain(variant, n, k)
     x, residual = make_x(m, k), make_x(m, n, 3)

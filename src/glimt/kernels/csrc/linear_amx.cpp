@@ -56,12 +56,13 @@ struct Product {
     const PackedHeader* header;
     bool is_int8;        // tiles of int8 into int32, else of bfloat16 into float
     bool is_widened;     // the weight is widened to tiles of bfloat16 first
+    bool is_split;       // few rows of exact x by int8: x is three int8 digits, nothing is widened
     int64_t num_k;       // tiles over k
     int64_t num_row_tiles;  // of 16 rows; even where rows are many
     int64_t num_panels;  // of 32 columns
     int64_t run;         // tiles of k that are multiplied at a time
     uint8_t* rows;       // x: [num_k / run, up][num_row_tiles][run] tiles
-    float* row_scales;   // is_int8: [num_row_tiles * 16]
+    float* row_scales;   // is_int8, is_split: [num_row_tiles * 16]
 };
 
 // --- x into tiles ---
@@ -70,8 +71,8 @@ struct Product {
 // of two apart, a run's tiles would share a few sets of the second-level cache.
 class RowOfTiles {
   public:
-    RowOfTiles(const Product& p, int64_t row)
-        : at_(p.rows + (row / 16 * p.run * 16 + row % 16) * 64),
+    RowOfTiles(const Product& p, int64_t row, int digit = 0)
+        : at_(p.rows + ((digit * p.num_row_tiles + row / 16) * p.run * 16 + row % 16) * 64),
           run_(p.run),
           left_(p.run),
           to_next_run_((p.num_row_tiles - 1) * p.run * kTile) {}
@@ -145,17 +146,54 @@ void pack_int8_row(const Product& p, int64_t row, const uint16_t* x) {
     }
 }
 
-void pack_row(const Product& p, int64_t row) {
-    const Weight& weight = *p.call->weight;
-    if (row >= p.call->m) {
-        RowOfTiles tiles(p, row);
+// x = scale * (digit 0 * 2^14 + digit 1 * 2^7 + digit 2): 21 bits and a sign under the largest of
+// the row, so that bfloat16 of 2^-13 of the largest are still exact.
+constexpr int kDigits = 3;
+
+inline __m512i low_digit(__m512i value) {  // -64 … 63
+    const __m512i half = _mm512_set1_epi32(64);
+    const __m512i moved = _mm512_add_epi32(value, half);
+    return _mm512_sub_epi32(_mm512_and_si512(moved, _mm512_set1_epi32(127)), half);
+}
+
+void pack_split_row(const Product& p, int64_t row, const uint16_t* x) {
+    const int64_t k = p.call->weight->k;
+    constexpr float kLargest = 127.0f * 16384.0f;
+    const float largest = largest_of(x, k);
+    p.row_scales[row] = largest / kLargest;
+    const __m512 factor = _mm512_set1_ps(largest > 1e-30f ? kLargest / largest : 0.0f);
+    RowOfTiles tiles[kDigits] = {{p, row, 0}, {p, row, 1}, {p, row, 2}};
+    for (int64_t t = 0; t < p.num_k; ++t) {
+        uint8_t* to[kDigits] = {tiles[0].next(), tiles[1].next(), tiles[2].next()};
+        for (int i = 0; i < 64; i += 16) {
+            const int64_t at = t * 64 + i;
+            const __m512 value = load_bf16(x + at, first_lanes(k - at));
+            __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
+            for (int digit = kDigits - 1; digit >= 0; --digit) {
+                const __m512i low = digit ? low_digit(left) : left;
+                left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 7);
+                _mm_store_si128(reinterpret_cast<__m128i*>(to[digit] + i),
+                                _mm512_cvtsepi32_epi8(low));
+            }
+        }
+    }
+}
+
+void clear_row(const Product& p, int64_t row) {
+    for (int digit = 0; digit < (p.is_split ? kDigits : 1); ++digit) {
+        RowOfTiles tiles(p, row, digit);
         for (int64_t t = 0; t < p.num_k; ++t)
             _mm512_store_si512(tiles.next(), _mm512_setzero_si512());
-        if (p.is_int8) p.row_scales[row] = 0;
-        return;
     }
+    p.row_scales[row] = 0;
+}
+
+void pack_row(const Product& p, int64_t row) {
+    const Weight& weight = *p.call->weight;
+    if (row >= p.call->m) return clear_row(p, row);
     const uint16_t* x = p.call->x + row * p.call->x_stride;
-    if (p.is_int8) pack_int8_row(p, row, x);
+    if (p.is_split) pack_split_row(p, row, x);
+    else if (p.is_int8) pack_int8_row(p, row, x);
     else if (weight.format == kInt4 && weight.quantises_x) pack_rounded_row(p, row, x);
     else pack_bf16_row(p, row, x);
 }
@@ -266,17 +304,17 @@ class Results {
         const uint8_t* at = tiles_ + r / 16 * 2 * kTile + r % 16 * 64;
         __m512 value[2];
         for (int i = 0; i < 2; ++i) {
-            if (p_.is_int8) {
-                const __m512 scale =
-                    _mm512_mul_ps(scale_[i], _mm512_set1_ps(p_.row_scales[first_row_ + r]));
-                const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(at + i * kTile));
-                value[i] = _mm512_fmadd_ps(whole, scale, bias_[i]);
-            } else {
-                value[i] = _mm512_load_ps(at + i * kTile);
-                value[i] = p_.header->scales_offset
-                               ? _mm512_fmadd_ps(value[i], scale_[i], bias_[i])
-                               : _mm512_add_ps(value[i], bias_[i]);
+            const uint8_t* of = at + i * kTile;
+            value[i] = p_.is_int8 ? _mm512_cvtepi32_ps(_mm512_load_si512(of))
+                                  : _mm512_load_ps(of);
+            if (!p_.header->scales_offset) {
+                value[i] = _mm512_add_ps(value[i], bias_[i]);
+                continue;
             }
+            __m512 scale = scale_[i];
+            if (p_.is_int8 || p_.is_split)
+                scale = _mm512_mul_ps(scale, _mm512_set1_ps(p_.row_scales[first_row_ + r]));
+            value[i] = _mm512_fmadd_ps(value[i], scale, bias_[i]);
         }
         store(first_row_ + r, value);
     }
@@ -490,7 +528,8 @@ class FewRows {
         : p_(p), sums_(sums), wide_(wide), results_(p, false) {}
 
     void run(int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end;) {
+        for (int64_t panel = begin; p_.is_split && panel < end; ++panel) run_split(panel);
+        for (int64_t panel = begin; !p_.is_split && panel < end;) {
             const bool is_double = p_.num_row_tiles == 1 && panel + 2 <= end;
             is_double ? run_panels<4>(panel) : run_panels<2>(panel);
             panel += is_double ? 2 : 1;
@@ -498,6 +537,93 @@ class FewRows {
     }
 
   private:
+    // Digits have sums of their own, 3 for each of two row tiles or of two blocks.
+    void run_split(int64_t panel) {
+        uint8_t* digits = sums_ + 4 * kTile;
+        if (p_.num_row_tiles == 1) {
+            split_row_tile(block_of(*p_.call->weight, 2 * panel));
+            store_digits(digits);
+            join_digits(digits, sums_);
+            join_digits(digits + kDigits * kTile, sums_ + kTile);
+        } else {
+            for (int b = 0; b < 2; ++b) {
+                split_block(block_of(*p_.call->weight, 2 * panel + b));
+                store_digits(digits);
+                join_digits(digits, sums_ + b * kTile);
+                join_digits(digits + kDigits * kTile, sums_ + (2 + b) * kTile);
+            }
+        }
+        results_.begin(sums_, 0, panel);
+        results_.finish();
+    }
+    static void clear_digits() {
+        clear_sums();
+        _tile_zero(4);
+        _tile_zero(5);
+    }
+    static void store_digits(uint8_t* to) {
+        store_sums(to);
+        _tile_stored(4, to + 4 * kTile, 64);
+        _tile_stored(5, to + 5 * kTile, 64);
+    }
+    static void join_digits(const uint8_t* digits, uint8_t* to) {
+        const __m512 step = _mm512_set1_ps(128.0f);
+        for (int line = 0; line < kTile; line += 64) {
+            __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(digits + line));
+            for (int digit = 1; digit < kDigits; ++digit)
+                value = _mm512_fmadd_ps(
+                    value, step,
+                    _mm512_cvtepi32_ps(_mm512_load_si512(digits + digit * kTile + line)));
+            _mm512_store_ps(to + line, value);
+        }
+    }
+    static void fetch_tile(const uint8_t* at) {
+        for (int line = 0; line < kTile; line += 64) fetch(at + line);
+    }
+    void split_row_tile(const uint8_t* b) {
+        const int64_t to_digit = p_.num_k * kTile, to_block = p_.header->block_bytes;
+        clear_digits();
+        for (int64_t t = 0; t < p_.num_k; ++t) {
+            const int64_t wrap = t + 2 < p_.num_k ? 0 : to_block;
+            const uint8_t *a = p_.rows + t * kTile, *at = b + t * kTile;
+            fetch_tile(at + 2 * kTile + wrap);
+            fetch_tile(at + 2 * kTile + wrap + to_block);
+            _tile_loadd(7, at, 64);
+            _tile_loadd(6, a, 64);
+            _tile_dpbssd(0, 6, 7);
+            _tile_loadd(6, a + to_digit, 64);
+            _tile_dpbssd(1, 6, 7);
+            _tile_loadd(6, a + 2 * to_digit, 64);
+            _tile_dpbssd(2, 6, 7);
+            _tile_loadd(7, at + to_block, 64);
+            _tile_dpbssd(5, 6, 7);
+            _tile_loadd(6, a, 64);
+            _tile_dpbssd(3, 6, 7);
+            _tile_loadd(6, a + to_digit, 64);
+            _tile_dpbssd(4, 6, 7);
+        }
+    }
+    void split_block(const uint8_t* b) {
+        const int64_t to_row = p_.num_k * kTile, to_digit = 2 * to_row;
+        clear_digits();
+        for (int64_t t = 0; t < p_.num_k; ++t) {
+            const uint8_t *a = p_.rows + t * kTile, *at = b + t * kTile;
+            fetch_tile(at + 3 * kTile);  // past the end begins the next block
+            _tile_loadd(7, at, 64);
+            _tile_loadd(6, a, 64);
+            _tile_dpbssd(0, 6, 7);
+            _tile_loadd(6, a + to_digit, 64);
+            _tile_dpbssd(1, 6, 7);
+            _tile_loadd(6, a + 2 * to_digit, 64);
+            _tile_dpbssd(2, 6, 7);
+            _tile_loadd(6, a + to_row, 64);
+            _tile_dpbssd(3, 6, 7);
+            _tile_loadd(6, a + to_row + to_digit, 64);
+            _tile_dpbssd(4, 6, 7);
+            _tile_loadd(6, a + to_row + 2 * to_digit, 64);
+            _tile_dpbssd(5, 6, 7);
+        }
+    }
     template <int NB>
     void run_panels(int64_t panel) {
         clear_sums();
@@ -684,7 +810,8 @@ bool can_stream(const LinearCall& call) {
 // four groups of rows take with the dot product of bytes.
 int64_t rows_for_vectors(const Weight& weight) {
     if (weight.format == kInt4 && weight.quantises_x) return 32;
-    return weight.quantises_x ? 8 : 4;
+    if (weight.format == kInt8) return weight.quantises_x ? 8 : 1;
+    return 4;
 }
 
 }  // namespace
@@ -698,17 +825,19 @@ void linear_amx(const LinearCall& call) {
     p.call = &call;
     p.header = &header_of(weight);
     p.is_int8 = weight.format == kInt8 && weight.quantises_x;
-    p.is_widened = weight.format != kBf16 && !p.is_int8;
-    p.num_k = p.header->k_padded / (p.is_int8 ? 64 : 32);
+    p.is_split = weight.format == kInt8 && !p.is_int8 && call.m <= kFewRows;
+    p.is_widened = weight.format != kBf16 && !p.is_int8 && !p.is_split;
+    p.num_k = p.header->k_padded / (p.is_int8 || p.is_split ? 64 : 32);
     p.num_row_tiles = call.m <= 16 ? 1 : up_to(call.m, 32) / 16;
     p.num_panels = p.header->num_blocks / 2;
     if (call.m > kFewRows) work.cut = cut_for(p);
     p.run = call.m > kFewRows ? work.cut.run : p.num_k;
     const int64_t rows = p.num_row_tiles * 16;
-    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * up_to(p.num_k, p.run) * 64));
+    const int64_t row_bytes = (p.is_split ? kDigits : 1) * up_to(p.num_k, p.run) * 64;
+    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * row_bytes));
     p.row_scales = static_cast<float*>(scratch(kSlotScales, rows * sizeof(float)));
     const int workers = num_workers();
-    int64_t sums = 8 * kTile, wide = 8 * FewRows::kChunk * kTile;
+    int64_t sums = (4 + 2 * kDigits) * kTile, wide = 8 * FewRows::kChunk * kTile;
     if (call.m > kFewRows) {
         work.workers_over_rows = workers_over_rows(p, workers);
         work.is_streamed = can_stream(call);

@@ -20,6 +20,7 @@ namespace {
 constexpr int kAhead = 2048;      // bytes that the streams are fetched ahead
 constexpr int kRowGroup = 8;      // rows that share one pass over a weight
 constexpr int kRowsAtOnce = 128;  // rows laid out at a time: their floats stay in the caches
+constexpr int kCached = 1 << 19;  // bytes of blocks that stay cached while the next ones come
 constexpr int kSmall = 1 << 16;   // values of x below which one thread lays them out
 
 int64_t up_to(int64_t value, int64_t multiple) {
@@ -150,14 +151,18 @@ struct Streams {
     const uint8_t* blocks;
     int64_t block_bytes, num_lines;
     int64_t column;  // of the first block
+    bool is_again;   // rows before have read these blocks: they lie in the second-level cache
     template <int NB>
-    int64_t ahead(int64_t line) const {  // bytes to what is wanted 2 KB later
+    int64_t ahead(int64_t line) const {  // bytes to what is wanted 2 KB later, or of the next pass
+        if (is_again) return NB * block_bytes;
         return line + kAhead / 64 < num_lines ? kAhead
                                               : kAhead + NB * block_bytes - num_lines * 64;
     }
 };
 
-inline void fetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+inline void fetch(const uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+}
 
 inline __m512i line_at(const uint8_t* at) { return _mm512_load_si512(at); }
 
@@ -337,9 +342,10 @@ struct Groups {
     template <int NB>
     const uint8_t* scales(int b, int64_t g) const {
         const uint8_t* at = s.blocks + b * s.block_bytes + g * group_bytes;
-        const int64_t wrap = g + 16 < p.num_groups ? 0 : NB * s.block_bytes -
-                                                             p.num_groups * group_bytes;
-        fetch(at + 16 * group_bytes + wrap);
+        const int64_t next_pass = NB * s.block_bytes;
+        int64_t ahead = 16 * group_bytes;
+        if (g + 16 >= p.num_groups) ahead += next_pass - p.num_groups * group_bytes;
+        fetch(at + (s.is_again ? next_pass : ahead));
         return at;
     }
     __m512 rest(const uint8_t* scales, __m512 scale) const {
@@ -432,7 +438,7 @@ struct Int4Pairs {
         for (int64_t g = 0; g < p.num_groups; ++g) {
             __m512 sum[MR][NB][kParts];
             UNROLL for (int m = 0; m < MR; ++m)
-                UNROLL for (int b = 0; b < NB; ++b) 
+                UNROLL for (int b = 0; b < NB; ++b)
                     UNROLL for (int i = 0; i < kParts; ++i) sum[m][b][i] = _mm512_setzero_ps();
             for (int64_t i = 0; i < groups.group_lines; ++i) {
                 const int64_t line = g * groups.group_lines + i;
@@ -553,8 +559,9 @@ void run_group(const Product& p, const Streams& s, int64_t row, int64_t block) {
 }
 
 template <typename Formula, int NB>
-void run_rows(const Product& p, const Streams& s, int64_t block) {
+void run_rows(const Product& p, Streams& s, int64_t block) {
     for (int64_t row = 0; row < p.num_rows;) {
+        s.is_again = row > 0 && NB * s.block_bytes <= kCached;
         const int64_t left = p.num_rows - row;
         if constexpr (NB == 2) {
             if (left > 4) {

@@ -4,6 +4,8 @@ namespace glimt {
 
 #if defined(__AVX2__)
 
+void linear_avx2(const LinearCall&);
+void mlp_avx2(const MlpCall&);
 void norm_avx2(const NormCall&);
 void rotate_avx2(const RotateCall&);
 void write_kv_avx2(const WriteKvCall&);
@@ -12,8 +14,8 @@ namespace {
 
 constexpr Kernels kKernels = {
     "avx2",
-    nullptr,  // linear
-    nullptr,  // mlp
+    linear_avx2,
+    mlp_avx2,
     nullptr,  // attention
     nullptr,  // decode
     norm_avx2,

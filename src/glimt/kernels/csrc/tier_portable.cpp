@@ -2,6 +2,8 @@
 
 namespace glimt {
 
+void linear_portable(const LinearCall&);
+void mlp_portable(const MlpCall&);
 void norm_portable(const NormCall&);
 void rotate_portable(const RotateCall&);
 void write_kv_portable(const WriteKvCall&);
@@ -10,8 +12,8 @@ namespace {
 
 constexpr Kernels kKernels = {
     "portable",
-    nullptr,  // linear
-    nullptr,  // mlp
+    linear_portable,
+    mlp_portable,
     nullptr,  // attention
     nullptr,  // decode
     norm_portable,

@@ -288,7 +288,12 @@ class Native:
         is_paired: bool = False,
         quantises_x: bool = False,
     ) -> PackedWeight:
-        """Lay a matrix out; see PlainWeight in csrc/kernels.h for the shapes by format."""
+        """Lay a matrix out; see PlainWeight in csrc/kernels.h for the shapes by format.
+
+        Raises ValueError when is_paired and n is not a multiple of 32.
+        """
+        if is_paired and values.shape[0] % 32:
+            raise ValueError(f"a paired matrix has a multiple of 32 rows, not {values.shape[0]}")
         values = values.contiguous()
         n, k = values.shape[0], values.shape[1] * (2 if format == "int4" else 1)
         plain = PlainWeightStruct(
@@ -318,7 +323,9 @@ class Native:
         """[m, k] bfloat16 -> [m, n], as LinearCall in csrc/kernels.h says; None without a kernel.
 
         out: bfloat16 or float32, rows contiguous; made if not given
+        Raises ValueError for silu_mul over a matrix that is not paired.
         """
+        _check_paired(weight, activation)
         width = weight.n // 2 if activation == "silu_mul" else weight.n
         if out is None:
             out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
@@ -350,7 +357,11 @@ class Native:
         residual: Tensor | None = None,
         residual_scale: float = 1.0,
     ) -> Tensor | None:
-        """[m, k] bfloat16 -> [m, down.n], as MlpCall in csrc/kernels.h says."""
+        """[m, k] bfloat16 -> [m, down.n], as MlpCall in csrc/kernels.h says.
+
+        Raises ValueError for silu_mul over a matrix that is not paired.
+        """
+        _check_paired(up, activation)
         out = torch.empty((x.shape[0], down.n), dtype=torch.bfloat16)
         call = MlpStruct(
             ctypes.pointer(up.struct),
@@ -536,6 +547,11 @@ class Native:
             *key.shape[1:],
         )
         return not self.library.glimt_write_kv(byref(call))
+
+
+def _check_paired(weight: PackedWeight, activation: str) -> None:
+    if activation == "silu_mul" and not weight.is_paired:
+        raise ValueError("silu_mul needs a matrix packed with is_paired")
 
 
 def _pointer(tensor: Tensor | None) -> Any:

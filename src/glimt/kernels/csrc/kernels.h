@@ -18,7 +18,8 @@ enum Activation : int32_t { kNone = 0, kGeluErf = 1, kGeluTanh = 2, kSiluMul = 3
 //   kBf16: values [n, k] bfloat16
 //   kInt8: values [n, k] int8, scales [n] float: w = q * scale
 //   kInt4: values [n, k / 2] bytes, the even column in the low half, unsigned 0 … 15;
-//          scales, offsets [n, k / group] float: w = q * scale + offset
+//          scales, offsets [n, ceil(k / group)] float: w = q * scale + offset; k even
+//   offsets may be null: -8 * scale
 struct PlainWeight {
     int32_t format;
     int32_t group;  // kInt4: 32, 64 or 128 columns that share a scale; else 0
@@ -30,8 +31,9 @@ struct PlainWeight {
 
 // The same, laid out for the kernels (csrc/layout.h), 64-byte aligned.
 //   is_paired:    blocks of 16 rows of the first and of the second half of the matrix alternate,
-//                 so that kSiluMul finds gate and up side by side
-//   quantises_x:  activations are rounded to int8 row by row (per group of k for kInt4) on the way
+//                 so that kSiluMul finds gate and up side by side; n must be a multiple of 32
+//   quantises_x:  activations are rounded to int8 row by row (per group of k for kInt4) on the way:
+//                 x = largest / 127 * round(x * (127 / largest)), in float, ties to even
 struct Weight {
     int32_t format;
     int32_t group;
@@ -42,7 +44,8 @@ struct Weight {
 };
 
 // out = act(x Wᵀ + bias) + residual_scale * residual, each row by itself, one rounding at the end.
-//   x:   [m, k]; out: [m, n], of kSiluMul [m, n / 2]: silu(first half) * second half
+//   x:   [m, k]; out: [m, n], of kSiluMul [m, n / 2]: silu(first half) * second half,
+//        and the weight is paired
 //   bias, residual may be null
 struct LinearCall {
     const Weight* weight;

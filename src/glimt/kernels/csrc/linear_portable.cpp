@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace glimt {

@@ -63,17 +63,19 @@ bool has_avx512() {
     return has_avx2() && saves(kAvx512State) && f_dq_bw_vl && bit(r.c, 11);
 }
 
+bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
+
 bool has_amx() {
     const Registers r = cpuid(7, 0);
     const bool tiles = bit(r.d, 22) && bit(r.d, 24) && bit(r.d, 25);
-    const bool bf16 = bit(cpuid(7, 1).a, 5);
-    return has_avx512() && tiles && bf16 && saves(kTileState) && ask_for_tiles();
+    return has_avx512_bf16() && tiles && saves(kTileState) && ask_for_tiles();
 }
 
 #else
 
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 
 #endif

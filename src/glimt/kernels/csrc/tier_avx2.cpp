@@ -1,36 +1,31 @@
 #include "kernels.h"
+#include "linear.h"
+#include "rows.h"
 
 namespace glimt {
-
-#if defined(__AVX2__)
-
-void linear_avx2(const LinearCall&);
-void mlp_avx2(const MlpCall&);
-void norm_avx2(const NormCall&);
-void rotate_avx2(const RotateCall&);
-void write_kv_avx2(const WriteKvCall&);
-
 namespace {
 
+#if defined(__x86_64__)
 constexpr Kernels kKernels = {
     "avx2",
-    linear_avx2,
-    mlp_avx2,
+    linear_avx2,  // linear
+    mlp_avx2,  // mlp
     nullptr,  // attention
     nullptr,  // decode
-    norm_avx2,
-    rotate_avx2,
-    write_kv_avx2,
+    norm_avx2,  // norm
+    rotate_avx2,  // rotate
+    write_kv_avx2,  // write_kv
 };
+#endif
 
 }  // namespace
 
-const Kernels* avx2_kernels() { return &kKernels; }
-
+const Kernels* avx2_kernels() {
+#if defined(__x86_64__)
+    return &kKernels;
 #else
-
-const Kernels* avx2_kernels() { return nullptr; }
-
+    return nullptr;
 #endif
+}
 
 }  // namespace glimt

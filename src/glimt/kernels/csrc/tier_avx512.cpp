@@ -1,34 +1,31 @@
 #include "kernels.h"
+#include "linear.h"
+#include "rows.h"
 
 namespace glimt {
-
-#if defined(__AVX512F__)
-
-void norm_avx512(const NormCall&);
-void rotate_avx512(const RotateCall&);
-void write_kv_avx512(const WriteKvCall&);
-
 namespace {
 
+#if defined(__x86_64__)
 constexpr Kernels kKernels = {
     "avx512",
-    nullptr,  // linear
-    nullptr,  // mlp
+    linear_avx512,  // linear
+    mlp_avx512,  // mlp
     nullptr,  // attention
     nullptr,  // decode
-    norm_avx512,
-    rotate_avx512,
-    write_kv_avx512,
+    norm_avx512,  // norm
+    rotate_avx512,  // rotate
+    write_kv_avx512,  // write_kv
 };
+#endif
 
 }  // namespace
 
-const Kernels* avx512_kernels() { return &kKernels; }
-
+const Kernels* avx512_kernels() {
+#if defined(__x86_64__)
+    return &kKernels;
 #else
-
-const Kernels* avx512_kernels() { return nullptr; }
-
+    return nullptr;
 #endif
+}
 
 }  // namespace glimt

@@ -1,24 +1,19 @@
 #include "kernels.h"
+#include "linear.h"
+#include "rows.h"
 
 namespace glimt {
-
-void linear_portable(const LinearCall&);
-void mlp_portable(const MlpCall&);
-void norm_portable(const NormCall&);
-void rotate_portable(const RotateCall&);
-void write_kv_portable(const WriteKvCall&);
-
 namespace {
 
 constexpr Kernels kKernels = {
     "portable",
-    linear_portable,
-    mlp_portable,
+    linear_portable,  // linear
+    mlp_portable,  // mlp
     nullptr,  // attention
     nullptr,  // decode
-    norm_portable,
-    rotate_portable,
-    write_kv_portable,
+    norm_portable,  // norm
+    rotate_portable,  // rotate
+    write_kv_portable,  // write_kv
 };
 
 }  // namespace

@@ -1,0 +1,705 @@
+// Matrix products with AVX-512: weights are streamed once for every 8 rows of x.
+//
+// Four blocks are read side by side: four streams reach the memory's speed where one does not. With
+// more rows two blocks and 8 rows fill the registers. A weight is read once, widened once, and
+// multiplied with every row of the group; x is laid out beforehand the way the formula wants it.
+#if defined(__x86_64__)
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "epilogue.inc"
+#include "processor.h"
+#include "quantise.inc"
+#include "threads.h"
+
+namespace glimt {
+namespace {
+
+constexpr int kAhead = 2048;      // bytes that the streams are fetched ahead
+constexpr int kRowGroup = 8;      // rows that share one pass over a weight
+constexpr int kRowsAtOnce = 128;  // rows laid out at a time: their floats stay in the caches
+constexpr int kSmall = 1 << 16;   // values of x below which one thread lays them out
+
+int64_t up_to(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+// How x is laid out: the formulas below say which they take.
+enum class Rows {
+    kFloats,      // float, in order
+    kPairs,       // bfloat16, in order
+    kHalfPairs,   // bfloat16, of every 8: 0 2 4 6 1 3 5 7, and sums of every group (kInt4)
+    kGroupFloats, // float, in order, and sums of every group (kInt4)
+    kBytes,       // round(x / scale) + 128 as uint8, and a scale for the row
+    kGroupBytes,  // round(x / scale) as int8, a scale and a sum for every group
+};
+
+struct Product {
+    const LinearCall* call;
+    Rows layout;
+    int64_t num_groups;  // of k, kInt4 only
+    int64_t first_row, num_rows;
+    uint8_t* rows;       // row r of the part begins at r * row_bytes
+    int64_t row_bytes;
+    float* scales;       // [rows][max(1, num_groups)]: of a row or of its groups
+    float* sums;         // [rows][num_groups]: of the rounded values times scale; of x itself
+    int32_t* whole_sums; // [rows][num_groups]: of the rounded values
+};
+
+int64_t bytes_per_value(Rows layout) {
+    switch (layout) {
+        case Rows::kFloats:
+        case Rows::kGroupFloats: return 4;
+        case Rows::kPairs:
+        case Rows::kHalfPairs: return 2;
+        default: return 1;
+    }
+}
+
+// --- laying x out ---
+
+void lay_floats(const uint16_t* x, int64_t k, int64_t padded, float* out) {
+    for (int64_t i = 0; i < padded; i += 16)
+        _mm512_storeu_ps(out + i, load_bf16(x + i, first_lanes(k - i)));
+}
+
+void lay_pairs(const uint16_t* x, int64_t k, int64_t padded, uint16_t* out) {
+    std::memcpy(out, x, k * sizeof(uint16_t));
+    std::memset(out + k, 0, (padded - k) * sizeof(uint16_t));
+}
+
+void lay_half_pairs(uint16_t* values, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += 8) {
+        uint16_t of[8];
+        std::memcpy(of, values + i, sizeof(of));
+        const uint16_t turned[8] = {of[0], of[2], of[4], of[6], of[1], of[3], of[5], of[7]};
+        std::memcpy(values + i, turned, sizeof(of));
+    }
+}
+
+void sum_groups(const uint16_t* x, int64_t k, int64_t group, int64_t num_groups, float* sums) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = g * group; i < (g + 1) * group; i += 16)
+            sum = _mm512_add_ps(sum, load_bf16(x + i, first_lanes(k - i)));
+        sums[g] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+void lay_group_bytes(const Product& p, const uint16_t* x, int64_t row, int8_t* out) {
+    const int64_t k = p.call->weight->k, group = p.call->weight->group;
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        const int64_t at = row * p.num_groups + g;
+        const int64_t begin = std::min(g * group, k), count = std::min(group, k - begin);
+        const float scale =
+            quantise(x + begin, count, group, out + g * group, &p.whole_sums[at]);
+        p.scales[at] = scale;
+        p.sums[at] = scale * float(p.whole_sums[at]);
+    }
+}
+
+void lay_row(const Product& p, int64_t row) {
+    const Weight& weight = *p.call->weight;
+    const int64_t padded = header_of(weight).k_padded;
+    uint8_t* out = p.rows + row * p.row_bytes;
+    if (row >= p.num_rows) {  // of a row group that is not full
+        std::memset(out, 0, p.row_bytes);
+        const int64_t count = std::max(p.num_groups, int64_t(1));
+        std::memset(p.scales + row * count, 0, count * sizeof(float));
+        std::memset(p.sums + row * count, 0, count * sizeof(float));
+        std::memset(p.whole_sums + row * count, 0, count * sizeof(int32_t));
+        return;
+    }
+    const uint16_t* x = p.call->x + (p.first_row + row) * p.call->x_stride;
+    float* sums = p.sums + row * p.num_groups;
+    switch (p.layout) {
+        case Rows::kGroupFloats:
+            sum_groups(x, weight.k, weight.group, p.num_groups, sums);
+            [[fallthrough]];
+        case Rows::kFloats:
+            lay_floats(x, weight.k, padded, reinterpret_cast<float*>(out));
+            break;
+        case Rows::kHalfPairs:
+            sum_groups(x, weight.k, weight.group, p.num_groups, sums);
+            lay_pairs(x, weight.k, padded, reinterpret_cast<uint16_t*>(out));
+            lay_half_pairs(reinterpret_cast<uint16_t*>(out), padded);
+            break;
+        case Rows::kPairs:
+            lay_pairs(x, weight.k, padded, reinterpret_cast<uint16_t*>(out));
+            break;
+        case Rows::kBytes: {
+            int32_t sum;
+            p.scales[row] = quantise(x, weight.k, padded, reinterpret_cast<int8_t*>(out), &sum);
+            for (int64_t i = 0; i < padded; ++i) out[i] ^= 0x80;
+            break;
+        }
+        case Rows::kGroupBytes:
+            lay_group_bytes(p, x, row, reinterpret_cast<int8_t*>(out));
+            break;
+    }
+}
+
+// --- the formulas: NB blocks by MR rows, out[MR][NB * 16] without the columns' scales of kInt4 ---
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// The blocks that one pass reads, and where the next pass will read on.
+struct Streams {
+    const uint8_t* blocks;
+    int64_t block_bytes, num_lines;
+    int64_t column;  // of the first block
+    template <int NB>
+    int64_t ahead(int64_t line) const {  // bytes to what is wanted 2 KB later
+        return line + kAhead / 64 < num_lines ? kAhead
+                                              : kAhead + NB * block_bytes - num_lines * 64;
+    }
+};
+
+inline void fetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
+inline __m512i line_at(const uint8_t* at) { return _mm512_load_si512(at); }
+
+template <typename Value>
+inline const Value* row_of(const Product& p, int64_t row) {
+    return reinterpret_cast<const Value*>(p.rows + row * p.row_bytes);
+}
+
+inline __m512i pair_at(const uint16_t* at) {
+    int32_t bits;
+    std::memcpy(&bits, at, 4);
+    return _mm512_set1_epi32(bits);
+}
+
+inline __m512i quad_at(const void* at) {
+    int32_t bits;
+    std::memcpy(&bits, at, 4);
+    return _mm512_set1_epi32(bits);
+}
+
+inline __m512 half_at(const uint8_t* at) {
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
+// bfloat16 by float: exact products, summed in float.
+struct Bf16Floats {
+    static constexpr Rows kLayout = Rows::kFloats;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        __m512 sum[MR][NB];
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
+        const float* x = row_of<float>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(float);
+        for (int64_t line = 0; line < s.num_lines; ++line) {
+            const int64_t ahead = s.ahead<NB>(line);
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
+                fetch(at + ahead);
+                const __m512i both = line_at(at);
+                const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    const float* of = x + m * stride + line * 2;
+                    sum[m][b] = _mm512_fmadd_ps(even, _mm512_set1_ps(of[0]), sum[m][b]);
+                    sum[m][b] = _mm512_fmadd_ps(odd, _mm512_set1_ps(of[1]), sum[m][b]);
+                }
+            }
+        }
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b)
+                _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
+    }
+};
+
+// The same with the instruction for pairs of bfloat16.
+struct Bf16Pairs {
+    static constexpr Rows kLayout = Rows::kPairs;
+    template <int NB, int MR>
+    __attribute__((target("avx512bf16"))) static void run(const Product& p, const Streams& s,
+                                                          int64_t row, float* out) {
+        __m512 sum[MR][NB];
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        const uint16_t* x = row_of<uint16_t>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(uint16_t);
+        for (int64_t line = 0; line < s.num_lines; ++line) {
+            const int64_t ahead = s.ahead<NB>(line);
+            __m512i both[NB];
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
+                fetch(at + ahead);
+                both[b] = line_at(at);
+            }
+            UNROLL for (int m = 0; m < MR; ++m) {
+                const __m512i pair = pair_at(x + m * stride + line * 2);
+                UNROLL for (int b = 0; b < NB; ++b)
+                    sum[m][b] = _mm512_dpbf16_ps(sum[m][b], (__m512bh)both[b], (__m512bh)pair);
+            }
+        }
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b)
+                _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
+    }
+};
+
+// int8 by float: every weight is widened, its scale comes last.
+struct Int8Floats {
+    static constexpr Rows kLayout = Rows::kFloats;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        __m512 sum[MR][NB];
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        const float* x = row_of<float>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(float);
+        for (int64_t line = 0; line < s.num_lines; ++line) {
+            const int64_t ahead = s.ahead<NB>(line);
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
+                fetch(at + ahead);
+                const __m512i four = line_at(at);
+                const __m512i byte[4] = {
+                    _mm512_srai_epi32(_mm512_slli_epi32(four, 24), 24),
+                    _mm512_srai_epi32(_mm512_slli_epi32(four, 16), 24),
+                    _mm512_srai_epi32(_mm512_slli_epi32(four, 8), 24),
+                    _mm512_srai_epi32(four, 24),
+                };
+                UNROLL for (int i = 0; i < 4; ++i) {
+                    const __m512 w = _mm512_cvtepi32_ps(byte[i]);
+                    UNROLL for (int m = 0; m < MR; ++m)
+                        sum[m][b] = _mm512_fmadd_ps(
+                            w, _mm512_set1_ps(x[m * stride + line * 4 + i]), sum[m][b]);
+                }
+            }
+        }
+        const float* scales = scales_of(*p.call->weight) + s.column;
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b)
+                _mm512_storeu_ps(
+                    out + (m * NB + b) * kBlock,
+                    _mm512_mul_ps(sum[m][b], _mm512_loadu_ps(scales + b * kBlock)));
+    }
+};
+
+// int8 by x + 128: the dot product wants one unsigned side, and 128 times the column's sum goes.
+struct Int8Bytes {
+    static constexpr Rows kLayout = Rows::kBytes;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        __m512i sum[MR][NB];
+        UNROLL for (int m = 0; m < MR; ++m)
+            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_si512();
+        const uint8_t* x = row_of<uint8_t>(p, row);
+        for (int64_t line = 0; line < s.num_lines; ++line) {
+            const int64_t ahead = s.ahead<NB>(line);
+            __m512i four[NB];
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
+                fetch(at + ahead);
+                four[b] = line_at(at);
+            }
+            UNROLL for (int m = 0; m < MR; ++m) {
+                const __m512i quad = quad_at(x + m * p.row_bytes + line * 4);
+                UNROLL for (int b = 0; b < NB; ++b)
+                    sum[m][b] = _mm512_dpbusd_epi32(sum[m][b], quad, four[b]);
+            }
+        }
+        const float* scales = scales_of(*p.call->weight) + s.column;
+        const int32_t* sums = sums_of(*p.call->weight) + s.column;
+        UNROLL for (int b = 0; b < NB; ++b) {
+            const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(sums + b * kBlock), 7);
+            const __m512 scale = _mm512_loadu_ps(scales + b * kBlock);
+            UNROLL for (int m = 0; m < MR; ++m) {
+                const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m][b], shift));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(p.scales[row + m]));
+                _mm512_storeu_ps(out + (m * NB + b) * kBlock, _mm512_mul_ps(value, both));
+            }
+        }
+    }
+};
+
+// What the kInt4 formulas share: a group's scales, and the end of a group. They sum q - 8, so that
+// symmetric weights have nothing to add; else (offset + 8 scale) times the sum of x comes on top.
+struct Groups {
+    const Product& p;
+    const Streams& s;
+    const PackedHeader& header;
+    int64_t group_bytes, group_lines;
+    Groups(const Product& product, const Streams& streams)
+        : p(product), s(streams), header(header_of(*product.call->weight)) {
+        group_bytes = header.has_offsets ? 64 : 32;
+        group_lines = product.call->weight->group / 8;
+    }
+    // 16 groups are 512 bytes: their scales are wanted as early as the nibbles.
+    template <int NB>
+    const uint8_t* scales(int b, int64_t g) const {
+        const uint8_t* at = s.blocks + b * s.block_bytes + g * group_bytes;
+        const int64_t wrap = g + 16 < p.num_groups ? 0 : NB * s.block_bytes -
+                                                             p.num_groups * group_bytes;
+        fetch(at + 16 * group_bytes + wrap);
+        return at;
+    }
+    __m512 rest(const uint8_t* scales, __m512 scale) const {
+        return _mm512_fmadd_ps(_mm512_set1_ps(8.0f), scale, half_at(scales + 32));
+    }
+    const uint8_t* nibbles(int b, int64_t line) const {
+        return s.blocks + b * s.block_bytes + header.nibbles_offset + line * 64;
+    }
+};
+
+// kInt4 by int8: dot products within a group are whole numbers.
+struct Int4Bytes {
+    static constexpr Rows kLayout = Rows::kGroupBytes;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        constexpr int kParts = NB * MR <= 4 ? 2 : 1;  // short chains where few run side by side
+        const Groups groups(p, s);
+        const __m512i low_half = _mm512_set1_epi8(0x0f);
+        const int8_t* x = row_of<int8_t>(p, row);
+        const int64_t first = row * p.num_groups;
+        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        for (int64_t g = 0; g < p.num_groups; ++g) {
+            __m512i sum[MR][NB][kParts];
+            UNROLL for (int m = 0; m < MR; ++m) {
+                const int32_t total = p.whole_sums[first + m * p.num_groups + g];
+                UNROLL for (int b = 0; b < NB; ++b) {
+                    sum[m][b][kParts - 1] = _mm512_setzero_si512();
+                    sum[m][b][0] = _mm512_set1_epi32(-8 * total);
+                }
+            }
+            for (int64_t i = 0; i < groups.group_lines; ++i) {
+                const int64_t line = g * groups.group_lines + i;
+                const int64_t ahead = s.ahead<NB>(line);
+                __m512i low[NB], high[NB];
+                UNROLL for (int b = 0; b < NB; ++b) {
+                    const uint8_t* at = groups.nibbles(b, line);
+                    fetch(at + ahead);
+                    const __m512i v = line_at(at);
+                    low[b] = _mm512_and_si512(v, low_half);
+                    high[b] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_half);
+                }
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    const int8_t* of = x + m * p.row_bytes + line * 8;
+                    const __m512i even = quad_at(of), odd = quad_at(of + 4);
+                    UNROLL for (int b = 0; b < NB; ++b) {
+                        sum[m][b][0] = _mm512_dpbusd_epi32(sum[m][b][0], low[b], even);
+                        sum[m][b][kParts - 1] =
+                            _mm512_dpbusd_epi32(sum[m][b][kParts - 1], high[b], odd);
+                    }
+                }
+            }
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = groups.scales<NB>(b, g);
+                const __m512 scale = half_at(at);
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    float* to = out + (m * NB + b) * kBlock;
+                    __m512i whole = sum[m][b][0];
+                    if (kParts == 2) whole = _mm512_add_epi32(whole, sum[m][b][1]);
+                    const int64_t of = first + m * p.num_groups + g;
+                    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(p.scales[of]));
+                    __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), both,
+                                                   _mm512_loadu_ps(to));
+                    if (groups.header.has_offsets)
+                        value = _mm512_fmadd_ps(groups.rest(at, scale),
+                                                _mm512_set1_ps(p.sums[of]), value);
+                    _mm512_storeu_ps(to, value);
+                }
+            }
+        }
+    }
+};
+
+// kInt4 by bfloat16: a table of 16 exact numbers, looked up by the low bits of every 16.
+struct Int4Pairs {
+    static constexpr Rows kLayout = Rows::kHalfPairs;
+    template <int NB, int MR>
+    __attribute__((target("avx512bf16"))) static void run(const Product& p, const Streams& s,
+                                                          int64_t row, float* out) {
+        constexpr int kParts = NB * MR <= 4 ? 2 : 1;
+        const Groups groups(p, s);
+        alignas(64) static const uint16_t kTable[32] = {
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 … -1
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,   // 0 … 7
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // bit 4 is not
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // masked
+        const __m512i table = _mm512_load_si512(kTable);
+        const uint16_t* x = row_of<uint16_t>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(uint16_t), first = row * p.num_groups;
+        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        for (int64_t g = 0; g < p.num_groups; ++g) {
+            __m512 sum[MR][NB][kParts];
+            UNROLL for (int m = 0; m < MR; ++m)
+                UNROLL for (int b = 0; b < NB; ++b) 
+                    UNROLL for (int i = 0; i < kParts; ++i) sum[m][b][i] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < groups.group_lines; ++i) {
+                const int64_t line = g * groups.group_lines + i;
+                const int64_t ahead = s.ahead<NB>(line);
+                __m512i v[NB];
+                UNROLL for (int b = 0; b < NB; ++b) {
+                    const uint8_t* at = groups.nibbles(b, line);
+                    fetch(at + ahead);
+                    v[b] = line_at(at);
+                }
+                UNROLL for (int j = 0; j < 4; ++j) {
+                    __m512i w[NB];
+                    UNROLL for (int b = 0; b < NB; ++b)
+                        w[b] = _mm512_permutexvar_epi16(_mm512_srli_epi32(v[b], 4 * j), table);
+                    UNROLL for (int m = 0; m < MR; ++m) {
+                        const __m512i pair = pair_at(x + m * stride + line * 8 + j * 2);
+                        UNROLL for (int b = 0; b < NB; ++b)
+                            sum[m][b][j % kParts] = _mm512_dpbf16_ps(
+                                sum[m][b][j % kParts], (__m512bh)w[b], (__m512bh)pair);
+                    }
+                }
+            }
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = groups.scales<NB>(b, g);
+                const __m512 scale = half_at(at);
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    float* to = out + (m * NB + b) * kBlock;
+                    __m512 of = sum[m][b][0];
+                    if (kParts == 2) of = _mm512_add_ps(of, sum[m][b][1]);
+                    __m512 value = _mm512_fmadd_ps(of, scale, _mm512_loadu_ps(to));
+                    if (groups.header.has_offsets)
+                        value = _mm512_fmadd_ps(
+                            groups.rest(at, scale),
+                            _mm512_set1_ps(p.sums[first + m * p.num_groups + g]), value);
+                    _mm512_storeu_ps(to, value);
+                }
+            }
+        }
+    }
+};
+
+// The same by float.
+struct Int4Floats {
+    static constexpr Rows kLayout = Rows::kGroupFloats;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        const Groups groups(p, s);
+        const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        const float* x = row_of<float>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(float), first = row * p.num_groups;
+        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        for (int64_t g = 0; g < p.num_groups; ++g) {
+            __m512 sum[MR][NB];
+            UNROLL for (int m = 0; m < MR; ++m)
+                UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < groups.group_lines; ++i) {
+                const int64_t line = g * groups.group_lines + i;
+                const int64_t ahead = s.ahead<NB>(line);
+                __m512i v[NB];
+                UNROLL for (int b = 0; b < NB; ++b) {
+                    const uint8_t* at = groups.nibbles(b, line);
+                    fetch(at + ahead);
+                    v[b] = line_at(at);
+                }
+                UNROLL for (int j = 0; j < 8; ++j) {  // the low half of byte i is k = i
+                    __m512 w[NB];
+                    const int shift = j < 4 ? 8 * j : 8 * (j - 4) + 4;
+                    UNROLL for (int b = 0; b < NB; ++b)
+                        w[b] = _mm512_permutexvar_ps(_mm512_srli_epi32(v[b], shift), table);
+                    UNROLL for (int m = 0; m < MR; ++m) {
+                        const __m512 of = _mm512_set1_ps(x[m * stride + line * 8 + j]);
+                        UNROLL for (int b = 0; b < NB; ++b)
+                            sum[m][b] = _mm512_fmadd_ps(w[b], of, sum[m][b]);
+                    }
+                }
+            }
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = groups.scales<NB>(b, g);
+                const __m512 scale = half_at(at);
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    float* to = out + (m * NB + b) * kBlock;
+                    __m512 value = _mm512_fmadd_ps(sum[m][b], scale, _mm512_loadu_ps(to));
+                    if (groups.header.has_offsets)
+                        value = _mm512_fmadd_ps(
+                            groups.rest(at, scale),
+                            _mm512_set1_ps(p.sums[first + m * p.num_groups + g]), value);
+                    _mm512_storeu_ps(to, value);
+                }
+            }
+        }
+    }
+};
+
+// --- one worker's part ---
+
+template <int NB>
+void finish(const Product& p, int64_t row, int64_t num_rows, int64_t block, const float* values) {
+    const LinearCall& call = *p.call;
+    const float* factors = call.weight->format == kInt4 ? scales_of(*call.weight) : nullptr;
+    for (int64_t m = 0; m < num_rows; ++m)
+        for (int b = 0; b < NB; b += 2) {
+            __m512 even = _mm512_loadu_ps(values + (m * NB + b) * kBlock);
+            __m512 odd = _mm512_loadu_ps(values + (m * NB + b + 1) * kBlock);
+            if (factors) {
+                const float* of = factors + (block + b) * kBlock;
+                even = _mm512_mul_ps(even, _mm512_loadu_ps(of));
+                odd = _mm512_mul_ps(odd, _mm512_loadu_ps(of + kBlock));
+            }
+            finish_pair(call, p.first_row + row + m, block + b, even, odd);
+        }
+}
+
+template <typename Formula, int NB, int MR>
+void run_group(const Product& p, const Streams& s, int64_t row, int64_t block) {
+    alignas(64) float values[MR * NB * kBlock];
+    Formula::template run<NB, MR>(p, s, row, values);
+    finish<NB>(p, row, std::min(int64_t(MR), p.num_rows - row), block, values);
+}
+
+template <typename Formula, int NB>
+void run_rows(const Product& p, const Streams& s, int64_t block) {
+    for (int64_t row = 0; row < p.num_rows;) {
+        const int64_t left = p.num_rows - row;
+        if constexpr (NB == 2) {
+            if (left > 4) {
+                run_group<Formula, NB, 8>(p, s, row, block);
+                row += 8;
+                continue;
+            }
+        }
+        if (left > 2) run_group<Formula, NB, 4>(p, s, row, block);
+        else if (left > 1) run_group<Formula, NB, 2>(p, s, row, block);
+        else run_group<Formula, NB, 1>(p, s, row, block);
+        row += 4;
+    }
+}
+
+template <typename Formula>
+void run_blocks(const Product& p, int64_t begin, int64_t end) {
+    const Weight& weight = *p.call->weight;
+    const PackedHeader& header = header_of(weight);
+    Streams s;
+    s.block_bytes = header.block_bytes;
+    s.num_lines = (header.block_bytes - header.nibbles_offset) / 64;
+    for (int64_t block = begin; block < end;) {
+        s.blocks = block_of(weight, block);
+        s.column = block * kBlock;
+        if (end - block >= 4 && p.num_rows <= 4) {
+            run_rows<Formula, 4>(p, s, block);
+            block += 4;
+        } else {
+            run_rows<Formula, 2>(p, s, block);
+            block += 2;
+        }
+    }
+}
+
+// What a formula needs to know before it can be chosen.
+struct Choice {
+    Rows layout;
+    void (*run)(const Product&, int64_t, int64_t);
+};
+
+template <typename Formula>
+constexpr Choice choice() {
+    return {Formula::kLayout, run_blocks<Formula>};
+}
+
+Choice choose(const Weight& weight) {
+    static const bool has_pairs = has_avx512_bf16();
+    switch (weight.format) {
+        case kBf16: return has_pairs ? choice<Bf16Pairs>() : choice<Bf16Floats>();
+        case kInt8: return weight.quantises_x ? choice<Int8Bytes>() : choice<Int8Floats>();
+        default:
+            if (weight.quantises_x) return choice<Int4Bytes>();
+            return has_pairs ? choice<Int4Pairs>() : choice<Int4Floats>();
+    }
+}
+
+struct Work {
+    Product product;
+    Choice choice;
+    bool is_laid_out;  // x was, by the caller
+};
+
+void work_part(void* context, int worker, int num_workers) {
+    const FlushDenormals flush;
+    const Work& work = *static_cast<const Work*>(context);
+    Product p = work.product;
+    const int64_t pairs = header_of(*p.call->weight).num_blocks / 2;
+    int64_t begin, end;
+    part_of(pairs, worker, num_workers, &begin, &end);
+    for (; p.first_row < p.call->m; p.first_row += kRowsAtOnce) {
+        p.num_rows = std::min(p.call->m - p.first_row, int64_t(kRowsAtOnce));
+        if (!work.is_laid_out) {
+            int64_t row, last;
+            part_of(up_to(p.num_rows, kRowGroup), worker, num_workers, &row, &last);
+            for (; row < last; ++row) lay_row(p, row);
+            wait_for_all();
+        }
+        work.choice.run(p, 2 * begin, 2 * end);
+        if (p.first_row + kRowsAtOnce < p.call->m) wait_for_all();
+    }
+}
+
+constexpr int kSlotRows = 0, kSlotScales = 1, kSlotInner = 2;
+
+}  // namespace
+
+void linear_avx512(const LinearCall& call) {
+    if (call.m <= 0 || call.weight->n <= 0) return;
+    const Weight& weight = *call.weight;
+    const PackedHeader& header = header_of(weight);
+    Work work{};
+    Product& p = work.product;
+    work.choice = choose(weight);
+    p.call = &call;
+    p.layout = work.choice.layout;
+    p.num_groups = weight.format == kInt4 ? header.k_padded / weight.group : 0;
+    const int64_t rows = up_to(std::min(call.m, int64_t(kRowsAtOnce)), kRowGroup);
+    // A line more than the row keeps rows of a power of two from meeting in the same cache sets.
+    p.row_bytes = up_to(header.k_padded * bytes_per_value(p.layout), 64) + 64;
+    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * p.row_bytes));
+    const int64_t count = rows * std::max(p.num_groups, int64_t(1));
+    p.scales = static_cast<float*>(scratch(kSlotScales, 3 * count * sizeof(float)));
+    p.sums = p.scales + count;
+    p.whole_sums = reinterpret_cast<int32_t*>(p.sums + count);
+    if (call.m <= kRowGroup && call.m * weight.k <= kSmall) {
+        const FlushDenormals flush;
+        p.num_rows = call.m;
+        for (int64_t row = 0; row < rows; ++row) lay_row(p, row);
+        work.is_laid_out = true;
+    }
+    run_parallel(work_part, &work);
+}
+
+void mlp_avx512(const MlpCall& call) {
+    if (call.m <= 0) return;
+    const int64_t width = call.down->k;
+    auto* inner = static_cast<uint16_t*>(
+        scratch(kSlotInner, std::min(call.m, int64_t(kRowsAtOnce)) * width * sizeof(uint16_t)));
+    for (int64_t row = 0; row < call.m; row += kRowsAtOnce) {
+        const int64_t rows = std::min(call.m - row, int64_t(kRowsAtOnce));
+        LinearCall up{};
+        up.weight = call.up;
+        up.x = call.x + row * call.x_stride;
+        up.bias = call.up_bias;
+        up.out = inner;
+        up.m = rows;
+        up.x_stride = call.x_stride;
+        up.out_stride = width;
+        up.activation = call.activation;
+        linear_avx512(up);
+        LinearCall down{};
+        down.weight = call.down;
+        down.x = inner;
+        down.bias = call.down_bias;
+        down.residual = call.residual ? call.residual + row * call.residual_stride : nullptr;
+        down.out = call.out + row * call.out_stride;
+        down.m = rows;
+        down.x_stride = width;
+        down.residual_stride = call.residual_stride;
+        down.out_stride = call.out_stride;
+        down.residual_scale = call.residual_scale;
+        linear_avx512(down);
+    }
+}
+
+}  // namespace glimt
+#endif

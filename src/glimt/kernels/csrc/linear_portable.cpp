@@ -19,7 +19,8 @@ namespace glimt {
 namespace {
 
 constexpr int kRegisterRows = 3;  // 12 registers of sums
-constexpr int64_t kStreamRows = 2;
+constexpr int kStreamRows = 2;    // 8 registers of sums
+constexpr int64_t kMostStreamed = 4;
 
 // float16 by the bits: its exponent and fraction put into a float32, which is 2^112 times too small.
 inline Floats floats_of_halves(const uint16_t* from) {

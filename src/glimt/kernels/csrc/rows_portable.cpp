@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "rows.h"
 #include "threads.h"
 
 namespace glimt {

@@ -11,7 +11,7 @@ const Kernels* amx_kernels() {
         nullptr,
         nullptr,
         attention_amx,
-        decode_avx512,
+        decode_amx,
         nullptr,
         nullptr,
     };

@@ -1,7 +1,7 @@
 // Attention of each instruction set; the calls are described in kernels.h.
 //
-// head_dim is at most 128. A query that sees no key gives zeros. What lies in cache slots that nobody
-// sees, be it NaN, reaches no result.
+// head_dim is at most 128. A query that sees no key gives zeros. What lies in cache slots that
+// nobody sees, be it NaN, reaches no result.
 #pragma once
 
 #include "kernels.h"

@@ -23,8 +23,8 @@ namespace {
 constexpr int kUnit = 32;    // queries side by side
 constexpr int kSub = 32;     // keys of one step of the second product
 constexpr int kWindow = 64;  // keys whose scores are made together
-constexpr int kBlock = 256;  // keys between two looks at the output tiles
-constexpr int kUnits = 8;    // that pass over a block while it lies in the L2 cache
+constexpr int kBlock = 512;  // keys between two looks at the output tiles
+constexpr int kUnits = 16;   // that pass over a block while it lies in the L2 cache
 constexpr int kKeySlot = 8, kUnitSlot = 9;
 
 // --- packing ---

@@ -44,7 +44,8 @@ void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(stride)) \
                      : "memory")
 #define STORE_TILE(tile, to) \
-    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(int64_t(64)) : "memory")
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" \
+                     : : "r"(to), "r"(int64_t(64)) : "memory")
 #define CLEAR_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
 #define MULTIPLY_TILES(sum, left, right) \
     __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum : :)

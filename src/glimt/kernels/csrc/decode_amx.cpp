@@ -1,8 +1,8 @@
 // Decoding with bfloat16 tiles: up to 16 query heads that share a KV head, over a paged context.
 //
-// Sixteen tokens of the cache, as they lie there, are a left operand; scores are tokens x heads. The
-// weights, turned round, are the left operand of the second product, and pairs of tokens' values the
-// right one. What tiles do not fit goes the way of attention_plain.inc.
+// Sixteen tokens of the cache, as they lie there, are a left operand; scores are tokens x heads.
+// The weights, turned round, are the left operand of the second product, and pairs of tokens'
+// values the right one. What tiles do not fit goes the way of attention_plain.inc.
 #if defined(__AMX_BF16__)
 
 #include "attention_tiles.h"
@@ -17,7 +17,7 @@ constexpr int kHeads = 16;
 constexpr int kSub = 32;      // tokens of one step of the second product
 constexpr int kBatch = 128;   // tokens between two looks at the output tiles
 constexpr int kAhead = 64;    // tokens
-constexpr int kMinHeads = 5;  // fewer are as fast one by one
+constexpr int kMinHeads = 5;  // fewer would leave most of a tile empty
 
 struct alignas(64) TileHeads {
     uint16_t query[kMaxDim / 32][kTile];  // tiles of 16 pairs of dims x 16 heads
@@ -117,7 +117,8 @@ void pair_values(TileHeads& heads, const TokenRows& keys, const TokenRows& value
     for (int64_t t = 0; t < rounded_up(count, kSub); t += 2) {
         const uint16_t* even = t < count ? values.at(start + t) : nullptr;
         const uint16_t* odd = t + 1 < count ? values.at(start + t + 1) : nullptr;
-        for (int64_t next = start + t + kAhead; next < start + t + kAhead + 2 && next < end; ++next) {
+        const int64_t ahead = start + t + kAhead;
+        for (int64_t next = ahead; next < ahead + 2 && next < end; ++next) {
             const uint16_t *key = keys.at(next), *value = values.at(next);
             for (int64_t d = 0; d < dim; d += 32) {
                 __builtin_prefetch(key + d);

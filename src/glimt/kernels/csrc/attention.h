@@ -1,13 +1,19 @@
 // Attention of each instruction set; the calls are described in kernels.h.
 //
-// head_dim is at most 128. A query that sees no key gives zeros. Cache slots that nobody sees are
-// never read.
+// head_dim is at most 128. A query that sees no key gives zeros. What lies in cache slots that
+// nobody sees, be it NaN, reaches no result.
 #pragma once
 
 #include "kernels.h"
 
 namespace glimt {
 namespace {
+
+constexpr int kMaxDim = 128;
+constexpr float kLog2E = 1.44269504f;
+// Hidden scores lie below where the maximum begins: their weight is 0 from the first key on, and
+// no difference is ever infinite.
+constexpr float kLowest = -1e20f, kHidden = -1e30f;
 
 // Where a token's row lies: in contiguous rows, or in the blocks of a table. Each file has its own.
 struct TokenRows {
@@ -32,5 +38,6 @@ void attention_amx(const AttentionCall& call);
 void decode_portable(const DecodeCall& call);
 void decode_avx2(const DecodeCall& call);
 void decode_avx512(const DecodeCall& call);
+void decode_amx(const DecodeCall& call);
 
 }  // namespace glimt

@@ -11,96 +11,25 @@
 // one window, weighed during the next, and one slice of an earlier block's values is added in each.
 #if defined(__AMX_BF16__)
 
-// g++ 12 takes the undefined lanes of its own intrinsics for a mistake of ours (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 
 #include "attention.h"
+#include "attention_tiles.h"
 #include "threads.h"
 
 namespace glimt {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kMaxDim = 128;
 constexpr int kUnit = 32;    // queries side by side
 constexpr int kSub = 32;     // keys of one step of the second product
 constexpr int kWindow = 64;  // keys whose scores are made together
-constexpr int kBlock = 256;  // keys between two looks at the output tiles
-constexpr int kUnits = 8;    // that pass over a block while it lies in the L2 cache
-constexpr int kTile = 512;   // bfloat16 values
+constexpr int kBlock = 512;  // keys between two looks at the output tiles
+constexpr int kUnits = 16;   // that pass over a block while it lies in the L2 cache
 constexpr int kKeySlot = 8, kUnitSlot = 9;
-constexpr float kLog2E = 1.44269504f;
-// Hidden scores lie below where the maximum begins: their weight is 0 from the first key on, and
-// no difference is ever infinite.
-constexpr float kLowest = -1e20f, kHidden = -1e30f;
-// Weights may reach 2^8 before the output is scaled down: neither bfloat16 nor float minds.
-constexpr float kSlack = 8.0f;
-
-// --- tiles ---
-
-struct alignas(64) TileShapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-// Constant and whole operands: g++ takes the intrinsic for a read of eight bytes only, and may
-// drop the stores of the rest.
-const TileShapes kShapes = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-void set_shapes() { __asm__ volatile("ldtilecfg %0" : : "m"(kShapes) : "memory"); }
-void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
-
-// Each clobbers memory: the compiler may not move vector loads and stores across.
-#define LOAD_TILE(tile, from) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(64)) : "memory")
-#define STORE_TILE(tile, to) \
-    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(int64_t(64)) : "memory")
-#define CLEAR_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
-#define MULTIPLY_TILES(sum, left, right) \
-    __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum : :)
 
 // --- packing ---
 
 __m512i words_at(const void* from) { return _mm512_loadu_si512(from); }
-
-// 16 rows of 16 words, in place.
-void transpose(__m512i* rows) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
 
 // The first `count` (0 … 32) values of a row, then zeros.
 __m512i values_at(const uint16_t* row, int64_t count) {
@@ -254,17 +183,6 @@ struct Vectors {
     __m512 a, b;  // of the first and second 16 queries
 };
 
-#define INLINE inline __attribute__((always_inline))
-
-// 2^x for x <= 9 or so, to 8e-5: ample for a bfloat16 weight.
-INLINE __m512 exp2_of(__m512 x) {
-    const __m512 rest = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
-    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.07802452f), rest, _mm512_set1_ps(0.22606716f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.69583354f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.99992522f));
-    return _mm512_scalef_ps(sum, x);
-}
-
 class Pipeline {
   public:
     Pipeline(const Sizes& sizes, float scale, Workspace& space)
@@ -327,17 +245,14 @@ class Pipeline {
         _mm512_store_ps(now.unit->total + 16, total.b);
     }
 
-    // Two keys' scores of 16 queries become a row of weights: pairs of bfloat16. They are cut, not
-    // rounded; the total is of the cut weights, so the error has no bias.
+    // Two keys' scores of 16 queries become a row of weights.
     static INLINE __m512 weigh_pair(const float* scores, uint16_t* weights, __m512 scale,
                                     __m512 peak, __m512 total) {
-        const __m512 even = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, peak));
-        const __m512 odd = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores + 16), scale, peak));
-        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-        const __m512i pair = _mm512_ternarylogic_epi32(_mm512_castps_si512(odd), low,
-                                                       _mm512_set1_epi32(0xffff0000), 0xec);
-        _mm512_store_si512(weights, pair);
-        return _mm512_dpbf16_ps(total, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(0x3f803f80));
+        const __m512 even = coarse_exp2(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, peak));
+        const __m512 odd = coarse_exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + 16), scale, peak));
+        const __m512i pairs = cut_pairs(even, odd);
+        _mm512_store_si512(weights, pairs);
+        return add_pairs(total, pairs);
     }
 
     template <typename Meanwhile>
@@ -457,7 +372,7 @@ class Pipeline {
         for (int half = 0; half < 2; ++half) {
             const __m512 best = half ? peak.b : peak.a;
             const __m512 old = _mm512_load_ps(unit.peak + half * 16);
-            const __m512 kept = exp2_of(_mm512_sub_ps(old, best));
+            const __m512 kept = coarse_exp2(_mm512_sub_ps(old, best));
             _mm512_store_ps(unit.peak + half * 16, best);
             float* total = unit.total + half * 16;
             _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), kept));
@@ -536,9 +451,8 @@ void attend_item(const Attention& all, int64_t item, int worker) {
 void attention_body(void* context, int worker, int num_workers) {
     Attention& all = *static_cast<Attention*>(context);
     const Sizes& sizes = all.sizes;
-    // Denormal weights would be slow, and are nothing.
     const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | 0x8040);
+    _mm_setcsr(control | kFlushDenormals);
     const int64_t num_subs = all.call->num_kv_heads * sizes.num_subs;
     const int64_t end = num_subs * (worker + 1) / num_workers;
     for (int64_t i = num_subs * worker / num_workers; i < end; ++i) {

@@ -313,8 +313,10 @@ def _place(tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
     for module, attribute in places:
         expected = getattr(module, attribute).shape
         assert parameter.shape == expected, f"{attribute}: {parameter.shape}, not {expected}"
-        if attribute == "weight" and isinstance(module, (Linear, PatchLinear)):
+        if attribute == "weight" and isinstance(module, Linear):
             module.set_weight(parameter)  # which the device may lay out anew
+        elif attribute == "weight" and isinstance(module, PatchLinear):
+            module.set_kernel(parameter)
         else:
             setattr(module, attribute, parameter)
 

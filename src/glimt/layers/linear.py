@@ -77,8 +77,8 @@ class PatchLinear(nn.Module):
         self.bias = empty_parameter(out_channels, dtype=dtype)
         self.held: MatrixWeight | None = None
 
-    def set_weight(self, weight: Tensor) -> None:
-        """Take the kernel."""
+    def set_kernel(self, weight: Tensor) -> None:
+        """Take the kernel, which is never in few bits."""
         held = self.device.prepare_weight(weight.flatten(1), self.weight.dtype)
         if isinstance(held, Tensor):
             self.weight = _as_parameter(weight)

@@ -3,24 +3,15 @@
 #include "attention.h"
 #include "kernels.h"
 #include "linear.h"
+#include "rows.h"
 
 namespace glimt {
-
-void norm_portable(const NormCall&);
-void norm_avx2(const NormCall&);
-void norm_avx512(const NormCall&);
-void rotate_portable(const RotateCall&);
-void rotate_avx2(const RotateCall&);
-void rotate_avx512(const RotateCall&);
-void write_kv_portable(const WriteKvCall&);
-void write_kv_avx2(const WriteKvCall&);
-void write_kv_avx512(const WriteKvCall&);
 
 const Kernels* portable_kernels() {
     static constexpr Kernels kernels = {
         "portable",
-        nullptr,
-        nullptr,
+        linear_portable,
+        mlp_portable,
         attention_portable,
         decode_portable,
         norm_portable,
@@ -35,8 +26,8 @@ const Kernels* portable_kernels() {
 const Kernels* avx2_kernels() {
     static constexpr Kernels kernels = {
         "avx2",
-        nullptr,
-        nullptr,
+        linear_avx2,
+        mlp_avx2,
         attention_avx2,
         decode_avx2,
         norm_avx2,
@@ -63,10 +54,10 @@ const Kernels* avx512_kernels() {
 const Kernels* amx_kernels() {
     static constexpr Kernels kernels = {
         "amx",
-        linear_avx512,
-        mlp_avx512,
+        linear_amx,
+        mlp_amx,
         attention_amx,
-        decode_avx512,
+        decode_amx,
         norm_avx512,
         rotate_avx512,
         write_kv_avx512,

@@ -393,7 +393,7 @@ def refusals(tmp_path: Path) -> Iterator[str]:
     for number, spoil in enumerate(SPOILT):
         model = spoil(Folder(tmp_path / str(number)))
         yield refusal(lambda model=model: glimt.LLM(model))
-    quantised = Folder(tmp_path / "quantised", "visualglm").config(quantization_bit=4)
+    quantised = Folder(tmp_path / "quantised", "visualglm").config(quantization_bit=2)
     yield refusal(lambda: glimt.LLM(quantised))
     sat = unmerged(tmp_path)
     yield refusal(lambda: glimt.LLM(str(sat)))

@@ -20,7 +20,7 @@ class EvaluateJob:
     """What was asked for.
 
     engine:  fields of EngineConfig
-    against: dtype of a reference to compare with, None for none
+    against: dtype of a reference to compare with, not quantised here; None for none
     limit:   questions of each task and language at most
     """
 
@@ -43,7 +43,8 @@ def _found(job: EvaluateJob) -> Evaluation:
         raise ConfigError("limit", [f"is {job.limit}; it must be at least 1"])
     questions = _limited(read_questions(job.questions), job.limit)
     llm = _load(job.engine)
-    reference = _load({**job.engine, "dtype": job.against}) if job.against else None
+    plain = {"dtype": job.against, "quant": "none", "quant_head": "none", "quant_tower": "none"}
+    reference = _load({**job.engine, **plain}) if job.against else None
     with count_bar("asking", len(questions)) as on_done:
         return evaluate(llm, questions, reference, on_done, _warn_of)
 

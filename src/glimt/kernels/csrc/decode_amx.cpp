@@ -21,7 +21,7 @@ constexpr int kMinHeads = 5;  // fewer would leave most of a tile empty
 
 struct alignas(64) TileHeads {
     uint16_t query[kMaxDim / 32][kTile];  // tiles of 16 pairs of dims x 16 heads
-    float scores[kBatch][kHeads];
+    float scores[kBatch][kHeads], others[kBatch][kHeads];  // two halves of a sum, until settled
     uint16_t weights[kBatch / kSub][kTile];  // tiles of 16 heads x 32 tokens
     uint16_t values[kBatch / kSub][kMaxDim / 16][kTile];  // tiles of 16 pairs of tokens x 16 dims
     float out[kMaxDim / 16][256];  // tiles of 16 heads x 16 dims, in the order of values
@@ -59,19 +59,18 @@ void make_scores(TileHeads& heads, const TokenRows& keys, int64_t steps, int64_t
             LOAD_TILE_ROWS(3, rows + 96, stride);
             MULTIPLY_TILES(1, 3, 7);
         }
-        // The second half of the sum is added where the scores are read.
         STORE_TILE(0, heads.scores[t]);
-        STORE_TILE(1, &heads.values[0][0][t * 32]);
+        STORE_TILE(1, heads.others[t]);
     }
 }
 
 // One maximum for the batch; the output is scaled down only if it has grown by much.
 void settle(TileHeads& heads, int64_t dim, int64_t count, __m512 scale) {
-    const float* others = reinterpret_cast<const float*>(heads.values);
     __m512 best = _mm512_set1_ps(kHidden);
     for (int64_t t = 0; t < count; ++t) {
-        const __m512 score = _mm512_mul_ps(
-            scale, _mm512_add_ps(_mm512_load_ps(heads.scores[t]), _mm512_load_ps(others + t * 16)));
+        const __m512 sum =
+            _mm512_add_ps(_mm512_load_ps(heads.scores[t]), _mm512_load_ps(heads.others[t]));
+        const __m512 score = _mm512_mul_ps(sum, scale);
         _mm512_store_ps(heads.scores[t], score);
         best = _mm512_max_ps(best, score);
     }

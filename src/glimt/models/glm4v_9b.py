@@ -522,8 +522,7 @@ class Glm4vModel(Model):
     def _adapted(self, states: Tensor) -> Tensor:
         """Tower states -> features; the class token is left out."""
         assert self.vision
-        features: Tensor = self.adapter(states[:, 1:], (self.vision.grid, self.vision.grid))
-        return features
+        return self.adapter(states[:, 1:], (self.vision.grid, self.vision.grid))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings as they stand: no scale, no norm."""

@@ -592,7 +592,7 @@ class VisualGlmModel(Model):
 
     def _queried(self, states: Tensor, num_images: int) -> Tensor:
         """Packed tower states -> [num_images, image_length, hidden]."""
-        features: Tensor = self.project(self.qformer(states, num_images))
+        features = self.project(self.qformer(states, num_images))
         return features.unflatten(0, (num_images, -1))
 
     def embed(self, token_ids: Tensor) -> Tensor:

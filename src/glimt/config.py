@@ -30,6 +30,7 @@ _LEAST = {
     "kv_bytes": 1,
     "feature_cache_bytes": 0,
     "tower_patches": 1,
+    "tower_slice_patches": 1,
 }
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes")
 
@@ -63,6 +64,8 @@ class EngineConfig:
     #                              a quarter of the free memory
     feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit; 0: no cache
     tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
+    tower_slice_patches: int = 16384  # patches x layers of the tower per step while others run:
+    #                                   2 layers of a GLM-4v picture, all 39 of a VisualGLM one
     enable_prefix_cache: bool = True
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 

@@ -41,6 +41,7 @@ class EngineStats:
     preemptions: int
     failed_steps: int
     tower_images: int
+    tower_slices: int
     feature_hits: int
     tower_s: float
     num_running: int
@@ -121,9 +122,29 @@ class Engine:
     # --- one step ---
 
     def step(self) -> list[StepOutput]:
-        """Run one step: every running sequence goes on by a chunk or a token."""
-        plan = self.scheduler.plan_step()
-        return self._run(plan) if plan.rows else []
+        """Run one step: every running sequence goes on by a chunk or a token.
+
+        Pictures that others wait for go a bounded part further through the tower meanwhile.
+        """
+        plan = self.scheduler.plan_step(self.runner.ready_images)
+        outputs = self._run(plan) if plan.rows else []
+        return [*outputs, *self._encode(plan)] if plan.waits else outputs
+
+    def _encode(self, plan: StepPlan) -> list[StepOutput]:
+        """Run the step's slice of the tower; who waits for a picture that failed ends with it."""
+        began_s = time.monotonic()
+        progress = self.runner.encode_slice(plan)
+        self.outputs.note_tower(progress.image_s, began_s)
+        if progress.error is None:
+            return []
+        self._failed_steps += 1
+        if not progress.failed:
+            log.warning("pictures failed together; each is tried alone: %r", progress.error)
+        return [
+            self._fail_sequence(wait.sequence_id, progress.error)
+            for wait in plan.waits
+            if any(image.digest in progress.failed for image in wait.images)
+        ]
 
     def _run(self, plan: StepPlan) -> list[StepOutput]:
         began_s = time.monotonic()
@@ -147,6 +168,8 @@ class Engine:
         if len(plan.rows) == 1:
             return self._fail(plan, error)
         log.warning("a step of %d sequences failed; each is tried alone: %r", len(plan.rows), error)
+        pictures = (row.pictures.keys() for row in plan.rows)
+        plan = replace(plan, open_images=plan.open_images.union(*pictures))
         return [output for row in plan.rows for output in self._run(replace(plan, rows=(row,)))]
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
@@ -157,12 +180,16 @@ class Engine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The step itself failed: its request ends with an error, the others go on."""
+        return [self._fail_sequence(row.sequence_id, error) for row in plan.rows]
+
+    def _fail_sequence(self, sequence_id: int, error: Exception) -> StepOutput:
         log.error("a step failed", exc_info=error)
         said = f"the engine failed: {type(error).__name__}: {error}"
-        return [self._end(row.sequence_id, "error", said) for row in plan.rows]
+        return self._end(sequence_id, "error", said)
 
     def _end(self, sequence_id: int, reason: FinishReason, error: str | None = None) -> StepOutput:
         sequence = self.scheduler.finish(sequence_id, is_poisoned=reason == "error")
+        self.runner.keep(self.scheduler.open_images())  # now: the next step may be far away
         request_id = sequence.request.request_id
         return self.outputs.finish(request_id, sequence.index, reason, error=error)
 
@@ -225,4 +252,5 @@ def _build_runner(config: EngineConfig, opened: OpenedModel, num_blocks: int) ->
     caches = allocate_kv(opened.model, num_blocks, config.block_size, dtype, device)
     row_bytes = opened.model.embed(torch.zeros(1, dtype=torch.int64, device=device)).nbytes
     features = FeatureCache(config.feature_cache_bytes // row_bytes)
-    return ModelRunner(opened.model, caches, features, opened.device, dtype, config.tower_patches)
+    sizes = config.tower_patches, config.tower_slice_patches
+    return ModelRunner(opened.model, caches, features, opened.device, dtype, *sizes)

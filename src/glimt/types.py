@@ -323,6 +323,7 @@ class StepRow:
     positions:   [channels, len(token_ids)] int64
     block_table: cache blocks of the sequence, covering at least start + len(token_ids) tokens
     samples:     the last token's logits are wanted, because it is the last one known
+    upcoming:    pictures that a later chunk of the same prompt shows, or goes on with
     prompt_ids, output_ids: all ids so far (prompt as the original writes it), for penalties
     """
 
@@ -341,6 +342,13 @@ class StepRow:
     seed: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    upcoming: tuple[ImageInput, ...] = ()
+
+    @property
+    def pictures(self) -> dict[bytes, ImageInput]:
+        """Every picture whose features the prompt needs from this row on, by digest."""
+        shown = [part.image for part in self.images]
+        return {image.digest: image for image in (*shown, *self.upcoming)}
 
     @property
     def is_decode(self) -> bool:
@@ -349,15 +357,26 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PictureWait:
+    """A sequence that runs only when the features of these pictures are there."""
+
+    sequence_id: int
+    request_id: str
+    images: tuple[ImageInput, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """Which tokens of which sequences run now; rows that decode come first.
 
-    open_images: digests of the pictures that running sequences, in this step or not, have begun
-        and will go on with in a later step
+    open_images: digests of the pictures that later steps need: of running sequences, in this
+        step or not, and of those that wait for their pictures
+    waits: who waits for the tower, oldest first; it gets a bounded slice of this step
     """
 
     rows: tuple[StepRow, ...]
     open_images: frozenset[bytes] = frozenset()
+    waits: tuple[PictureWait, ...] = ()
 
     @property
     def sampled_rows(self) -> list[StepRow]:
@@ -430,8 +449,9 @@ class Usage:
 class Timings:
     """Where a request's time went, in seconds.
 
-    image_s:   in the vision tower; 0 when every picture's features were cached
-    prefill_s: from the first step to the first token, without image_s
+    image_s:   in the vision tower, as long as one of its pictures was in it, alone or with those of
+               other requests; 0 when every picture's features were cached
+    prefill_s: from the first step, be it of the tower, to the first token, without image_s
     decode_s:  from the first token to the last
     ttft_s:    from arrival to the first token, waiting included
     """

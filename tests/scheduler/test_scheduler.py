@@ -202,11 +202,39 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], str]:
         entries.append((raws[-1], seen_by(raws, len(raws) - 1, prompt.bidirectional_len)))
 
 
+class FakeTower:
+    """A picture is ready when it was waited for in so many steps, one after the other.
+
+    It keeps no more than the plan says, as a runner without a feature cache.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.ready: frozenset[bytes] = frozenset()
+        self._left: dict[bytes, int] = {}
+
+    def run(self, plan: StepPlan) -> None:
+        """Whatever rows lack is run through at once; of those who wait, the first goes on."""
+        shown = (row.pictures.keys() for row in plan.rows)
+        self.ready = self.ready.union(*shown) & plan.open_images
+        self._left = {d: left for d, left in self._left.items() if d in plan.open_images}
+        wanted = [i.digest for w in plan.waits for i in w.images if i.digest not in self.ready]
+        if wanted:
+            left = self._left.pop(wanted[0], self.num_steps) - 1
+            if left:
+                self._left[wanted[0]] = left
+            else:
+                self.ready |= {wanted[0]}
+
+
 # --- driving it ------------------------------------------------------------------------------
 
 
 class Bench:
-    """A scheduler with a fake model, checked at every step."""
+    """A scheduler with a fake model, checked at every step.
+
+    tower: steps that a picture takes while others run; None when nobody is ever to wait for one
+    """
 
     def __init__(
         self,
@@ -217,6 +245,7 @@ class Bench:
         block_size: int = BLOCK,
         prefix_cache: bool = True,
         broken: Mapping[str, int] | None = None,
+        tower: int | None = None,
     ) -> None:
         config = EngineConfig(
             model="",
@@ -228,6 +257,7 @@ class Bench:
         self.scheduler = Scheduler(config, num_blocks)
         self.config = config
         self.model = FakeModel(block_size, broken)
+        self.tower = None if tower is None else FakeTower(tower)
         self.output: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
         self.num_computed = 0
@@ -239,8 +269,12 @@ class Bench:
 
     def step(self) -> list[tuple[str, int, int]]:
         """One step. Returns (request, start, count) of every row, in order."""
-        plan = self.scheduler.plan_step()
+        before = {sequence.id for sequence in self.scheduler.running}
+        plan = self.scheduler.plan_step(self.tower.ready if self.tower else None)
         self._check_plan(plan)
+        if self.tower:
+            self._check_pictures(plan, self.tower.ready, before)
+            self.tower.run(plan)
         outcomes = self.scheduler.commit(plan, self.model.run(plan))
         self.scheduler.pool.check()
         self.num_computed += plan.num_tokens
@@ -292,6 +326,20 @@ class Bench:
             assert len(row.block_table) * self.config.block_size >= stop
             written = range(row.start // self.config.block_size, -(-stop // self.config.block_size))
             assert all(held[row.block_table[b]] == 1 for b in written), "a shared block is written"
+
+    def _check_pictures(self, plan: StepPlan, ready: frozenset[bytes], before: set[int]) -> None:
+        """before: the sequences that ran already when the step was planned."""
+        lacking = [row for row in plan.rows if row.pictures.keys() - ready]
+        if any(row.sequence_id in before for row in plan.rows):
+            assert not lacking, "running sequences wait for the tower"
+        assert not plan.waits or plan.rows, "a slice although nothing else runs"
+        waiting = {sequence.id for sequence in self.scheduler.waiting}
+        for wait in plan.waits:
+            digests = {image.digest for image in wait.images}
+            assert digests, "a wait for nothing"
+            assert not digests & ready, "a wait for what is there"
+            assert digests <= plan.open_images, "what is waited for is not kept"
+            assert wait.sequence_id in waiting
 
     def _collect(self, outcomes: Sequence[TokenOutcome]) -> None:
         for outcome in outcomes:
@@ -794,6 +842,88 @@ def test_a_row_names_what_its_sampling_needs():
     assert first.sampling is request.sampling
 
 
+# --- by hand: waiting for pictures -----------------------------------------------------------
+
+
+def test_a_sequence_waits_for_its_picture_while_others_run_and_is_passed_over():
+    """Would catch a running sequence that stands still for another one's picture, and a text that
+    waits behind it although there is room.
+    """
+    bench = Bench(num_blocks=16, tower=3)
+    bench.add(text("a", 3, max_tokens=20))
+    bench.step()
+    bench.add(make_request("b", [[1], picture("cat", 5), [2]], max_tokens=20), text("c", 2, 20))
+    assert bench.step() == [("a", 3, 1), ("c", 0, 2)]
+    assert bench.step() == [("a", 4, 1), ("c", 2, 1)]
+    assert bench.step() == [("a", 5, 1), ("c", 3, 1)]
+    assert bench.step() == [("a", 6, 1), ("c", 4, 1), ("b", 0, 7)]
+
+
+def test_nobody_waits_for_a_picture_when_nothing_else_runs():
+    """Would catch an idle step, or a wait that goes on when those that ran have finished."""
+    bench = Bench(num_blocks=16, tower=9)
+    shown = [[1], picture("cat", 5), [2]]
+    bench.add(text("a", 3, max_tokens=3), make_request("b", shown, max_tokens=3))
+    assert bench.step() == [("a", 0, 3), ("b", 0, 7)]
+    bench.add(make_request("c", [[3], picture("dog", 5), [2]]))
+    assert [len(bench.step()) for _ in range(2)] == [2, 2]  # a and b to their ends
+    assert bench.step() == [("c", 0, 7)]
+
+
+def test_who_waits_for_a_picture_finds_its_blocks_when_it_is_there():
+    """Would catch those who are let past taking the room, again and again."""
+    bench = Bench(num_blocks=5, tower=2)
+    bench.add(text("a", 3, max_tokens=5))  # one block, and soon a second one
+    bench.step()
+    bench.add(make_request("b", [[1], picture("cat", 9), [2]], max_tokens=1))  # three blocks
+    bench.add(text("c", 7))  # two, of which one is free
+    bench.add(text("d", 3))  # one, but nobody overtakes c
+    assert bench.step() == [("a", 3, 1)]
+    assert bench.step() == [("a", 4, 1)]
+    assert bench.step()[:2] == [("a", 5, 1), ("b", 0, 11)]
+
+
+def test_no_more_wait_for_pictures_than_may_run():
+    """Would catch features kept for a whole queue, while few of it can run."""
+    bench = Bench(num_blocks=64, max_num_seqs=3, tower=9)
+    bench.add(text("a", 3, max_tokens=9))
+    bench.step()
+    shown = [picture("cat", 5), picture("dog", 5), picture("fox", 2)]
+    bench.add(*(make_request(str(i), [[1], each, [2]]) for i, each in enumerate(shown)))
+    plan = bench.scheduler.plan_step(frozenset())
+    assert [wait.request_id for wait in plan.waits] == ["0", "1"]
+    assert plan.open_images == {shown[0].digest, shown[1].digest}
+
+
+def test_a_wait_is_for_what_no_cache_has():
+    """Would catch a tower run for a picture whose keys and values are all in the prefix cache."""
+    bench = Bench(num_blocks=32, tower=2)
+    cat, dog = picture("cat", 5), picture("dog", 5)
+    bench.add(make_request("a", [[1], cat, [2, 3]]))  # two full blocks
+    bench.run()
+    bench.add(text("b", 3, max_tokens=9))
+    bench.step()
+    bench.add(make_request("c", [[1], cat, [2, 3], dog, [4]]))
+    plan = bench.scheduler.plan_step(frozenset())
+    assert [[image.digest for image in wait.images] for wait in plan.waits] == [[dog.digest]]
+    bench.scheduler.commit(plan, bench.model.run(plan))
+    plan = bench.scheduler.plan_step(frozenset({dog.digest}))
+    assert [(row.request_id, row.start) for row in plan.rows] == [("b", 4), ("c", 8)]
+
+
+def test_a_row_tells_which_pictures_come_after_it():
+    """Would catch features that are let go between two chunks of one prompt."""
+    cat, dog = picture("cat", 5), picture("dog", 3)
+    bench = Bench(num_blocks=8, budget=5)
+    bench.add(make_request("a", [[1, 2], cat, [3], dog, [4]]))
+    seen = []
+    while bench.scheduler.has_work:
+        plan = bench.scheduler.plan_step()
+        seen.append(([p is cat for p in plan.rows[0].upcoming], len(plan.open_images)))
+        bench.scheduler.commit(plan, bench.model.run(plan))
+    assert seen == [([True, False], 2), ([False], 1), ([], 0)]
+
+
 # --- properties ------------------------------------------------------------------------------
 
 # Few and short, so that random prompts often begin alike; two pictures of one length have equal
@@ -855,6 +985,7 @@ def stories(draw) -> Story:
             "max_num_seqs": draw(st.sampled_from([8, 6, 3, 2, 1])),
             "block_size": block_size,  # small ones fill up in the middle of an answer
             "prefix_cache": draw(st.sampled_from([True, True, False])),
+            "tower": draw(st.sampled_from([None, 1, 2, 5])),
         },
     )
 

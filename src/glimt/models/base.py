@@ -10,11 +10,11 @@ import importlib
 import json
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -152,6 +152,20 @@ class Processor(Protocol):
         """
 
 
+T = TypeVar("T")
+Stages: TypeAlias = Generator[None, None, T]
+"""A computation that pauses after each of its parts; what the last one returns is the result."""
+
+
+def run_through(stages: Stages[T]) -> T:
+    """Run every part that is left, without a pause."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            return cast("T", end.value)
+
+
 class Model(nn.Module, ABC):
     """Weights and arithmetic of one family. Keeps nothing of a request."""
 
@@ -163,6 +177,15 @@ class Model(nn.Module, ABC):
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """Run the tower: one tensor [image.num_tokens, hidden_size] per picture."""
         raise TypeError(f"{type(self).__name__} takes no pictures")
+
+    def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
+        """`image_features` in parts, between which the engine may do other work.
+
+        The same operations in the same order, so the same bits. A part should cost about as much
+        as a layer of the tower. A family that does not say how to divide its tower has one part.
+        """
+        yield from ()
+        return self.image_features(images)
 
     @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:

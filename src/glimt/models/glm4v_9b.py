@@ -29,6 +29,7 @@ from glimt.models.base import (
     ConfigReader,
     Model,
     ModelFamily,
+    Stages,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
@@ -36,6 +37,7 @@ from glimt.models.base import (
     patchify,
     read_json,
     renamed,
+    run_through,
     special_id,
     squash,
 )
@@ -365,11 +367,16 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[num_images, num_patches, values] -> [num_images, 1 + num_patches, hidden_size]."""
+        return run_through(self.stages(patches))
+
+    def stages(self, patches: Tensor) -> Stages[Tensor]:
+        """The same, one block a part."""
         num_images, num_patches, _ = patches.shape
         cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
         x = self.embed(patches)
         for block in self.blocks:
             x = block(x, cu_seqlens)
+            yield
         return x.unflatten(0, (num_images, -1))
 
 
@@ -495,17 +502,31 @@ class Glm4vModel(Model):
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [num_image_tokens, hidden_size] per picture."""
+        return list(self.encode_pixels(self._pixels(images)))
+
+    def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
+        """One part per block of the tower, the adapter is the last."""
+        states = yield from self.tower.stages(self._patches(self._pixels(images)))
+        return list(self._adapted(states))
+
+    def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """[num_images, 3, height, width], normalised."""
         assert self.vision, "the processor refuses pictures for a text model"
         pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
-        pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
-        return list(self.encode_pixels(pixels))
+        return pixels.to(device=self.device.torch_device, dtype=self.dtype)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[num_images, 3, height, width], normalised -> [num_images, num_image_tokens, hidden]."""
+        return self._adapted(self.tower(self._patches(pixels)))
+
+    def _patches(self, pixels: Tensor) -> Tensor:
         assert self.vision
-        grid = (self.vision.grid, self.vision.grid)
-        states = self.tower(patchify(pixels, self.vision.patch_size))
-        return self.adapter(states[:, 1:], grid)
+        return patchify(pixels, self.vision.patch_size)
+
+    def _adapted(self, states: Tensor) -> Tensor:
+        """Tower states -> features; the class token is left out."""
+        assert self.vision
+        return self.adapter(states[:, 1:], (self.vision.grid, self.vision.grid))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings as they stand: no scale, no norm."""

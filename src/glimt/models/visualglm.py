@@ -31,12 +31,14 @@ from glimt.models.base import (
     ConfigReader,
     Model,
     ModelFamily,
+    Stages,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
     normalise,
     patchify,
     renamed,
+    run_through,
     special_id,
     squash,
 )
@@ -420,11 +422,16 @@ class EvaTower(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[num_images, num_patches, values] -> packed [num_images * (1 + num_patches), hidden]."""
+        return run_through(self.stages(patches))
+
+    def stages(self, patches: Tensor) -> Stages[Tensor]:
+        """The same, one block a part."""
         num_images, num_patches, _ = patches.shape
         cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
         x = self.embed(patches)
         for block in self.blocks:
             x = block(x, cu_seqlens)
+            yield
         return self.norm(x)
 
 
@@ -576,15 +583,27 @@ class VisualGlmModel(Model):
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [image_length, hidden_size] per picture."""
+        return list(self.encode_pixels(self._pixels(images)))
+
+    def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
+        """One part per block of the tower; Q-Former and projection, small, are the last."""
+        pixels = self._pixels(images)
+        states = yield from self.tower.stages(patchify(pixels, self.eva.patch_size))
+        return list(self._queried(states, len(images)))
+
+    def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """[num_images, 3, height, width], normalised."""
         pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
-        pixels = pixels.to(device=self.device.torch_device, dtype=self.dtype)
-        return list(self.encode_pixels(pixels))
+        return pixels.to(device=self.device.torch_device, dtype=self.dtype)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[num_images, 3, height, width], normalised -> [num_images, image_length, hidden]."""
-        states = self.tower(patchify(pixels, self.eva.patch_size))
-        features = self.project(self.qformer(states, len(pixels)))
-        return features.unflatten(0, (len(pixels), -1))
+        return self._queried(self.tower(patchify(pixels, self.eva.patch_size)), len(pixels))
+
+    def _queried(self, states: Tensor, num_images: int) -> Tensor:
+        """Packed tower states -> [num_images, image_length, hidden]."""
+        features = self.project(self.qformer(states, num_images))
+        return features.unflatten(0, (num_images, -1))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings as they stand: no scale, no norm."""

@@ -82,14 +82,23 @@ class OutputCollector:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._records
 
-    def note_step(self, plan: StepPlan, image_s: Mapping[int, float], began_s: float) -> None:
+    def note_step(self, plan: StepPlan, image_s: Mapping[str, float], began_s: float) -> None:
         """Remember when requests started, what they found cached and their tower time."""
         for row in plan.rows:
             record = self._records[row.request_id]
             if record.started_s is None:
                 record.started_s = began_s
+            if record.cached_tokens is None:
                 record.cached_tokens = row.start
-            record.image_s += image_s.get(row.sequence_id, 0.0)
+        self.note_tower(image_s, began_s)
+
+    def note_tower(self, image_s: Mapping[str, float], began_s: float) -> None:
+        """Remember tower time by request id; a request may start with it, before its first row."""
+        for request_id, seconds in image_s.items():
+            record = self._records[request_id]
+            record.image_s += seconds
+            if record.started_s is None:
+                record.started_s = began_s
 
     def collect(self, outcomes: Sequence[TokenOutcome]) -> list[StepOutput]:
         """One output per sampled token, in order."""

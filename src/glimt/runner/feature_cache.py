@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Set
 
 from torch import Tensor
 
@@ -17,6 +18,11 @@ class FeatureCache:
         self.capacity_tokens = capacity_tokens
         self.num_tokens = 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @property
+    def digests(self) -> Set[bytes]:
+        """The pictures that are kept."""
+        return self._features.keys()
 
     def get(self, digest: bytes) -> Tensor | None:
         """A picture's features, marked as just used."""

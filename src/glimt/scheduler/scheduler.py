@@ -2,19 +2,29 @@
 
 First come, first served, under a token budget per step: running sequences go on, then waiting
 ones are admitted while the budget and the cache last. When the cache is full the youngest
-running sequence gives its blocks back and is recomputed later.
+running sequence gives its blocks back and is recomputed later. While others run, a sequence whose
+pictures are not through the tower waits for them, and the step has a bounded slice of the tower.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 
 from glimt.config import EngineConfig
 from glimt.scheduler.block_pool import BlockPool
 from glimt.scheduler.sequence import Sequence
-from glimt.types import FinishReason, Request, SampledToken, StepPlan, TokenOutcome
+from glimt.types import (
+    FinishReason,
+    ImageInput,
+    PictureWait,
+    Request,
+    SampledToken,
+    StepPlan,
+    TokenOutcome,
+)
 
 
 @dataclass(slots=True)
@@ -83,16 +93,33 @@ class Scheduler:
 
     # --- one step ---
 
-    def plan_step(self) -> StepPlan:
-        """Choose the rows of the next step and give them their cache blocks."""
+    def plan_step(self, ready: Set[bytes] | None = None) -> StepPlan:
+        """Choose the rows of the next step and give them their cache blocks.
+
+        ready: digests of the pictures whose features are there. None, or nobody else running:
+            nobody waits for a picture, and the step that needs it first runs it through the tower
+        """
         planned: dict[int, int] = {}
         budget = self._plan_running(planned, self.config.max_num_batched_tokens)
-        self._plan_waiting(planned, budget)
+        if not planned:
+            ready = None
+        self._plan_waiting(planned, budget, ready)
         rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
-        open_images = (s.open_images(s.num_computed + planned.get(s.id, 0)) for s in self.running)
         return StepPlan(
-            tuple(sorted(rows, key=lambda row: not row.is_decode)), frozenset().union(*open_images)
+            rows=tuple(sorted(rows, key=lambda row: not row.is_decode)),
+            open_images=self.open_images(planned),
+            waits=() if ready is None else self._waits(ready),
         )
+
+    def open_images(self, planned: Mapping[int, int] | None = None) -> frozenset[bytes]:
+        """Digests of the pictures that steps after this one need.
+
+        planned: tokens that this step computes, by sequence id
+        """
+        done = planned or {}
+        running = (s.pictures_from(s.num_computed + done.get(s.id, 0)) for s in self.running)
+        waiting = (s.request.images for s in self.waiting if s.awaits_pictures)
+        return frozenset(i.digest for images in chain(running, waiting) for i in images)
 
     def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
         """Advance every row of the step, append the sampled tokens, finish what is complete."""
@@ -114,18 +141,49 @@ class Scheduler:
             at += 1
         return budget
 
-    def _plan_waiting(self, planned: dict[int, int], budget: int) -> None:
-        """Admit waiting sequences in order until one does not fit."""
+    def _plan_waiting(self, planned: dict[int, int], budget: int, ready: Set[bytes] | None) -> None:
+        """Admit waiting sequences in order until one does not fit.
+
+        Those that wait for a picture are passed over, but keep their place and their blocks free.
+        """
+        num_passed = reserved = 0
         for sequence in list(self.waiting):
-            if budget < 1 or len(self.running) >= self.config.max_num_seqs:
+            if budget < 1 or len(self.running) + num_passed >= self.config.max_num_seqs:
                 return
             if self._waits_for_sibling(sequence):
                 continue
-            count = self._admit(sequence, budget)
+            if ready is not None and self._lacking(sequence, ready):
+                reserved += self._blocks_to_admit(sequence)
+                if not sequence.awaits_pictures and reserved > self.pool.num_free:
+                    return
+                sequence.awaits_pictures = True
+                num_passed += 1
+                continue
+            count = self._admit(sequence, budget, reserved)
             if not count:
                 return
             planned[sequence.id] = count
             budget -= count
+
+    def _waits(self, ready: Set[bytes]) -> tuple[PictureWait, ...]:
+        """Who waits for which pictures. Whoever once did goes on, even if he would not fit now."""
+        waiting = [s for s in self.waiting if s.awaits_pictures]
+        lacking = [(s, self._lacking(s, ready)) for s in waiting]
+        return tuple(PictureWait(s.id, s.request.request_id, i) for s, i in lacking if i)
+
+    def _lacking(self, sequence: Sequence, ready: Set[bytes]) -> tuple[ImageInput, ...]:
+        """The pictures after a waiting sequence's cached prefix whose features are not there."""
+        if all(image.digest in ready for image in sequence.request.images):
+            return ()
+        cached = self._find_prefix(sequence)
+        _, length = self._find_partial(sequence, len(cached))
+        needed = sequence.pictures_from(len(cached) * self.config.block_size + length)
+        return tuple(image for image in needed if image.digest not in ready)
+
+    def _blocks_to_admit(self, sequence: Sequence) -> int:
+        """Free blocks that a waiting sequence takes when it is admitted."""
+        shared = sum(self.pool.ref_count(block) > 0 for block in self._find_prefix(sequence))
+        return sequence.blocks_for(sequence.num_tokens + 1) - shared
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         """Choices 1 … n-1 start once choice 0 has filled the cache with their prompt."""
@@ -134,8 +192,11 @@ class Scheduler:
         first = self._by_id.get(sequence.id - sequence.index)
         return first is not None and first.is_prefilling
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Move a sequence to running if its tokens fit the cache. Returns its first chunk, or 0."""
+    def _admit(self, sequence: Sequence, budget: int, reserved: int) -> int:
+        """Move a sequence to running if its tokens fit the cache. Returns its first chunk, or 0.
+
+        reserved: free blocks that are not for it
+        """
         cached = self._find_prefix(sequence)
         self.pool.hold(cached)
         partial, length = self._find_partial(sequence, len(cached))
@@ -143,7 +204,7 @@ class Scheduler:
         count = _chunk(sequence, budget)
         # One more token than is known, so that it is not preempted in its very next step.
         missing = sequence.blocks_for(sequence.num_tokens + 1) - len(cached)
-        if not count or missing > self.pool.num_free:
+        if not count or missing > self.pool.num_free - reserved:
             sequence.num_computed = 0
             self.pool.release(cached)
             return 0
@@ -154,6 +215,7 @@ class Scheduler:
         sequence.block_table = cached + self.pool.allocate(missing)
         self._count_hits(sequence)
         self.waiting.remove(sequence)
+        sequence.awaits_pictures = False
         insort(self.running, sequence, key=lambda s: s.id)
         return count
 

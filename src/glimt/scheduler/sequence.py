@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence as Seq
 
-from glimt.types import ImageSlice, Request, StepRow
+from glimt.types import ImageInput, ImageSlice, Request, StepRow
 
 
 class Sequence:
@@ -24,6 +24,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached: int | None = None  # prompt tokens found cached at the first admission
         self.num_preemptions = 0
+        self.awaits_pictures = False  # it would run, but the tower is not done with its pictures
         self.block_table: list[int] = []
         self._root: bytes | None = None
         self._hashes: list[bytes] = []
@@ -78,6 +79,7 @@ class Sequence:
             seed=request.seeds[self.index],
             prompt_ids=request.prompt.original_token_ids,
             output_ids=self.output_ids,
+            upcoming=self.pictures_from(stop),
         )
 
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:
@@ -94,17 +96,13 @@ class Sequence:
                 slices.append(ImageSlice(image, first - start, row, last - first, is_first))
         return tuple(slices)
 
-    def open_images(self, stop: int) -> set[bytes]:
-        """Digests of the pictures with places both before and after a cache index."""
-        if stop >= self.num_prompt:
-            return set()
+    def pictures_from(self, start: int) -> tuple[ImageInput, ...]:
+        """The pictures with a place at or after a cache index, in order."""
+        if start >= self.num_prompt:
+            return ()
         spans = self.request.prompt.spans
-        begun = {span.image for span in spans if span.start < stop}
-        return {
-            self.request.images[span.image].digest
-            for span in spans
-            if span.image in begun and span.start + span.length > stop
-        }
+        numbers = [span.image for span in spans if span.start + span.length > start]
+        return tuple(self.request.images[number] for number in dict.fromkeys(numbers))
 
     # --- block hashes ---
 

@@ -1,0 +1,71 @@
+"""TowerJob: pictures on their way through the tower. Knows no request, no cache and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import Tensor
+
+from glimt.models.base import Model, Stages
+from glimt.types import ImageInput
+
+
+class TowerJob:
+    """Pictures that go through the tower together, a few stages at a time.
+
+    images: at least one; num_patches: of all of them, what one stage's work grows with
+    """
+
+    def __init__(self, model: Model, images: Sequence[ImageInput]) -> None:
+        self.images = tuple(images)
+        self.num_patches = sum(patches_of(image) for image in images)
+        self._model = model
+        self._stages: Stages[list[Tensor]] | None = None
+
+    def advance(self, num_stages: int) -> list[Tensor] | None:
+        """Run the next stages; the features, one per picture, once the last one is done.
+
+        Raises what the model raises; the job is of no further use then.
+        """
+        if self._stages is None:
+            self._stages = self._model.image_stages(self.images)
+        try:
+            for _ in range(num_stages):
+                next(self._stages)
+        except StopIteration as end:
+            return list(end.value)
+        return None
+
+    def finish(self) -> list[Tensor]:
+        """Run all that is left; the features, one per picture. Raises as `advance` does."""
+        if self._stages is None:
+            return self._model.image_features(self.images)
+        features = None
+        while features is None:
+            features = self.advance(1)
+        return features
+
+    def has_any_of(self, digests: Collection[bytes]) -> bool:
+        """Whether one of these pictures is among its own."""
+        return any(image.digest in digests for image in self.images)
+
+
+def patches_of(image: ImageInput) -> int:
+    """How many patches the tower sees of a picture."""
+    rows, columns = image.grid
+    return rows * columns
+
+
+def groups_of(images: Sequence[ImageInput], max_patches: int) -> Iterator[list[ImageInput]]:
+    """Split pictures into runs of at most max_patches patches, at least one picture each."""
+    group: list[ImageInput] = []
+    patches = 0
+    for image in images:
+        size = patches_of(image)
+        if group and patches + size > max_patches:
+            yield group
+            group, patches = [], 0
+        group.append(image)
+        patches += size
+    if group:
+        yield group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from glimt.config import EngineConfig
 from glimt.devices.base import Device, open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.inputs.tokenizer import load_tokenizer
+from glimt.memory_plan import check_weights_fit
 from glimt.models.base import (
     BuildContext,
     FamilyConfig,
@@ -23,6 +24,14 @@ from glimt.models.base import (
     Tokenizer,
     find_family,
     read_model_config,
+)
+from glimt.synthetic import (
+    SyntheticName,
+    is_synthetic,
+    parse_name,
+    published_config,
+    stand_in_tokenizer,
+    synthetic_checkpoint,
 )
 from glimt.weights import load_weights, plan_weights
 
@@ -56,20 +65,25 @@ class OpenedModel:
 
 
 def open_model(engine: EngineConfig) -> OpenedModel:
-    """Read a model folder without reading its weights.
+    """Read a model folder without reading its weights, or prepare a synthetic model.
 
     Raises one ConfigError or CheckpointError with all that is wrong in the folder: config.json,
-    tokenizer, weight files and the tensors in them.
+    tokenizer, weight files and the tensors in them; a ConfigError if the weights alone are beyond
+    engine.memory_limit_bytes.
     """
     device = open_device(engine.device)
-    found = read_folder(model_folder(engine.model))
+    name = parse_name(engine.model) if is_synthetic(engine.model) else None
+    found = read_synthetic(name) if name else read_folder(model_folder(engine.model))
     dtype = _choose_dtype(engine.dtype, found.config, device)
     context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
     model = build_model(found, context)
+    if name:
+        found = replace(found, checkpoint=synthetic_checkpoint(name, model, dtype))
     of_weights = plan_weights(found.checkpoint, model).problems
     if found.errors or of_weights:
         raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
     assert found.processor is not None, "its absence is among the errors"
+    check_weights_fit(engine, model, dtype)
     return OpenedModel(
         family=found.family,
         config=found.config,
@@ -132,6 +146,20 @@ def read_folder(folder: Path) -> ModelFolder:
         found.attempt(lambda: _check_vocabulary(config, tokenizer))
         processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
     return ModelFolder(family, config, processor, checkpoint, tuple(found.errors))
+
+
+def read_synthetic(name: SyntheticName) -> ModelFolder:
+    """What a folder of a synthetic model would hold; its tensors are listed once it is built.
+
+    Raises ConfigError for a number of layers that the published model does not have.
+    """
+    where = Path(str(name))
+    raw = published_config(name)
+    family = find_family(raw, str(where))
+    config = family.config.from_json(raw, str(where))
+    tokenizer = stand_in_tokenizer(config, family.tokenizer.special_names)
+    processor = family.processor(where, config, tokenizer)
+    return ModelFolder(family, config, processor, Checkpoint(where, (), {}), ())
 
 
 def build_model(found: ModelFolder, context: BuildContext) -> Model:

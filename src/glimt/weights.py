@@ -160,7 +160,7 @@ def load_weights(
     places = _places(model)
     held: dict[tuple[str, ...], dict[str, Tensor]] = {}  # by targets: sources that wait for others
     for file in checkpoint.files:
-        for step, sources in _read_steps(file, plan.steps, checkpoint.tensors, held):
+        for step, sources in _read_steps(file, plan.steps, checkpoint, held):
             _fill(step, sources, places, dtype, torch_device)
             if on_tensor:
                 _report(step, checkpoint.tensors, on_tensor)
@@ -177,13 +177,13 @@ def _report(
 def _read_steps(
     file: Path,
     steps: Sequence[LoadStep],
-    tensors: Mapping[str, TensorInfo],
+    checkpoint: Checkpoint,
     held: dict[tuple[str, ...], dict[str, Tensor]],
 ) -> Iterator[tuple[LoadStep, list[Tensor]]]:
     """Steps that this file completes, with their sources; the rest of them goes into `held`."""
-    with open_reader(file) as read:
+    with (checkpoint.open_reader or open_reader)(file) as read:
         for step in steps:
-            here = [name for name in step.sources if tensors[name].file == file]
+            here = [name for name in step.sources if checkpoint.tensors[name].file == file]
             if not here:
                 continue
             sources = held.setdefault(step.targets, {})

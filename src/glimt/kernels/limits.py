@@ -48,9 +48,7 @@ class LimitMeter:
     Raises OSError if that instruction set is not there.
     """
 
-    def __init__(
-        self, threads: int, isa: str | None = None, num_bytes: int = BUFFER_BYTES
-    ) -> None:
+    def __init__(self, threads: int, isa: str | None = None, num_bytes: int = BUFFER_BYTES) -> None:
         self._isa = (isa or "").encode()
         self._library = _open()
         if self._library is not None:
@@ -123,12 +121,13 @@ def _torch_products(factors: Tensor) -> float:
     size = factors.shape[-1]
     a, b = factors
     count = 1
-    while (seconds := _seconds(lambda: [torch.mm(a, b) for _ in range(count)])) < 0.02:
+    while (seconds := _seconds(lambda: torch.mm(a, b), count)) < 0.02:
         count *= 2
     return 2 * size**3 * count / seconds
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], count: int = 1) -> float:
     start = time.perf_counter()
-    work()
+    for _ in range(count):
+        work()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""`glimt bench synthetic`: how fast the shapes of a published model run here, with random weights."""
+"""`glimt bench synthetic`: how fast a published model would be here, with random weights."""
 
 from __future__ import annotations
 

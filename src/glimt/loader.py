@@ -25,7 +25,7 @@ from glimt.models.base import (
     read_model_config,
 )
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
-from glimt.weights import LoadPlan, WeightFormats, load_weights, plan_weights
+from glimt.weights import AS_FLOATS, LoadPlan, WeightFormats, load_weights, plan_weights
 
 T = TypeVar("T")
 BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
@@ -48,7 +48,7 @@ class OpenedModel:
     device: Device
     dtype: torch.dtype
     max_model_len: int
-    formats: WeightFormats
+    formats: WeightFormats = AS_FLOATS
 
     def plan(self) -> LoadPlan:
         """What loading will read."""

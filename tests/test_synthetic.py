@@ -87,8 +87,9 @@ def weights(folder, seed: int) -> dict[str, torch.Tensor]:
     return dict(opened.model.named_parameters())
 
 
-def test_the_same_seed_gives_the_same_weights_in_the_final_dtype(folder):
+def test_the_same_seed_gives_the_same_weights_in_the_final_dtype(folder, monkeypatch):
     """Catches figures that cannot be taken again, and a detour through float32."""
+    monkeypatch.setenv("GLIMT_ISA", "none")  # packed weights cannot be looked at
     first, again, other = weights(folder, 1), weights(folder, 1), weights(folder, 2)
     assert all(value.dtype == torch.bfloat16 for value in first.values())
     assert all(torch.equal(first[name], again[name]) for name in first)

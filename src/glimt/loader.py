@@ -35,7 +35,7 @@ from glimt.synthetic import (
     stand_in_tokenizer,
     synthetic_checkpoint,
 )
-from glimt.weights import LoadPlan, WeightFormats, load_weights, plan_weights
+from glimt.weights import AS_FLOATS, LoadPlan, WeightFormats, load_weights, plan_weights
 
 T = TypeVar("T")
 BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
@@ -58,7 +58,7 @@ class OpenedModel:
     device: Device
     dtype: torch.dtype
     max_model_len: int
-    formats: WeightFormats
+    formats: WeightFormats = AS_FLOATS
 
     def plan(self) -> LoadPlan:
         """What loading will read."""

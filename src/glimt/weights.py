@@ -60,7 +60,7 @@ class WeightFormats:
     wanted: Formats = field(default_factory=dict)
 
 
-_AS_FLOATS = WeightFormats()
+AS_FLOATS = WeightFormats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class LoadPlan:
 
 
 def plan_weights(
-    checkpoint: Checkpoint, model: Model, formats: WeightFormats = _AS_FLOATS
+    checkpoint: Checkpoint, model: Model, formats: WeightFormats = AS_FLOATS
 ) -> LoadPlan:
     """Match a checkpoint's tensors with a model's parameters by name and shape.
 
@@ -210,7 +210,7 @@ def load_weights(
     dtype: torch.dtype,
     torch_device: torch.device,
     on_tensor: Callable[[int], None] | None = None,
-    formats: WeightFormats = _AS_FLOATS,
+    formats: WeightFormats = AS_FLOATS,
 ) -> None:
     """Fill every parameter of a model on the meta device, file by file.
 

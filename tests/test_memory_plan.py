@@ -51,6 +51,15 @@ def test_a_matrix_in_another_form_counts_at_its_own_size():
     assert weight_bytes(module) == {"language": 77, "head": 128, "embedding": 0, "tower": 0}
 
 
+def test_loaded_weights_take_what_was_planned():
+    """Catches a packed matrix that is counted beside the parameter whose place it took."""
+    opened = open_model(EngineConfig(model="demo", dtype="bfloat16"))
+    planned = sum(weight_bytes(opened.model).values())
+    opened.load()
+    taken = sum(weight_bytes(opened.model).values())
+    assert planned <= taken <= 1.1 * planned  # packed rows are padded to whole blocks
+
+
 def test_a_tied_matrix_counts_once():
     """Catches a limit refused for memory that is not taken."""
     module = nn.Module()

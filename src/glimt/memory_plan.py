@@ -151,8 +151,10 @@ def weight_bytes(model: Model) -> dict[str, int]:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    for value in (*module.parameters(recurse=False), *vars(module).values()):
-        if isinstance(getattr(value, "nbytes", None), int):
+    has_own_form = getattr(module, "held", None) is not None  # then the parameter is a shape only
+    for name, value in (*module.named_parameters(recurse=False), *vars(module).items()):
+        is_shape = has_own_form and name == "weight"
+        if not is_shape and isinstance(getattr(value, "nbytes", None), int):
             yield value
 
 

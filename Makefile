@@ -2,7 +2,7 @@
 # make test  environment, install with the development tools, then ./check
 PYTHON ?= python3
 VENV := .venv
-SOURCES := pyproject.toml
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/glimt/kernels/csrc/*)
 
 .PHONY: demo test clean
 

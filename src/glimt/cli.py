@@ -118,6 +118,15 @@ KvBytes = Annotated[
     int | None,
     _option("--kv-bytes", "Memory for the cached contexts; bytes.", _MODEL, "N"),
 ]
+DraftTokens = Annotated[
+    int,
+    _option(
+        "--draft-tokens",
+        "Guess up to N tokens from earlier text and check them in one step, 4 say; 0: do not.",
+        _MODEL,
+        "N",
+    ),
+]
 RotaryTable = Annotated[
     str,
     _option(
@@ -191,7 +200,9 @@ IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would
 AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scripts.", _OUT)]
 
 
-_ENGINE_FIELDS = ("model", "dtype", "device", "max_model_len", "kv_bytes", "rotary_table")
+_ENGINE_FIELDS = (
+    "model", "dtype", "device", "max_model_len", "kv_bytes", "num_draft_tokens", "rotary_table",
+)  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids", "logprobs",
@@ -251,6 +262,7 @@ def generate(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     as_json: AsJson = False,
     quiet: Annotated[bool, _option("--quiet -q", "Nothing but the answer.", _OUT)] = False,
@@ -297,6 +309,7 @@ def chat(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
 ) -> None:
     """Talk about pictures; /help inside lists what else can be typed."""
@@ -370,6 +383,7 @@ def evaluate(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from glimt.devices.base import Device, KVCache
 from glimt.models.base import Model
-from glimt.runner.batch import flatten
+from glimt.runner.batch import Batch, flatten
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import clear_blocks
+from glimt.runner.kv_cache import clear_blocks, clear_slots
 from glimt.types import ImageInput, ImageSlice, StepPlan
 
 
@@ -59,7 +59,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
-        """Compute a step's tokens. Returns the logits of its sampled rows, in order."""
+        """Compute a step's tokens. Returns the logits of plan.sampled_rows, in order."""
         block_size = self.caches[0].block_size
         batch = flatten(plan, block_size, self.dtype, self.device.torch_device)
         # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
@@ -72,7 +72,19 @@ class ModelRunner:
             rows = pictures[part.image.digest][part.feature_start :][: part.length]
             hidden[offset : offset + part.length] = rows
         hidden = self.model(hidden, batch.positions, batch.attention, self.caches)
+        self._clear_broken_drafts(batch, hidden)
         return StepLogits(self.model.logits(hidden[batch.sampled]), image_s)
+
+    def _clear_broken_drafts(self, batch: Batch, hidden: Tensor) -> None:
+        """Take back what is not finite of tokens that may never be said.
+
+        A draft that is refused stays in the cache until its place is written again, and decodes
+        read their last block whole: under a mask, but NaN under a mask is NaN.
+        hidden: [num_tokens, hidden_size]
+        """
+        is_broken = ~hidden[batch.drafted].isfinite().all(-1)
+        if is_broken.any():
+            clear_slots(self.caches, batch.attention.slots[batch.drafted[is_broken]])
 
     def _pictures(self, plan: StepPlan) -> tuple[dict[bytes, Tensor], dict[int, float]]:
         """Features of every picture the step needs, from the cache or the tower."""

@@ -2,7 +2,8 @@
 
 First come, first served, under a token budget per step: running sequences go on, then waiting
 ones are admitted while the budget and the cache last. When the cache is full the youngest
-running sequence gives its blocks back and is recomputed later.
+running sequence gives its blocks back and is recomputed later. Guesses of coming tokens (drafting)
+get what budget and blocks are left when everybody has been served.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 from glimt.config import EngineConfig
 from glimt.scheduler.block_pool import BlockPool
@@ -25,6 +27,8 @@ class SchedulerCounters:
     decode_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -87,18 +91,25 @@ class Scheduler:
         """Choose the rows of the next step and give them their cache blocks."""
         planned: dict[int, int] = {}
         budget = self._plan_running(planned, self.config.max_num_batched_tokens)
-        self._plan_waiting(planned, budget)
-        rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
+        budget = self._plan_waiting(planned, budget)
+        drafts = self._plan_drafts(planned, budget)
+        rows = [s.row(planned[s.id], drafts.get(s.id, ())) for s in self.running if s.id in planned]
         open_images = (s.open_images(s.num_computed + planned.get(s.id, 0)) for s in self.running)
         return StepPlan(
             tuple(sorted(rows, key=lambda row: not row.is_decode)), frozenset().union(*open_images)
         )
 
     def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
-        """Advance every row of the step, append the sampled tokens, finish what is complete."""
+        """Advance every row of the step, append the sampled tokens, finish what is complete.
+
+        sampled: by row, for one with drafts a token more than were accepted
+        """
         for row in plan.rows:
-            self._advance(self._by_id[row.sequence_id], len(row.token_ids))
-        return [self._append(token) for token in sampled]
+            num_drafts = len(row.drafts)
+            self._advance(self._by_id[row.sequence_id], len(row.token_ids) - num_drafts)
+            self.counters.drafted_tokens += num_drafts
+        by_row = groupby(sampled, key=lambda token: token.sequence_id)
+        return [outcome for _, tokens in by_row for outcome in self._extend(tokens)]
 
     def _plan_running(self, planned: dict[int, int], budget: int) -> int:
         """Next tokens of running sequences, oldest first. Returns the budget that is left."""
@@ -114,18 +125,39 @@ class Scheduler:
             at += 1
         return budget
 
-    def _plan_waiting(self, planned: dict[int, int], budget: int) -> None:
-        """Admit waiting sequences in order until one does not fit."""
+    def _plan_waiting(self, planned: dict[int, int], budget: int) -> int:
+        """Admit waiting sequences in order until one does not fit. Returns the budget left."""
         for sequence in list(self.waiting):
             if budget < 1 or len(self.running) >= self.config.max_num_seqs:
-                return
+                break
             if self._waits_for_sibling(sequence):
                 continue
             count = self._admit(sequence, budget)
             if not count:
-                return
+                break
             planned[sequence.id] = count
             budget -= count
+        return budget
+
+    def _plan_drafts(self, planned: dict[int, int], budget: int) -> dict[int, tuple[int, ...]]:
+        """Guesses for decoding sequences, oldest first, within the budget and the free blocks."""
+        drafts: dict[int, tuple[int, ...]] = {}
+        for sequence in self.running:
+            most = min(self.config.num_draft_tokens, budget)
+            if most < 1:
+                break
+            if sequence.id in planned and sequence.is_decoding:
+                drafts[sequence.id] = self._draft(sequence, most)
+                budget -= len(drafts[sequence.id])
+        return drafts
+
+    def _draft(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Guess at most so many tokens and give them cache places; nobody is preempted for it."""
+        num_slots = (len(sequence.block_table) + self.pool.num_free) * self.config.block_size
+        drafts = sequence.draft(min(most, num_slots - sequence.num_tokens))
+        has_room = self._make_room(sequence, sequence.num_tokens + len(drafts))
+        assert has_room, "a draft was longer than the free blocks"
+        return drafts
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         """Choices 1 … n-1 start once choice 0 has filled the cache with their prompt."""
@@ -229,6 +261,23 @@ class Scheduler:
             hashes = sequence.hashes(full)
             for number in range(first_open, full):
                 self.pool.register(sequence.block_table[number], hashes[number])
+
+    def _extend(self, tokens: Iterable[SampledToken]) -> list[TokenOutcome]:
+        """Append one sequence's tokens as if each had had a step of its own, until one is the last.
+
+        Each but the first stands on a draft that was right: computed in this step, and since the
+        token before was appended, a token like any other.
+        """
+        first, *others = tokens
+        sequence = self._by_id[first.sequence_id]
+        outcomes = [self._append(first)]
+        for token in others:
+            if outcomes[-1].finish_reason:
+                break
+            self._advance(sequence, 1)
+            self.counters.accepted_tokens += 1
+            outcomes.append(self._append(token))
+        return outcomes
 
     def _append(self, token: SampledToken) -> TokenOutcome:
         """Add a sampled token and finish its sequence when it was the last."""

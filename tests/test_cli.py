@@ -17,7 +17,7 @@ from glimt.commands.convert import ConvertReport
 from glimt.demo.noise import write_noise_model
 from glimt.errors import CapacityError, ConfigError, EngineError, ImageError, MissingDependency
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "doctor")
+COMMANDS = ("generate", "chat", "inspect", "convert", "doctor", "bench")
 HEAVY = ("torch", "transformers", "tiktoken", "numpy", "PIL", "sentencepiece")
 
 
@@ -87,7 +87,7 @@ FAILURES = [
 def test_an_error_is_one_plain_message_and_an_exit_code(monkeypatch, error, code, said):
     """Catches rich reading an error as markup, and codes that scripts cannot tell apart."""
 
-    def fail(as_json: bool) -> bool:
+    def fail(*options: bool) -> bool:
         raise error
 
     monkeypatch.setattr("glimt.commands.doctor.doctor", fail)
@@ -136,7 +136,7 @@ def test_debug_shows_the_traceback_too(tmp_path):
 def test_an_unexpected_error_is_not_swallowed(monkeypatch):
     """Catches a handler so wide that a bug looks like the user's mistake."""
 
-    def fail(as_json: bool) -> bool:
+    def fail(*options: bool) -> bool:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("glimt.commands.doctor.doctor", fail)

@@ -126,7 +126,13 @@ def options_of(command: Any) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts} | {"--help"}
 
 
-ALL_OPTIONS = options_of(ROOT_COMMAND).union(*map(options_of, KNOWN.values()))
+def with_inner(command: Any) -> set[str]:
+    """Also those of the commands inside a group."""
+    inner = getattr(command, "commands", {}).values()
+    return options_of(command).union(*map(with_inner, inner))
+
+
+ALL_OPTIONS = with_inner(ROOT_COMMAND)
 
 
 def glimt_lines(page: Path) -> Iterator[list[str]]:
@@ -148,7 +154,11 @@ def test_every_command_line_parses(page):
     lines = list(glimt_lines(page))
     assert {line[0] for line in lines} == set(KNOWN), "every command has an example"
     for name, *arguments in lines:
-        KNOWN[name].make_context(name, arguments)
+        command = KNOWN[name]
+        while hasattr(command, "commands"):
+            name, *arguments = arguments
+            command = command.commands[name]
+        command.make_context(name, arguments)
 
 
 @every_page
@@ -160,7 +170,7 @@ def test_every_command_and_option_in_the_text_exists(page):
             commands = [word for word in words[1:] if not word.startswith("-")]
             command = KNOWN.get(commands[0]) if commands else None
             assert command or not commands or commands[0].isupper(), span
-            known = options_of(command) if command else options_of(ROOT_COMMAND)
+            known = with_inner(command) if command else options_of(ROOT_COMMAND)
             assert {word for word in words if word.startswith("--")} <= known, span
         elif words[0].startswith("--"):
             assert words[0] in ALL_OPTIONS, span

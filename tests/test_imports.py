@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("bench", "cluster", "commands", "demo", "evaluate", "export", "server"),
     ("async_engine", "llm"),
     ("engine",),
-    ("loader",),
+    ("loader", "memory_plan", "synthetic"),
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
     ("weights",),
     ("checkpoint",),

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -53,6 +53,7 @@ class Checkpoint:
     problems: what is wrong with the files
     hidden:   names of which `problems` tells already why they are not in `tensors`; None if that
         may be any name, because no index says what a file that cannot be read holds
+    open_reader: opens one of `files`, where these are no files on a disk; None: `open_reader` below
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     problems: tuple[str, ...] = ()
     hidden: frozenset[str] | None = frozenset()
+    open_reader: Callable[[Path], AbstractContextManager[Callable[[str], Tensor]]] | None = None
 
     def is_hidden(self, name: str) -> bool:
         """Whether a tensor's absence from `tensors` is, or may be, no problem of its own."""

@@ -127,6 +127,27 @@ DraftTokens = Annotated[
         "N",
     ),
 ]
+
+
+def _size(text: str | int) -> int:
+    from glimt.commands.sizes import parse_size
+
+    try:
+        return parse_size(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-limit",
+        help="For weights, caches and work together: 16G, 512M or bytes.",
+        rich_help_panel=_MODEL,
+        metavar="SIZE",
+        parser=_size,
+    ),
+]
 RotaryTable = Annotated[
     str,
     _option(
@@ -213,12 +234,15 @@ StopTokenIds = Annotated[
     _option("--stop-token-id", "Ends the answer at this token; may be repeated.", _SAMPLE, "ID"),
 ]
 IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would end.", _SAMPLE)]
+Verbose = Annotated[
+    bool, _option("--verbose -v", "Tell on stderr what takes how much memory.", _OUT)
+]
 AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scripts.", _OUT)]
 
 
 _ENGINE_FIELDS = (
-    "model", "dtype", "device", "max_model_len", "kv_bytes", "num_draft_tokens", "rotary_table",
-    "quant", "quant_head", "quant_tower",
+    "model", "dtype", "device", "max_model_len", "kv_bytes", "memory_limit_bytes",
+    "num_draft_tokens", "rotary_table", "quant", "quant_head", "quant_tower",
 )  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -279,6 +303,7 @@ def generate(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
@@ -286,6 +311,7 @@ def generate(
     quant_tower: QuantTower = "none",
     as_json: AsJson = False,
     quiet: Annotated[bool, _option("--quiet -q", "Nothing but the answer.", _OUT)] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Answer one question about pictures or text."""
     from glimt.commands.generate import GenerateJob
@@ -301,6 +327,7 @@ def generate(
         language=lang,
         as_json=as_json,
         is_quiet=quiet,
+        is_verbose=verbose,
     )
     run(job)
 
@@ -329,11 +356,13 @@ def chat(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",
     quant_tower: QuantTower = "none",
+    verbose: Verbose = False,
 ) -> None:
     """Talk about pictures; /help inside lists what else can be typed."""
     from glimt.commands.chat import ChatJob
@@ -345,6 +374,7 @@ def chat(
         images=tuple(image or ()),
         system=system,
         language=lang,
+        is_verbose=verbose,
     )
     run(job)
 
@@ -435,27 +465,106 @@ def evaluate(
     device: DeviceName = "cpu",
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",
     quant_tower: QuantTower = "none",
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Count right answers to a folder of questions, by task and language."""
     from glimt.commands.evaluate import EvaluateJob, run
 
     run(
         EvaluateJob(
-            engine=_engine(ctx), questions=questions, against=against, limit=limit, as_json=as_json
+            engine=_engine(ctx),
+            questions=questions,
+            against=against,
+            limit=limit,
+            as_json=as_json,
+            is_verbose=verbose,
         )
     )
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    as_json: AsJson = False,
+    limits: Annotated[
+        bool,
+        typer.Option("--limits", help="Measure what the machine reads and multiplies at most."),
+    ] = False,
+) -> None:
     """Tell what this machine can run, what is wrong, and how to mend it."""
     from glimt.commands.doctor import doctor as run
 
-    if not run(as_json):
+    if not run(as_json, limits):
         raise typer.Exit(1)
+
+
+# --- bench -----------------------------------------------------------------------------------
+
+bench_app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, help="Measure how fast this machine is."
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("synthetic")
+def bench_synthetic(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="glm-4v-9b, visualglm-6b, or a folder whose config.json gives the shapes.",
+        ),
+    ],
+    layers: Annotated[
+        int | None, _option("--layers", "Of the language model; as published.", _MODEL, "L")
+    ] = None,
+    vision_layers: Annotated[
+        int | None, _option("--vision-layers", "Of the tower; as published.", _MODEL, "V")
+    ] = None,
+    dtype: Dtype = "auto",
+    quant: Annotated[
+        str, _option("--quant", "Form of the weights; none: as the dtype says.", _MODEL, "FORMAT")
+    ] = "none",
+    device: DeviceName = "cpu",
+    threads: Annotated[
+        int | None, _option("--threads", "Default: as many as torch uses.", _MODEL, "N")
+    ] = None,
+    memory_limit_bytes: MemoryLimit = None,
+    batch: Annotated[
+        str, _option("--batch", "Rows that decode together, with commas.", _ASK, "N,N")
+    ] = "1,2,4,8,10",
+    output_len: Annotated[int, _option("--output-len", "Tokens of each answer.", _ASK, "N")] = 64,
+    repeats: Annotated[
+        int, _option("--repeats", "Samples of each first token that must count.", _ASK, "N")
+    ] = 5,
+    seed: Annotated[int, _option("--seed", "Of weights, texts and pictures.", _ASK, "S")] = 0,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, _option("--out", "Write the JSON object to a file as well.", _OUT, "FILE")
+    ] = None,
+) -> None:
+    """Time a published model's shapes with random weights; nothing is downloaded."""
+    from glimt.commands.bench import bench_synthetic as run
+
+    run(
+        model,
+        layers,
+        vision_layers,
+        seed,
+        batch,
+        as_json,
+        out,
+        dtype=dtype,
+        quant=quant,
+        device=device,
+        threads=threads,
+        memory_limit_bytes=memory_limit_bytes,
+        output_tokens=output_len,
+        repeats=repeats,
+    )

@@ -32,9 +32,10 @@ _LEAST = {
     "tower_patches": 1,
     "tower_slice_patches": 1,
     "num_draft_tokens": 0,
+    "memory_limit_bytes": 1,
 }
 _MOST = {"num_draft_tokens": 16}  # beyond, guesses are wrong more often than a step is saved
-_OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes")
+_OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
 
 def _is_count(value: object, low: int, high: int | None) -> bool:
@@ -69,7 +70,8 @@ class EngineConfig:
     block_size: int = 32  # tokens per cache block: a multiple of 32 suits the packed CPU kernels
     num_blocks: int | None = None  # None: from kv_bytes
     kv_bytes: int | None = None  # of the KV cache; None: what max_num_seqs could use, at most
-    #                              a quarter of the free memory
+    #                              a quarter of the free memory, or what memory_limit_bytes leaves
+    memory_limit_bytes: int | None = None  # of weights, caches and work together; None: no limit
     feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit; 0: no cache
     tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
     tower_slice_patches: int = 16384  # patches x layers of the tower per step while others run:

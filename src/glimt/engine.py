@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from glimt.config import EngineConfig
-from glimt.errors import ConfigError, RequestError
+from glimt.errors import RequestError
 from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
 from glimt.loader import OpenedModel, open_model
+from glimt.memory_plan import plan_memory
 from glimt.outputs.collector import OutputCollector
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import allocate_kv, kv_bytes_per_token
+from glimt.runner.kv_cache import allocate_kv
 from glimt.runner.model_runner import ModelRunner
 from glimt.sampling import Sampler, verify
 from glimt.scheduler.scheduler import Scheduler
@@ -71,7 +72,9 @@ class Engine:
         """Build every stage around a model whose weights are loaded."""
         self.config = _fitted_config(config, opened)
         self.opened = opened
-        num_blocks = _num_blocks(self.config, opened)
+        num_blocks, self.memory = plan_memory(
+            self.config, opened.model, opened.device, opened.dtype, opened.max_model_len
+        )
         limits = _request_limits(opened, num_blocks * config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
@@ -251,26 +254,6 @@ def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
         max_positions=opened.config.max_positions,
         vocab_size=opened.config.vocab_size,
     )
-
-
-_MAX_DEFAULT_KV_BYTES = 8 * 2**30
-
-
-def _num_blocks(config: EngineConfig, opened: OpenedModel) -> int:
-    """Blocks of the KV cache. Raises ConfigError when not even one would fit."""
-    if config.num_blocks is not None:
-        return config.num_blocks
-    per_block = kv_bytes_per_token(opened.model, opened.dtype) * config.block_size
-    wanted = -(-opened.max_model_len // config.block_size) * config.max_num_seqs
-    kv_bytes = config.kv_bytes
-    if kv_bytes is None:
-        kv_bytes = min(opened.device.free_bytes() // 4, _MAX_DEFAULT_KV_BYTES)
-    num_blocks = min(kv_bytes // per_block, wanted)
-    if num_blocks < 1:
-        raise ConfigError(
-            "kv_bytes", [f"is {kv_bytes} but one cache block takes {per_block} bytes; raise it"]
-        )
-    return num_blocks
 
 
 def _build_runner(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> ModelRunner:

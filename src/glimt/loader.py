@@ -14,6 +14,7 @@ from glimt.config import EngineConfig
 from glimt.devices.base import Device, open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.inputs.tokenizer import load_tokenizer
+from glimt.memory_plan import check_weights_fit
 from glimt.models.base import (
     BuildContext,
     FamilyConfig,
@@ -24,8 +25,17 @@ from glimt.models.base import (
     find_family,
     read_model_config,
 )
+from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
-from glimt.weights import LoadPlan, WeightFormats, load_weights, plan_weights
+from glimt.synthetic import (
+    SyntheticName,
+    is_synthetic,
+    parse_name,
+    published_config,
+    stand_in_tokenizer,
+    synthetic_checkpoint,
+)
+from glimt.weights import AS_FLOATS, LoadPlan, WeightFormats, load_weights, plan_weights
 
 T = TypeVar("T")
 BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
@@ -48,7 +58,7 @@ class OpenedModel:
     device: Device
     dtype: torch.dtype
     max_model_len: int
-    formats: WeightFormats
+    formats: WeightFormats = AS_FLOATS
 
     def plan(self) -> LoadPlan:
         """What loading will read."""
@@ -64,16 +74,20 @@ class OpenedModel:
 
 
 def open_model(engine: EngineConfig) -> OpenedModel:
-    """Read a model folder without reading its weights.
+    """Read a model folder without reading its weights, or prepare a synthetic model.
 
     Raises one ConfigError or CheckpointError with all that is wrong in the folder: config.json,
-    tokenizer, weight files and the tensors in them.
+    tokenizer, weight files and the tensors in them; a ConfigError if the weights alone are beyond
+    engine.memory_limit_bytes.
     """
     device = open_device(engine.device)
-    found = read_folder(model_folder(engine.model))
+    name = parse_name(engine.model) if is_synthetic(engine.model) else None
+    found = read_synthetic(name) if name else read_folder(model_folder(engine.model))
     dtype = _choose_dtype(engine.dtype, found.config, device)
     context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
     model = build_model(found, context)
+    if name:
+        found = replace(found, checkpoint=synthetic_checkpoint(name, model, dtype))
     wanted = QuantOptions(blocks=engine.quant, head=engine.quant_head, tower=engine.quant_tower)
     formats = WeightFormats(
         stored=plan_formats(model, found.stored),
@@ -83,6 +97,7 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     if found.errors or of_weights:
         raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
     assert found.processor is not None, "its absence is among the errors"
+    check_weights_fit(engine, model, dtype)
     return OpenedModel(
         family=found.family,
         config=found.config,
@@ -151,6 +166,22 @@ def read_folder(folder: Path) -> ModelFolder:
         found.attempt(lambda: _check_vocabulary(config, tokenizer))
         processor = found.attempt(lambda: family.processor(folder, config, tokenizer))
     return ModelFolder(family, config, processor, checkpoint, tuple(found.errors), stored)
+
+
+def read_synthetic(name: SyntheticName) -> ModelFolder:
+    """What a folder of a synthetic model would hold; its tensors are listed once it is built.
+
+    Raises ConfigError for a number of layers that the published model does not have.
+    """
+    where = Path(str(name))
+    raw = published_config(name)
+    family = find_family(raw, str(where))
+    config = family.config.from_json(raw, str(where))
+    tokenizer = stand_in_tokenizer(config, family.tokenizer.special_names)
+    processor = family.processor(where, config, tokenizer)
+    return ModelFolder(
+        family, config, processor, Checkpoint(where, (), {}), (), QuantOptions(head=NONE)
+    )
 
 
 def build_model(found: ModelFolder, context: BuildContext) -> Model:

@@ -60,7 +60,7 @@ class WeightFormats:
     wanted: Formats = field(default_factory=dict)
 
 
-_AS_FLOATS = WeightFormats()
+AS_FLOATS = WeightFormats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class LoadPlan:
 
 
 def plan_weights(
-    checkpoint: Checkpoint, model: Model, formats: WeightFormats = _AS_FLOATS
+    checkpoint: Checkpoint, model: Model, formats: WeightFormats = AS_FLOATS
 ) -> LoadPlan:
     """Match a checkpoint's tensors with a model's parameters by name and shape.
 
@@ -210,7 +210,7 @@ def load_weights(
     dtype: torch.dtype,
     torch_device: torch.device,
     on_tensor: Callable[[int], None] | None = None,
-    formats: WeightFormats = _AS_FLOATS,
+    formats: WeightFormats = AS_FLOATS,
 ) -> None:
     """Fill every parameter of a model on the meta device, file by file.
 
@@ -224,7 +224,7 @@ def load_weights(
     fill = _Filler(_places(model), formats.wanted, dtype, torch_device)
     held: dict[tuple[str, ...], dict[str, Tensor]] = {}  # by targets: sources that wait for others
     for file in checkpoint.files:
-        for step, sources in _read_steps(file, plan.steps, checkpoint.tensors, held):
+        for step, sources in _read_steps(file, plan.steps, checkpoint, held):
             fill(step, sources)
             if on_tensor:
                 _report(step, checkpoint.tensors, on_tensor)
@@ -241,13 +241,13 @@ def _report(
 def _read_steps(
     file: Path,
     steps: Sequence[LoadStep],
-    tensors: Mapping[str, TensorInfo],
+    checkpoint: Checkpoint,
     held: dict[tuple[str, ...], dict[str, Tensor]],
 ) -> Iterator[tuple[LoadStep, list[Tensor]]]:
     """Steps that this file completes, with their sources; the rest of them goes into `held`."""
-    with open_reader(file) as read:
+    with (checkpoint.open_reader or open_reader)(file) as read:
         for step in steps:
-            here = [name for name in step.sources if tensors[name].file == file]
+            here = [name for name in step.sources if checkpoint.tensors[name].file == file]
             if not here:
                 continue
             sources = held.setdefault(step.targets, {})

@@ -10,8 +10,24 @@ from typer.testing import CliRunner
 
 from glimt.cli import app
 from glimt.commands import doctor, machine
-from glimt.commands.doctor import Check, DeviceState, Facts, Torch, check, collect, is_healthy
-from glimt.commands.machine import Library, Memory, Processor, read_memory, read_processor
+from glimt.commands.doctor import (
+    Check,
+    DeviceState,
+    Facts,
+    NativeKernels,
+    Torch,
+    check,
+    collect,
+    is_healthy,
+)
+from glimt.commands.machine import (
+    Library,
+    Memory,
+    Processor,
+    read_memory,
+    read_numa_nodes,
+    read_processor,
+)
 
 GIB = 2**30
 
@@ -268,7 +284,7 @@ def test_a_broken_torch_is_told_once():
 
 
 def run(monkeypatch: pytest.MonkeyPatch, facts: Facts, *options: str):
-    monkeypatch.setattr(doctor, "collect", lambda: facts)
+    monkeypatch.setattr(doctor, "collect", lambda **_: facts)
     return CliRunner().invoke(app, ["doctor", *options])
 
 
@@ -295,3 +311,35 @@ def test_people_see_facts_and_fixes(monkeypatch):
     assert "PROBLEM torch: cannot be imported: OSError: [bold]lib[/bold]" in result.stdout
     assert "fix: install it again" in result.stdout
     assert "mend what is marked PROBLEM first" in result.stdout
+
+
+# --- kernels and limits ----------------------------------------------------------------------
+
+
+def test_kernels_that_are_not_built_are_told_with_the_way_to_build_them():
+    """Catches a machine that is slow for want of a library that nobody misses."""
+    absent, broken = NativeKernels(), NativeKernels("x.so", "is of another build")
+    for kernels in (absent, broken, NativeKernels("x.so")):
+        found = wrong(replace(HEALTHY, kernels=kernels))
+        assert [(one.name, one.level) for one in found] == [("kernels", "warning")]
+        assert "cmake" in found[0].fix
+    assert wrong(replace(HEALTHY, kernels=NativeKernels("x.so", None, ("avx2",)))) == []
+
+
+def test_nodes_are_counted_by_their_folders(tmp_path):
+    """Catches two sockets taken for one, and no folder taken for no memory."""
+    for name in ("node0", "node1", "power"):
+        (tmp_path / name).mkdir()
+    assert read_numa_nodes(tmp_path) == 2
+    assert read_numa_nodes(tmp_path / "absent") == 1
+
+
+def test_limits_are_shown_when_they_were_measured(monkeypatch):
+    """Catches limits that are measured and not told, and a processor without int8 units."""
+    limits = {"read_bytes": 25e9, "bf16_ops": 1.5e12, "int8_ops": None}
+    facts = replace(HEALTHY, limits=limits, numa_nodes=2)
+    result = run(monkeypatch, facts, "--limits")
+    assert "25.0 GB/s" in result.stdout
+    assert "1.50 TFLOP/s in bfloat16" in result.stdout
+    assert "int8," not in result.stdout
+    assert json.loads(run(monkeypatch, facts, "--json").stdout)["limits"] == limits

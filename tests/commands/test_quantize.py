@@ -19,7 +19,7 @@ from glimt.errors import CheckpointError, ConfigError
 from glimt.layers.linear import Linear
 from glimt.llm import LLM
 from glimt.loader import OpenedModel, open_model
-from glimt.quant.base import all_formats
+from glimt.quant.base import QuantisedWeight, all_formats
 from glimt.quant.plan import QuantOptions
 from glimt.types import SamplingParams
 
@@ -51,11 +51,17 @@ def loaded(folder: Path, **settings: str) -> OpenedModel:
     return opened
 
 
+@pytest.fixture(autouse=True)
+def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are packed for a kernel cannot be looked at."""
+    monkeypatch.setenv("GLIMT_ISA", "none")
+
+
 def quantised_weights(opened: OpenedModel) -> dict[str, torch.Tensor]:
     return {
-        name: module.quantised.dequantise()
+        name: module.held.dequantise()
         for name, module in opened.model.named_modules()
-        if isinstance(module, Linear) and module.quantised is not None
+        if isinstance(module, Linear) and isinstance(module.held, QuantisedWeight)
     }
 
 

@@ -58,11 +58,12 @@ def test_a_demo_model_has_every_file_of_a_published_one(name):
 def test_every_file_of_a_demo_model_goes_into_the_wheel(name):
     """Catches a pattern in pyproject.toml that no longer fits: pip would install no weights."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = settings["tool"]["setuptools"]["package-data"]["glimt.demo"]
-    files = [path.relative_to(PACKAGED) for path in folder_of(name).iterdir()]
+    build = settings["tool"]["scikit-build"]
+    assert build["wheel"]["packages"] == ["src/glimt"]  # with every file in it, but for these
+    files = [path.relative_to(ROOT / "src") for path in folder_of(name).iterdir()]
     assert files
     for file in files:
-        assert any(fnmatch(str(file), pattern) for pattern in patterns), file
+        assert not any(fnmatch(str(file), pattern) for pattern in build["wheel"]["exclude"]), file
 
 
 def test_git_keeps_every_file_of_the_demo_models():

@@ -17,6 +17,7 @@ from glimt.commands.chat_commands import COMMANDS, ChatState, as_command, run_co
 from glimt.commands.chat_input import Entry, Reader
 from glimt.commands.console import note, say_error, warn, write_answer
 from glimt.commands.conversation import Conversation, Turn, default_question
+from glimt.commands.memory import note_plan
 from glimt.commands.pictures import read_picture
 from glimt.commands.running import check_language, facts, load_engine, run_request
 from glimt.config import EngineConfig
@@ -39,6 +40,7 @@ class ChatJob:
     images: Sequence[str] = ()
     system: str | None = None
     language: str = "auto"
+    is_verbose: bool = False
 
 
 def chat(job: ChatJob) -> None:
@@ -49,6 +51,8 @@ def chat(job: ChatJob) -> None:
     pictures = [read_picture(given, config.image_limits) for given in job.images]
     conversation = Conversation(job.system, waiting=pictures)
     engine = load_engine(config)
+    if job.is_verbose:
+        note_plan(engine)
     defaults = engine.opened.processor.sampling_defaults
     state = ChatState(conversation, sampling, defaults, engine.stats, config.image_limits)
     Chat(engine, state, Reader(tuple(COMMANDS)), job.language).run()

@@ -19,6 +19,7 @@ from glimt.commands.machine import (
     Processor,
     read_libraries,
     read_memory,
+    read_numa_nodes,
     read_processor,
 )
 
@@ -48,12 +49,27 @@ class DeviceState:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """The compiled kernels. path: None where they were not built; error: why they cannot be used.
+
+    instruction_sets: those compiled in that this processor has, best first
+    """
+
+    path: str | None = None
+    error: str | None = None
+    instruction_sets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that the checks look at.
 
     devices_error: why the list of devices cannot be had
     threads_setting: OMP_NUM_THREADS, None if it is not set
     encoding: what Python reads and writes text in
+    numa_nodes: parts of the machine with memory of their own
+    kernels: None: not looked for
+    limits: what the machine reads and multiplies in a second; None: not measured
     """
 
     python: str
@@ -65,6 +81,9 @@ class Facts:
     libraries: tuple[Library, ...]
     threads_setting: str | None
     encoding: str
+    numa_nodes: int = 1
+    kernels: NativeKernels | None = None
+    limits: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +99,11 @@ class Check:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def collect(environment: Mapping[str, str] = os.environ) -> Facts:
-    """Read everything; what cannot be read is told in the facts and not raised."""
+def collect(environment: Mapping[str, str] = os.environ, measures_limits: bool = False) -> Facts:
+    """Read everything; what cannot be read is told in the facts and not raised.
+
+    measures_limits: takes a second or two, and 768 MiB of memory
+    """
     torch = _read_torch()
     devices, devices_error = _read_devices()
     return Facts(
@@ -94,6 +116,9 @@ def collect(environment: Mapping[str, str] = os.environ) -> Facts:
         libraries=tuple(read_libraries()),
         threads_setting=environment.get("OMP_NUM_THREADS"),
         encoding=locale.getpreferredencoding(do_setlocale=False),
+        numa_nodes=read_numa_nodes(),
+        kernels=_read_kernels() if torch.error is None else None,
+        limits=_measure_limits(torch) if measures_limits else None,
     )
 
 
@@ -108,6 +133,29 @@ def _read_torch() -> Torch:
         has_accelerator=torch.accelerator.is_available(),
         num_threads=torch.get_num_threads(),
     )
+
+
+def _read_kernels() -> NativeKernels:
+    from glimt.kernels.native import available, library_path
+
+    path = library_path()
+    if path is None:
+        return NativeKernels()
+    try:
+        return NativeKernels(path, None, tuple(available(path)))
+    except OSError as error:  # of another build, or not for this machine
+        return NativeKernels(path, str(error))
+
+
+def _measure_limits(torch: Torch) -> Mapping[str, float | None] | None:
+    """Bytes and operations per second; None without a torch."""
+    if torch.error is not None:
+        return None
+    from glimt.kernels.limits import LimitMeter
+
+    meter = LimitMeter(torch.num_threads)
+    meter.warm_up()
+    return asdict(meter.measure())
 
 
 def _read_devices() -> tuple[tuple[DeviceState, ...], str | None]:
@@ -130,6 +178,7 @@ def check(facts: Facts) -> list[Check]:
         *_check_torch(facts),
         *_check_devices(facts),
         _check_instructions(facts.processor),
+        *_check_kernels(facts.kernels),
         *_check_memory(facts.memory),
         *_check_threads(facts),
         _check_encoding(facts.encoding),
@@ -191,6 +240,21 @@ def _check_instructions(processor: Processor) -> Check:
         fix = "use a newer machine; on a virtual one, let it see the host's processor"
         return Check("processor", "warning", "has neither AVX2 nor ASIMD: answers are slow", fix)
     return Check("processor", "ok", f"has {', '.join(present)}")
+
+
+def _check_kernels(kernels: NativeKernels | None) -> Iterator[Check]:
+    if kernels is None:
+        return
+    build = "cmake -S . -B build && make -C build && cp build/_native.so src/glimt/kernels/"
+    if kernels.error is not None:
+        yield Check("kernels", "warning", f"cannot be used: {kernels.error}", build)
+    elif kernels.path is None:
+        yield Check("kernels", "warning", "are not built; torch's own are slower", build)
+    elif not kernels.instruction_sets:
+        says = "hold nothing for this processor; torch's own are used"
+        yield Check("kernels", "warning", says, build)
+    else:
+        yield Check("kernels", "ok", f"are built for {', '.join(kernels.instruction_sets)}")
 
 
 # Bytes of the parameters in 16 bits, and what one conversation of full length takes beside them:
@@ -277,12 +341,12 @@ def as_dict(facts: Facts, checks: list[Check]) -> dict[str, Any]:
     return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks], **everything}
 
 
-def doctor(as_json: bool) -> bool:
+def doctor(as_json: bool, measures_limits: bool = False) -> bool:
     """Look, judge and print. True if nothing blocks."""
     from glimt.commands.console import print_json
     from glimt.commands.show_doctor import show
 
-    facts = collect()
+    facts = collect(measures_limits=measures_limits)
     checks = check(facts)
     if as_json:
         print_json(as_dict(facts, checks))

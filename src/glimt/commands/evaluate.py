@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glimt.commands.console import count_bar, out_console, print_json, told_as_json, warn
+from glimt.commands.memory import note_plan
 from glimt.commands.tables import figures
 from glimt.errors import ConfigError
 from glimt.evaluate.questions import Question, read_questions
@@ -29,6 +30,7 @@ class EvaluateJob:
     against: str | None
     limit: int | None
     as_json: bool
+    is_verbose: bool = False
 
 
 def run(job: EvaluateJob) -> None:
@@ -43,6 +45,8 @@ def _found(job: EvaluateJob) -> Evaluation:
         raise ConfigError("limit", [f"is {job.limit}; it must be at least 1"])
     questions = _limited(read_questions(job.questions), job.limit)
     llm = _load(job.engine)
+    if job.is_verbose:
+        note_plan(llm.engine)
     plain = {"dtype": job.against, "quant": "none", "quant_head": "none", "quant_tower": "none"}
     reference = _load({**job.engine, **plain}) if job.against else None
     with count_bar("asking", len(questions)) as on_done:

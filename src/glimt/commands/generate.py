@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glimt.commands.console import note, print_json, told_as_json, write_answer
+from glimt.commands.memory import note_plan
 from glimt.commands.pictures import read_picture
 from glimt.commands.running import check_language, facts, load_engine, run_request
 from glimt.config import EngineConfig, ImageLimits
@@ -47,6 +48,7 @@ class GenerateJob:
     language: str = "auto"
     as_json: bool = False
     is_quiet: bool = False
+    is_verbose: bool = False
 
 
 def generate(job: GenerateJob) -> None:
@@ -61,6 +63,8 @@ def generate(job: GenerateJob) -> None:
         check_language(job.language)
         messages = _messages(job, config.image_limits)
         engine = load_engine(config, job.is_quiet)
+        if job.is_verbose:
+            note_plan(engine)
         options = RequestOptions(language=job.language)
         request = engine.prepare_chat(messages, sampling, options)
     output = _run(engine, request, streams=not job.as_json and sampling.n == 1)

@@ -13,14 +13,13 @@ import torch
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint
 from glimt.devices.base import open_device
 from glimt.loader import Findings, ModelFolder, build_model, read_folder
+from glimt.memory_plan import VISION_MODULES
 from glimt.models.base import BuildContext, Model
 from glimt.quant.base import NONE, QuantFormat
 from glimt.quant.plan import plan_formats
 from glimt.weights import LoadPlan, WeightFormats, plan_weights
 
 GroupName = Literal["language", "vision", "other"]
-# First parts of the parameter names of everything that only pictures pass through.
-_VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ def _groups(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[TensorGroup, ...]:
 def _group_of(module: str | None) -> GroupName:
     if module is None:
         return "other"
-    return "vision" if module in _VISION_MODULES else "language"
+    return "vision" if module in VISION_MODULES else "language"
 
 
 def _group(name: GroupName, members: Sequence[str], checkpoint: Checkpoint) -> TensorGroup:

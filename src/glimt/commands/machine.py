@@ -15,6 +15,7 @@ from pathlib import Path
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+NODES = Path("/sys/devices/system/node")
 
 _X86_SETS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -77,6 +78,11 @@ def _model_name(block: Mapping[str, str]) -> str | None:
     if "CPU implementer" in block:
         return f"ARM implementer {block['CPU implementer']} part {block.get('CPU part', '?')}"
     return None
+
+
+def read_numa_nodes(nodes: Path = NODES) -> int:
+    """Parts of the machine with memory of their own; 1 where the system does not say."""
+    return max(1, len(list(nodes.glob("node[0-9]*"))))
 
 
 # --- memory ----------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from rich.console import Console
 from rich.text import Text
 
 from glimt import __version__
 from glimt.commands.console import out_console, size_text
-from glimt.commands.doctor import Check, Facts, is_healthy
+from glimt.commands.doctor import Check, Facts, NativeKernels, is_healthy
 from glimt.commands.machine import Library
 from glimt.commands.tables import key_values
 
@@ -48,7 +50,9 @@ def _machine(facts: Facts) -> dict[str, str]:
     rows = {
         "processor": f"{cpu.model} ({cpu.architecture})",
         "cores": cores,
+        "NUMA nodes": str(facts.numa_nodes),
         "torch threads": str(facts.torch.num_threads or "unknown"),
+        "native kernels": _kernels(facts.kernels),
         "has": ", ".join(name for name in sets if sets[name]) or "none of those that matter",
         "has not": ", ".join(name for name in sets if not sets[name]) or "nothing that matters",
         "memory": f"{size_text(memory.total)}, {size_text(memory.available)} available",
@@ -58,7 +62,22 @@ def _machine(facts: Facts) -> dict[str, str]:
     if memory.cgroup_limit is not None and memory.cgroup_free is not None:
         limit, free = size_text(memory.cgroup_limit), size_text(memory.cgroup_free)
         rows["container"] = f"may use {limit}, {free} left"
+    if facts.limits is not None:
+        rows["reads at most"] = f"{(facts.limits['read_bytes'] or 0) / 1e9:.1f} GB/s"
+        rows["multiplies at most"] = ", ".join(_multiplies(facts.limits))
     return rows
+
+
+def _multiplies(limits: Mapping[str, float | None]) -> Iterator[str]:
+    for name, unit in (("bf16", "TFLOP/s in bfloat16"), ("int8", "TOP/s in int8")):
+        if (ops := limits[f"{name}_ops"]) is not None:
+            yield f"{ops / 1e12:.2f} {unit}"
+
+
+def _kernels(kernels: NativeKernels | None) -> str:
+    if kernels is None or kernels.error is not None:
+        return "unknown"
+    return ", ".join(kernels.instruction_sets) or "none"
 
 
 def _devices(facts: Facts) -> dict[str, str]:

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "limits.h"
 #include "processor.h"
 #include "threads.h"
 
@@ -14,19 +15,29 @@ struct Offered {
     const char* name;
     bool (*is_there)();
     const Kernels* (*kernels)();
+    LimitLoops (*limits)();
 };
 
 bool always() { return true; }
 
 constexpr Offered kOffered[] = {  // best first
-    {"amx", has_amx, amx_kernels},
-    {"avx512", has_avx512, avx512_kernels},
-    {"avx2", has_avx2, avx2_kernels},
-    {"portable", always, portable_kernels},
+    {"amx", has_amx, amx_kernels, amx_limits},
+    {"avx512", has_avx512, avx512_kernels, avx512_limits},
+    {"avx2", has_avx2, avx2_kernels, avx2_limits},
+    {"portable", always, portable_kernels, portable_limits},
 };
 
 const Kernels* active = nullptr;
 std::mutex one_call;
+
+// The loops of an instruction set that this processor has; of the best one where name is empty.
+// Its kernels need not be there: the limit is the machine's.
+LimitLoops limit_loops(const char* name) {
+    for (const Offered& one : kOffered)
+        if ((!*name || !std::strcmp(one.name, name)) && one.is_there() && one.limits().read)
+            return one.limits();
+    return {};
+}
 
 template <typename Call>
 int run(void (*const Kernels::*kernel)(const Call&), const Call* call) {
@@ -69,6 +80,19 @@ EXPORT int glimt_use(const char* name) {
 EXPORT void glimt_set_threads(int count) {
     std::lock_guard<std::mutex> lock(one_call);
     set_num_workers(count);
+}
+
+// Bytes per second of one pass over data, 64-byte aligned; 0 where that instruction set is not
+// there. name "": the best one.
+EXPORT double glimt_read_limit(const char* name, const void* data, int64_t num_bytes) {
+    std::lock_guard<std::mutex> lock(one_call);
+    return read_limit(limit_loops(name), static_cast<const uint8_t*>(data), num_bytes);
+}
+
+// Operations per second; kind: LimitKind. 0 as above.
+EXPORT double glimt_math_limit(const char* name, int kind) {
+    std::lock_guard<std::mutex> lock(one_call);
+    return math_limit(limit_loops(name), kind);
 }
 
 EXPORT int64_t glimt_packed_bytes(const PlainWeight* weight) { return packed_bytes(*weight); }

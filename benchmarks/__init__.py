@@ -1,0 +1,1 @@
+"""What is measured, never imported by the package or its tests."""

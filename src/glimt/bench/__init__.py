@@ -1,0 +1,1 @@
+"""What users measure: workloads, the machine's limits beside every time, reports."""

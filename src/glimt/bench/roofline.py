@@ -1,0 +1,122 @@
+"""Bytes and operations of a step and of a picture, and what share of the machine's limits that is.
+
+Counted from a model's shapes alone; nothing here runs. Operations are multiplications and
+additions, counted apart. Source of the formulas: the roofline model, Williams et al., CACM 52(4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from glimt.devices.base import Device
+from glimt.errors import ConfigError
+from glimt.memory_plan import VISION_MODULES
+from glimt.models.base import BuildContext, FamilyConfig, Model, ModelFamily, Processor
+from glimt.runner.kv_cache import kv_bytes_per_token
+from glimt.types import ImageInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCosts:
+    """What a model's shapes say of a step.
+
+    layer_products:  values in the matrices of the language model's blocks
+    head_products:   values in the matrix of the head
+    step_bytes:      of the weights that every step reads: blocks, last norm and head
+    kv_bytes:        of one cached token
+    num_layers, attention_size: blocks, and query heads times their width
+    picture_ops:     operations of one picture through tower and adapter
+    """
+
+    layer_products: int
+    head_products: int
+    step_bytes: int
+    kv_bytes: int
+    num_layers: int
+    attention_size: int
+    picture_ops: int
+
+    def with_weights(self, step_bytes: int) -> ModelCosts:
+        """The same for weights in another form, such as quantised ones."""
+        return replace(self, step_bytes=step_bytes)
+
+    def prefill_ops(self, num_tokens: int) -> int:
+        """Operations of a causal prompt in one step, with one row of logits.
+
+        2 · P · T + 2 · L · size · T² + head: each query sees half of the keys on average.
+        """
+        attention = 2 * self.num_layers * self.attention_size * num_tokens**2
+        return 2 * self.layer_products * num_tokens + attention + 2 * self.head_products
+
+    def decode_ops(self, batch: int, context: float) -> float:
+        """Operations of one token for each of `batch` rows whose contexts are so long on average.
+
+        2 · B · (P + head) + 4 · B · L · size · context.
+        """
+        attention = 4 * self.num_layers * self.attention_size * context
+        return batch * (2 * (self.layer_products + self.head_products) + attention)
+
+    def decode_bytes(self, batch: int, context: float) -> float:
+        """Bytes that such a step reads: the weights once, and every row's keys and values."""
+        return self.step_bytes + batch * context * self.kv_bytes
+
+    def mbu(self, step_s: float, read_limit: float) -> float:
+        """Share of the bandwidth that the weights alone take: step_bytes / seconds / limit."""
+        return self.step_bytes / step_s / read_limit
+
+
+def mfu(ops: float, seconds: float, ops_limit: float) -> float:
+    """Share of the machine's operations per second."""
+    return ops / seconds / ops_limit
+
+
+# --- counting --------------------------------------------------------------------------------
+
+
+def costs_of(
+    family: ModelFamily[Any], config: FamilyConfig, processor: Processor, dtype: torch.dtype
+) -> ModelCosts:
+    """Count a model, built anew without memory for its weights.
+
+    Raises ConfigError for a family whose config does not tell its heads.
+    """
+    device = Device("meta")
+    model = family.build(config, BuildContext(device, dtype, 1))
+    num_heads = getattr(cast("Any", config), "num_heads", None)
+    if not isinstance(num_heads, int):
+        raise ConfigError("bench", [f"the config of {family.name} does not tell its num_heads"])
+    language = [
+        (name, value)
+        for name, value in model.named_parameters()
+        if name.partition(".")[0] not in {*VISION_MODULES, "embedding"}
+    ]
+    matrices = [(name, value.numel()) for name, value in language if value.dim() == 2]
+    return ModelCosts(
+        layer_products=sum(count for name, count in matrices if not name.startswith("head.")),
+        head_products=sum(count for name, count in matrices if name.startswith("head.")),
+        step_bytes=sum(value.numel() for _, value in language) * dtype.itemsize,
+        kv_bytes=kv_bytes_per_token(model, dtype),
+        num_layers=model.num_layers,
+        attention_size=num_heads * model.head_dim,
+        picture_ops=_picture_ops(model, processor),
+    )
+
+
+def _picture_ops(model: Model, processor: Processor) -> int:
+    """torch counts the products and attentions of the plain path; 0 for a text model."""
+    if not any(name in VISION_MODULES for name, _ in model.named_children()):
+        return 0
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.image_features([blank_picture(processor)])
+    return int(counter.get_total_flops())
+
+
+def blank_picture(processor: Processor) -> ImageInput:
+    """A black picture as the tower takes it."""
+    from PIL import Image
+
+    return processor.prepare_image(Image.new("RGB", (64, 64)), b"blank")

@@ -1,0 +1,355 @@
+"""What `glimt bench synthetic` runs: pictures, first tokens, and decoding at several batch sizes.
+
+Through the engine as any request goes; only the weights, texts and pictures are random. Knows
+nothing of tables and files.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from glimt.bench.roofline import ModelCosts, costs_of
+from glimt.bench.samples import Sample, Summary, summarise
+from glimt.config import EngineConfig
+from glimt.engine import Engine
+from glimt.errors import ConfigError, EngineError
+from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
+from glimt.memory_plan import MemoryPlan
+from glimt.synthetic import SyntheticName, published_config
+from glimt.types import Request, SamplingParams, StepOutput
+
+_TEXT_TOKENS = 32  # of a prompt, besides its picture; the template is among them
+_GROUP_S = 0.2  # decoding steps that are timed together, between two limits
+_MAX_TRIES = 2  # times the samples asked for, where the machine does not keep still
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticJob:
+    """What was asked for.
+
+    output_tokens: of each answer
+    repeats: steady samples of each first token
+    threads: None: as many as torch uses
+    """
+
+    name: SyntheticName
+    dtype: str = "auto"
+    quant: str = "none"
+    batches: tuple[int, ...] = (1, 2, 4, 8, 10)
+    output_tokens: int = 64
+    repeats: int = 5
+    device: str = "cpu"
+    threads: int | None = None
+    memory_limit_bytes: int | None = None
+    meter_bytes: int = BUFFER_BYTES
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.batches or min(self.batches) < 1:
+            problems.append(f"batch is {list(self.batches)}; whole numbers >= 1 are needed")
+        for name, least in (("output_tokens", 2), ("repeats", 1)):
+            if getattr(self, name) < least:
+                problems.append(f"{name} is {getattr(self, name)}; at least {least} is needed")
+        if self.threads is not None and self.threads < 1:
+            problems.append(f"threads is {self.threads}; at least 1 is needed")
+        if problems:
+            raise ConfigError("bench", problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """Until the first token of one request alone; ttft includes opening and resizing the picture.
+
+    picture: tower and adapter; prefill: the language model's step, picture excluded
+    """
+
+    ttft: Summary
+    picture: Summary
+    prefill: Summary
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """Steps of so many rows; step: its share is of the weights' bytes alone (MBU).
+
+    share_with_kv: the same with the keys and values that the rows read
+    """
+
+    batch: int
+    step: Summary
+    share_with_kv: float | None
+    context_tokens: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all rows together."""
+        return self.batch / self.step.median_s if self.step.median_s else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """All that was measured, and what it was measured on.
+
+    limits:        the machine's, once at the start and once at the end
+    peak_rss:      bytes that the process held at most, without the meter's buffer
+    math:          which of the limits pictures and prefill are held against
+    """
+
+    job: SyntheticJob
+    family: str
+    dtype: str
+    threads: int
+    is_limit_native: bool
+    math: MathKind
+    limits: tuple[Limits, Limits]
+    costs: ModelCosts
+    prompt_tokens: int
+    picture_tokens: int
+    load_s: float
+    memory: MemoryPlan
+    peak_rss: int
+    meter_bytes: int
+    fresh: FirstToken
+    again: FirstToken
+    decoding: tuple[Decoding, ...]
+
+
+def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None) -> Findings:
+    """Make the model, run everything. on_stage: told what begins.
+
+    Raises ConfigError for what cannot be run, EngineError if a request ends with an error.
+    """
+    published_config(job.name)  # before anything large is made
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    threads = torch.get_num_threads()
+    meter = LimitMeter(threads, num_bytes=job.meter_bytes)
+    on_stage("making the weights")
+    began = time.perf_counter()
+    engine = Engine.load(_engine_config(job))
+    load_s = time.perf_counter() - began
+    opened = engine.opened
+    costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
+    costs = costs.with_weights(engine.memory.language + engine.memory.head)
+    bench = _Bench(engine, meter, job, costs)
+    bench.check_room()
+    meter.warm_up()
+    first = meter.measure()
+    bench.warm_up()
+    on_stage("first tokens")
+    fresh, again = bench.first_tokens()
+    decoding = []
+    for batch in job.batches:
+        on_stage(f"decoding {batch} at a time")
+        decoding.append(bench.decode(batch))
+    return Findings(
+        job=job,
+        family=opened.family.name,
+        dtype=str(opened.dtype).removeprefix("torch."),
+        threads=threads,
+        is_limit_native=meter.is_native,
+        math=bench.math,
+        limits=(first, meter.measure()),
+        costs=costs,
+        prompt_tokens=bench.prompt_tokens,
+        picture_tokens=bench.picture_tokens,
+        load_s=load_s,
+        memory=engine.memory,
+        peak_rss=_peak_rss() - meter.buffer.numel(),
+        meter_bytes=meter.buffer.numel(),
+        fresh=fresh,
+        again=again,
+        decoding=tuple(decoding),
+    )
+
+
+def _engine_config(job: SyntheticJob) -> EngineConfig:
+    options: dict[str, Any] = {} if job.quant == "none" else {"quant": job.quant}
+    if not options.keys() <= {field.name for field in fields(EngineConfig)}:
+        raise ConfigError("quant", [f"{job.quant!r} is unknown; this version has only 'none'"])
+    return EngineConfig(
+        model=str(job.name),
+        dtype=job.dtype,
+        device=job.device,
+        max_num_seqs=max(job.batches),
+        memory_limit_bytes=job.memory_limit_bytes,
+        **options,
+    )
+
+
+def _peak_rss() -> int:
+    """Bytes; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Bench:
+    """One engine and its limits."""
+
+    def __init__(
+        self, engine: Engine, meter: LimitMeter, job: SyntheticJob, costs: ModelCosts
+    ) -> None:
+        self.engine, self.meter, self.job, self.costs = engine, meter, job, costs
+        self.math: MathKind = "int8" if "a8" in job.quant and meter.is_native else "bf16"
+        self._random = random.Random(job.name.seed)
+        picture = self._picture()
+        bare = self._request(picture, 1)
+        self.picture_tokens = sum(span.length for span in bare.prompt.spans)
+        self._num_letters = 1 + _TEXT_TOKENS - (len(bare.prompt.token_ids) - self.picture_tokens)
+        self.prompt_tokens = self.picture_tokens + _TEXT_TOKENS
+
+    # --- requests ---
+
+    def _picture(self) -> Image.Image:
+        """Noise of the size that GLM-4v's tower takes."""
+        noise = np.random.default_rng(self._random.getrandbits(32))
+        return Image.fromarray(noise.integers(0, 256, (1120, 1120, 3), dtype=np.uint8))
+
+    def _letters(self) -> str:
+        """Random Chinese letters: the stand-in tokenizer makes a random id of each."""
+        count = max(1, self._num_letters)
+        return "".join(chr(self._random.randrange(0x4E00, 0x9FA5)) for _ in range(count))
+
+    def _request(self, picture: Image.Image | None, num_tokens: int, text: str = "中") -> Request:
+        images = [] if picture is None else [{"type": "image", "image": picture}]
+        content = [*images, {"type": "text", "text": text}]
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        return self.engine.prepare_chat([{"role": "user", "content": content}], sampling)
+
+    def check_room(self) -> None:
+        """Raise ConfigError if the largest batch does not fit the context or the cache."""
+        row = self.prompt_tokens + self.job.output_tokens
+        limits, batch = self.engine.inputs.limits, max(self.job.batches)
+        if row > limits.context_tokens:
+            said = f"a prompt of {self.prompt_tokens} tokens and {self.job.output_tokens} more"
+            raise ConfigError(
+                "output_len", [f"{said} exceed the context of {limits.context_tokens}"]
+            )
+        blocks = -(-row // self.engine.config.block_size) * batch
+        if blocks > self.engine.stats().num_blocks:
+            said = f"{batch} rows of {row} tokens need more than the cache's {limits.cache_tokens}"
+            raise ConfigError("batch", [f"{said}; ask for fewer, or raise the memory limit"])
+
+    def warm_up(self) -> None:
+        """A short text, so that no figure pays for what happens once."""
+        request = self._request(None, 4)
+        self.engine.add_request(request)
+        while self.engine.is_open(request.request_id):
+            _checked(self.engine.step())
+
+    # --- first tokens ---
+
+    def first_tokens(self) -> tuple[FirstToken, FirstToken]:
+        """Of requests never seen, and of one that was seen before."""
+        pictures = [self._picture() for _ in range(self.job.repeats * _MAX_TRIES)]
+        self._seen = pictures[0]
+        text = self._letters()
+        fresh = self._first_tokens(lambda i: (pictures[i], text), self.costs.picture_ops)
+        again = self._first_tokens(lambda i: (pictures[0], text), 0)
+        return fresh, again
+
+    def _first_tokens(
+        self, ask: Callable[[int], tuple[Image.Image, str]], picture_ops: int
+    ) -> FirstToken:
+        ttft: list[Sample] = []
+        picture: list[Sample] = []
+        prefill: list[Sample] = []
+        cached = 0
+        before = self._math_limit()
+        while not self._is_enough(ttft):
+            began = time.perf_counter()
+            request = self._request(ask(len(ttft))[0], 2, ask(len(ttft))[1])
+            picture_s, step_s, cached = self._until_first(request)
+            total = time.perf_counter() - began
+            after = self._math_limit()
+            ttft.append(Sample(total, before, after))
+            picture.append(Sample(picture_s, before, after))
+            prefill.append(Sample(step_s - picture_s, before, after))
+            before = after
+        prefill_ops = self.costs.prefill_ops(self.prompt_tokens) if picture_ops else 0
+        return FirstToken(
+            ttft=summarise(ttft, picture_ops + prefill_ops),
+            picture=summarise(picture, picture_ops),
+            prefill=summarise(prefill, prefill_ops),
+            cached_tokens=cached,
+        )
+
+    def _math_limit(self) -> float:
+        """Of three bursts the middle one: a single one is too short for seconds of work."""
+        return median(self.meter.math(self.math) for _ in range(3))
+
+    def _is_enough(self, samples: Sequence[Sample]) -> bool:
+        num_steady = sum(sample.is_steady for sample in samples)
+        return num_steady >= self.job.repeats or len(samples) >= _MAX_TRIES * self.job.repeats
+
+    def _until_first(self, request: Request) -> tuple[float, float, int]:
+        """Seconds in the tower, seconds in all steps, and prompt tokens found in the cache."""
+        before, began = self.engine.stats(), time.perf_counter()
+        self.engine.add_request(request)
+        while not any(output.token_ids for output in _checked(self.engine.step())):
+            pass
+        step_s, after = time.perf_counter() - began, self.engine.stats()
+        self.engine.abort(request.request_id)
+        cached = after.prefix_hit_tokens - before.prefix_hit_tokens
+        return after.tower_s - before.tower_s, step_s, cached
+
+    # --- decoding ---
+
+    def decode(self, batch: int) -> Decoding:
+        """Rows with one picture and a text each; their prompts are computed before the clock."""
+        longest = self._start_rows(batch)
+        first, samples = longest, []
+        before = self.meter.read()
+        while (room := self.job.output_tokens - longest) > 0:
+            seconds, count = self._timed_steps(batch, room)
+            longest += count
+            after = self.meter.read()
+            samples.append(Sample(seconds / count, before, after))
+            before = after
+        while self.engine.has_work:
+            _checked(self.engine.step())
+        context = self.prompt_tokens + (first + longest) / 2
+        step = summarise(samples, self.costs.step_bytes)
+        with_kv = summarise(samples, self.costs.decode_bytes(batch, context)).share
+        return Decoding(batch=batch, step=step, share_with_kv=with_kv, context_tokens=context)
+
+    def _start_rows(self, batch: int) -> int:
+        """Run until every row has a first token; tells how many the longest has."""
+        counts: dict[str, int] = {}
+        requests = [
+            self._request(self._seen, self.job.output_tokens, self._letters()) for _ in range(batch)
+        ]
+        for request in requests:
+            self.engine.add_request(request)
+        while len(counts) < batch:
+            for output in _checked(self.engine.step()):
+                found = counts.get(output.request_id, 0)
+                counts[output.request_id] = found + len(output.token_ids)
+        return max(counts.values())
+
+    def _timed_steps(self, batch: int, room: int) -> tuple[float, int]:
+        """Seconds and number of steps, about _GROUP_S long; each gives every row a token."""
+        began, count = time.perf_counter(), 0
+        while count < room and (not count or time.perf_counter() - began < _GROUP_S):
+            outputs = _checked(self.engine.step())
+            count += 1
+            if sum(len(output.token_ids) for output in outputs) < batch:
+                raise EngineError("a row of the batch got no token: the cache was too small")
+        return time.perf_counter() - began, count
+
+
+def _checked(outputs: Sequence[StepOutput]) -> Sequence[StepOutput]:
+    for output in outputs:
+        if output.finish_reason == "error":
+            raise EngineError(output.error or "a request ended with an error")
+    return outputs

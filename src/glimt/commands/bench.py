@@ -1,0 +1,97 @@
+"""`glimt bench synthetic`: how fast a published model would be here, with random weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from glimt import __version__
+from glimt.bench import report
+from glimt.bench.synthetic import Findings, SyntheticJob, run
+from glimt.commands.console import note, out_console, print_json, told_as_json
+from glimt.commands.machine import installed_version, read_memory, read_numa_nodes, read_processor
+from glimt.commands.memory import plan_rows
+from glimt.commands.tables import figures, key_values
+from glimt.errors import ConfigError
+from glimt.synthetic import SyntheticName, parse_name
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Read "1,2,4" as (1, 2, 4). Raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        said = f"is {text!r}; whole numbers above 0 with commas between them are needed: 1,2,4"
+        raise ConfigError("batch", [said])
+    return tuple(int(part) for part in parts)
+
+
+def bench_synthetic(
+    model: str,
+    layers: int | None,
+    vision_layers: int | None,
+    seed: int,
+    batches: str,
+    as_json: bool,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Run and report. options: fields of SyntheticJob. Raises ConfigError before it starts."""
+    with told_as_json(as_json):
+        _check_out(out)
+        name = _name(model, layers, vision_layers, seed)
+        job = SyntheticJob(name=name, batches=parse_batches(batches), **options)
+        found = run(job, note)
+    data = report.as_dict(found, machine_facts(), command_line())
+    if out is not None:
+        text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
+        out.write_text(text + "\n", encoding="utf-8")
+    print_json(data) if as_json else _print(found)
+
+
+def _name(model: str, layers: int | None, vision_layers: int | None, seed: int) -> SyntheticName:
+    """Checked as a name of the same model would be, wherever one is given."""
+    return parse_name(str(SyntheticName(model, layers, vision_layers, seed)))
+
+
+def _check_out(out: Path | None) -> None:
+    """A run takes minutes; that its report cannot be written must be known before."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        said = "is a folder" if out.is_dir() else f"lies in {out.parent}, which does not exist"
+        raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
+
+
+def command_line() -> str:
+    """What was typed, quoted so that a shell takes it again."""
+    return shlex.join(["glimt", *sys.argv[1:]])
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    names = ("torch", "numpy")
+    return {
+        "processor": asdict(read_processor()),
+        "numa_nodes": read_numa_nodes(),
+        "memory_bytes": read_memory().total,
+        "system": platform.platform(),
+        "versions": {
+            "glimt": __version__,
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in names},
+        },
+    }
+
+
+def _print(found: Findings) -> None:
+    console = out_console()
+    title = f"{found.job.name}, {found.dtype}, {found.threads} threads, quant {found.job.quant}"
+    table = figures(*report.HEADINGS, title=title)
+    for row in report.rows(found):
+        table.add_row(*row)
+    console.print(table, "")
+    console.print(key_values("limits of the machine, first and last", report.limit_rows(found)), "")
+    console.print(key_values("memory", plan_rows(found.memory, found.peak_rss)))

@@ -1,0 +1,35 @@
+"""Tells an engine's memory plan."""
+
+from __future__ import annotations
+
+from glimt.commands.console import note, size_text
+from glimt.engine import Engine
+from glimt.memory_plan import MemoryPlan
+
+_SAID = {
+    "language": "weights, language blocks",
+    "head": "weights, head",
+    "embedding": "weights, embedding",
+    "tower": "weights, vision",
+    "kv": "KV cache",
+    "features": "picture features",
+    "workspace": "workspace, estimated",
+    "reserve": "reserve",
+}
+
+
+def plan_rows(plan: MemoryPlan, peak_rss: int | None = None) -> dict[str, str]:
+    """Names and sizes; peak_rss: what the process really took, in bytes."""
+    rows = {_SAID[name]: size_text(nbytes) for name, nbytes in plan.parts().items() if nbytes}
+    rows["planned in all"] = size_text(plan.total)
+    if plan.limit is not None:
+        rows["limit"] = size_text(plan.limit)
+    if peak_rss is not None:
+        rows["peak of the process"] = size_text(peak_rss)
+    return rows
+
+
+def note_plan(engine: Engine) -> None:
+    """One line for each part, on stderr."""
+    for name, size in plan_rows(engine.memory).items():
+        note(f"{name}: {size}")

@@ -20,7 +20,14 @@ from glimt.errors import PromptTooLong, RequestError
 from glimt.inputs.request import RequestOptions
 from glimt.loader import open_model
 from glimt.outputs.assembler import OutputAssembler
-from glimt.types import ImageSpan, Request, RequestOutput, SamplingParams
+from glimt.types import (
+    EncodedPrompt,
+    ImageSpan,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StepPlan,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -101,14 +108,15 @@ def undisturbed(folder: Path) -> dict[str, tuple[int, ...]]:
     return {r.request_id: run_one(engine, r).token_ids for r in requests}
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("order", "num_draft_tokens"), [(0, 0), (1, 0), (1, 4)])
 def test_a_crowd_in_a_tiny_cache_repeats_every_single_run(
-    folder: Path, undisturbed: dict[str, tuple[int, ...]], order: int
+    folder: Path, undisturbed: dict[str, tuple[int, ...]], order: int, num_draft_tokens: int
 ) -> None:
     """Catches rows that leak into each other, and recomputation that differs after preemption."""
     requests = mixed_requests(make_engine(folder))
     longest = max(len(r.prompt.token_ids) + r.max_tokens for r in requests)
-    engine = make_engine(folder, block_size=8, num_blocks=longest // 8 + 4, max_num_seqs=32)
+    sizes = {"block_size": 8, "num_blocks": longest // 8 + 4, "max_num_seqs": 32}
+    engine = make_engine(folder, num_draft_tokens=num_draft_tokens, **sizes)
     random.Random(order).shuffle(requests)
     finished = run(engine, requests)
     assert {name: output.token_ids for name, output in finished.items()} == undisturbed
@@ -342,6 +350,225 @@ def test_rows_that_differ_in_everything_repeat_their_single_runs(
     for name, output in found.items():
         assert choices_of(output) == choices_of(alone[name])
         np.testing.assert_allclose(logprobs_of(output), logprobs_of(alone[name]), atol=1e-4)
+
+
+# --- drafts ----------------------------------------------------------------------------------
+
+
+class KnowingDrafter:
+    """Guesses the answers that prompts got before, with a wrong token now and then.
+
+    answers: (prompt ids, output ids); one that begins like the output so far is taken
+    wrong:   what stands for a wrong token; None: the right one's neighbour
+    """
+
+    answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = ()
+    wrong: int | None = None
+
+    def __init__(self, prompt: EncodedPrompt, stop_token_ids: frozenset[int]) -> None:
+        self.known = [output for ids, output in self.answers if ids == prompt.token_ids]
+
+    def draft(self, output_ids: Sequence[int], count: int) -> tuple[int, ...]:
+        place = len(output_ids)
+        right = next((o for o in self.known if o[:place] == tuple(output_ids)), ())
+        guess = [*right[place:], 5, 6, 7, 8][: max(count, 0)]
+        for k in range(len(guess)):
+            if (place + k) % 5 == 3:
+                guess[k] = (guess[k] + 1) % 500 if self.wrong is None else self.wrong
+        return tuple(guess)
+
+
+@pytest.fixture
+def drafter(monkeypatch: pytest.MonkeyPatch) -> type[KnowingDrafter]:
+    class Ours(KnowingDrafter):
+        pass
+
+    monkeypatch.setattr("glimt.scheduler.sequence.Drafter", Ours)
+    return Ours
+
+
+def teach(
+    drafter: type[KnowingDrafter], requests: Sequence[Request], found: dict[str, RequestOutput]
+) -> None:
+    drafter.answers = [
+        (request.prompt.token_ids, choice.token_ids)
+        for request in requests
+        for choice in found[request.request_id].completions
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_draft_tokens": 4},
+        {"num_draft_tokens": 3, "max_num_batched_tokens": 9, "feature_cache_bytes": 0},
+        {"num_draft_tokens": 16, "enable_prefix_cache": False},
+    ],
+)
+@pytest.mark.parametrize("is_tiny", [False, True])
+def test_drafts_change_nothing_but_the_number_of_steps(
+    folder: Path, drafter: type[KnowingDrafter], options: dict[str, Any], is_tiny: bool
+) -> None:
+    """Catches penalties, bans, seeds, stop strings, stop ids, lengths or logprobs that do not see
+    accepted drafts one by one, refused drafts that leave a trace, and tokens behind the end.
+    """
+    plain = make_engine(folder, enable_prefix_cache=False)
+    requests = everything_requests(plain)
+    wanted = {r.request_id: run_one(plain, r) for r in requests}
+    teach(drafter, requests, wanted)
+    longest = max(o.usage.prompt_tokens for o in wanted.values()) + 24
+    sizes = {"block_size": 4, "num_blocks": longest // 4 + 4 if is_tiny else 600}
+    engine = make_engine(folder, **sizes, **options)
+    found = run(engine, requests)
+    for name, output in found.items():
+        assert choices_of(output) == choices_of(wanted[name])
+        assert output.usage.completion_tokens == wanted[name].usage.completion_tokens
+        np.testing.assert_allclose(logprobs_of(output), logprobs_of(wanted[name]), atol=1e-4)
+    stats = engine.stats()
+    assert (stats.preemptions > 0) == is_tiny
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    usages = [output.usage for output in found.values()]
+    assert stats.drafted_tokens == sum(usage.drafted_tokens for usage in usages)
+    assert stats.accepted_tokens == sum(usage.accepted_tokens for usage in usages)
+
+
+def repeating(engine: Engine, **more: Any) -> Request:
+    """A model that can say only one token, the letter a, has to repeat it."""
+    only = engine.opened.processor.tokenizer.encode("a")[-1]
+    params = {"temperature": 0, "max_tokens": 20, "ignore_eos": True} | more
+    return engine.prepare_chat(ask("abc"), SamplingParams(logit_bias={only: 100.0}, **params))
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(folder: Path) -> None:
+    """Catches drafts that are never made or never accepted, and a wrong count of them."""
+    engine = make_engine(folder, num_draft_tokens=4)
+    request = repeating(engine)
+    engine.add_request(request)
+    gained = []
+    while engine.has_work:
+        gained += engine.step()
+    # Three tokens until two of them have an earlier place; three more steps of five, and the rest.
+    assert [len(output.token_ids) for output in gained] == [1, 1, 1, 5, 5, 5, 2]
+    assert len({token for output in gained for token in output.token_ids}) == 1
+    assert gained[-1].usage is not None
+    assert (gained[-1].usage.drafted_tokens, gained[-1].usage.accepted_tokens) == (13, 13)
+    assert (engine.stats().drafted_tokens, engine.stats().accepted_tokens) == (13, 13)
+    off = make_engine(folder)
+    plain = run_one(off, repeating(off))
+    assert plain.text == "".join(output.text for output in gained)
+    assert (plain.usage.drafted_tokens, off.stats().drafted_tokens) == (0, 0)
+
+
+def test_a_stop_string_amid_accepted_drafts_drops_the_rest(folder: Path) -> None:
+    """Catches text, tokens or counts of what was accepted behind a stop string."""
+    free = make_engine(folder)
+    text = run_one(free, repeating(free)).text
+    assert len(text) >= 20
+    for num_characters in range(1, 9):
+        outputs = []
+        for num_draft_tokens in (0, 4):
+            engine = make_engine(folder, num_draft_tokens=num_draft_tokens)
+            request = repeating(engine, stop=text[:num_characters], logprobs=0)
+            outputs.append(run_one(engine, request))
+        plain, drafted = outputs
+        assert plain.finish_reason == "stop"
+        assert choices_of(drafted) == choices_of(plain)
+        assert drafted.usage.completion_tokens == plain.usage.completion_tokens < 20
+        assert len(drafted.completions[0].logprobs or ()) == drafted.usage.completion_tokens
+
+
+def test_a_refused_draft_that_is_not_finite_harms_nobody(
+    folder: Path, drafter: type[KnowingDrafter]
+) -> None:
+    """Catches NaN of a draft that reaches the tokens before it under a mask, in this step or from
+    behind the sequence's end in the next.
+    """
+    plain = make_engine(folder)
+    requests = mixed_requests(plain, 12)
+    wanted = run(plain, requests)
+    teach(drafter, requests, wanted)
+    said = {token for output in wanted.values() for token in output.token_ids}
+    known = said.union(*(r.prompt.token_ids for r in requests))
+    drafter.wrong = next(i for i in range(100, 500) if i not in known)
+    # Two drafts: with more, hardly a step of so many rows is without a wrong one, which takes all
+    # drafts out of its step.
+    engine = make_engine(folder, num_draft_tokens=2, block_size=8, num_blocks=100)
+    embed = engine.runner.model.embed
+    num_spoilt: list[int] = []
+
+    def spoilt(token_ids: torch.Tensor) -> torch.Tensor:
+        is_wrong = token_ids == drafter.wrong
+        num_spoilt.extend([1] * int(is_wrong.sum()))
+        return embed(token_ids).masked_fill(is_wrong[:, None], float("nan"))
+
+    engine.runner.model.embed = spoilt  # type: ignore[method-assign]
+    found = run(engine, requests)
+    assert {n: o.token_ids for n, o in found.items()} == {n: o.token_ids for n, o in wanted.items()}
+    assert num_spoilt
+    assert engine.stats().accepted_tokens > 0
+    assert all(cache.key.isfinite().all() for cache in engine.runner.caches)
+
+
+def spoil_sixth_token(engine: Engine) -> None:
+    """Of the only request, the logits that choose its sixth token are NaN."""
+    logits = engine.runner.model.logits
+
+    def spoilt(hidden: torch.Tensor) -> torch.Tensor:
+        out = logits(hidden)
+        place = 5 - len(engine.scheduler.running[0].output_ids)
+        if 0 <= place < len(out):
+            out[place] = float("nan")
+        return out
+
+    engine.runner.model.logits = spoilt  # type: ignore[method-assign]
+
+
+def test_an_accepted_draft_that_is_not_finite_ends_its_request(
+    folder: Path, drafter: type[KnowingDrafter]
+) -> None:
+    """Catches an error that is lost with a draft, or tokens before it that are."""
+    plain = make_engine(folder)
+    request = plain.prepare_chat(ask("坏"), replace(GREEDY, logit_bias={70: 100.0}))
+    teach(drafter, [request], {request.request_id: run_one(plain, request)})
+    results = []
+    for num_draft_tokens in (0, 4):
+        engine = make_engine(folder, num_draft_tokens=num_draft_tokens)
+        spoil_sixth_token(engine)
+        results.append(run_one(engine, request))
+        assert engine.scheduler.pool.num_cached == 0
+    assert choices_of(results[1]) == choices_of(results[0])
+    assert results[1].finish_reason == "error"
+    assert results[1].token_ids == (70,) * 5
+
+
+def test_steps_that_fail_with_drafts_are_repeated_row_by_row(
+    folder: Path, drafter: type[KnowingDrafter]
+) -> None:
+    """Catches drafts counted or appended twice when a step is tried again."""
+    plain = make_engine(folder)
+    requests = mixed_requests(plain, 8)
+    wanted = run(plain, requests)
+    teach(drafter, requests, wanted)
+    engine = make_engine(folder, num_draft_tokens=4)
+    compute = engine.runner.run
+
+    def failing(plan: StepPlan) -> Any:
+        if len(plan.rows) > 1:
+            raise MemoryError("only one at a time")
+        return compute(plan)
+
+    engine.runner.run = failing  # type: ignore[method-assign]
+    for request in requests:
+        engine.add_request(request)
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    assert {n: tuple(ids) for n, ids in tokens.items()} == {
+        n: o.token_ids for n, o in wanted.items()
+    }
+    assert engine.stats().failed_steps > 0
+    assert engine.stats().accepted_tokens > 0
 
 
 def test_following_the_advice_makes_a_refused_request_fit(folder: Path) -> None:

@@ -68,6 +68,16 @@ def test_a_tied_matrix_counts_once():
     assert sum(weight_bytes(module).values()) == 24
 
 
+def test_every_draft_has_logits_of_its_own(tiny):
+    """Catches a limit that is kept only while nothing is drafted."""
+    plain, drafting = engine(tiny), engine(tiny, num_draft_tokens=4)
+    more = 2 * 4 * plain.opened.config.vocab_size * 12  # of two sequences, 12 bytes a logit
+    assert drafting.memory.workspace - plain.memory.workspace == more
+    few = engine(tiny, num_draft_tokens=4, max_num_batched_tokens=3)
+    fewer = engine(tiny, max_num_batched_tokens=3)
+    assert few.memory.workspace - fewer.memory.workspace == more // 8  # three places, not ten
+
+
 def test_the_cache_takes_what_the_limit_leaves(tiny):
     """Catches a cache sized from free memory although there is a limit."""
     roomy = engine(tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import glimt.sampling
-from glimt.sampling import Sampler, uniform
+from glimt.sampling import Sampler, uniform, verify
 from glimt.types import SampledToken, SamplingParams, StepPlan, StepRow
 
 NEUTRAL: dict[str, Any] = {
@@ -423,6 +424,43 @@ def test_only_rows_that_sample_are_answered() -> None:
     tokens = _sample([[1.0, 0.0], [0.0, 1.0]], rows)
     assert [(token.sequence_id, token.token_id) for token in tokens] == [(7, 0), (9, 1)]
     assert _sample(torch.empty(0, 5), [_row(samples=False)]) == []
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_each_place_of_a_row_with_drafts_is_sampled_as_in_a_step_of_its_own(kind: int) -> None:
+    """Catches a penalty, ban or number that does not count the drafts before the place."""
+    row = replace(_mixed_rows()[kind], output_ids=[5, 6], drafts=(7, 5, 9))
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    together = _sample(logits, [row])
+    for k, token in enumerate(together):
+        single = replace(row, output_ids=[5, 6, 7, 5, 9][: 2 + k], drafts=())
+        assert _sample(logits[k : k + 1], [single]) == [token]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ([4, 5, 6, 7], [4, 5, 6, 7]),
+        ([4, 5, 9, 7], [4, 5, 9]),
+        ([9, 5, 6, 7], [9]),
+        ([4, -1, 6, 7], [4, -1]),
+    ],
+)
+def test_tokens_are_kept_up_to_the_first_that_differs_from_its_draft(
+    said: list[int], kept: list[int]
+) -> None:
+    """Catches a token kept that stands on a wrong one, and rows paired with others' tokens."""
+    rows = (
+        _row(sequence_id=1),
+        replace(_row(sequence_id=2), drafts=(4, 5, 6)),
+        _row(sequence_id=3, samples=False),
+        _row(sequence_id=4),
+    )
+    plan = StepPlan(rows)
+    ids = [row.sequence_id for row in plan.sampled_rows]
+    assert ids == [1, 2, 2, 2, 2, 4]
+    tokens = [SampledToken(i, token) for i, token in zip(ids, [8, *said, 9], strict=True)]
+    assert _ids(verify(tokens, plan)) == [8, *kept, 9]
 
 
 def test_the_callers_logits_are_not_changed() -> None:

@@ -18,7 +18,8 @@ from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.engine import Engine
 from glimt.inputs.request import RequestOptions
-from glimt.types import ImageInput, Request, SamplingParams, StepOutput
+from glimt.scheduler.drafting import Drafter
+from glimt.types import ImageInput, Request, SamplingParams, StepOutput, StepPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=40)
@@ -339,6 +340,38 @@ def test_features_that_are_not_finite_end_who_shows_them_and_nobody_else(folder:
     assert finish(engine)["mended"] == alone(folder, "mended", [1])
 
 
+def test_a_step_repeated_without_drafts_runs_no_picture_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches features that are let go before the step stands, and their first use counted twice.
+
+    A draft that is not finite makes the engine repeat the step in which the picture is first shown.
+    """
+    engine = with_a_running(folder, feature_cache_bytes=0, num_draft_tokens=2)
+    tower = Tower(engine)
+    add(engine, "shown", [1])
+    wrong, embed, compute = 99, engine.runner.model.embed, engine.runner.run
+    plans: list[StepPlan] = []
+
+    def spoilt(token_ids: torch.Tensor) -> torch.Tensor:
+        return embed(token_ids).masked_fill((token_ids == wrong)[:, None], float("nan"))
+
+    def noted(plan: StepPlan) -> Any:
+        plans.append(plan)
+        return compute(plan)
+
+    engine.runner.model.embed = spoilt  # type: ignore[method-assign]
+    engine.runner.run = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(Drafter, "draft", lambda self, output_ids, count: (wrong,) * min(count, 1))
+    found = finish(engine)
+    assert found["shown"] == alone(folder, "shown", [1])
+    assert found["text"] == alone(folder, "text", [], max_tokens=40)[1:]
+    assert [len(plan.rows[-1].images) for plan in plans].count(1) == 2
+    assert (len(tower.sliced), len(tower.wholes)) == (1, 0)
+    stats = engine.stats()
+    assert (stats.tower_images, stats.feature_hits, stats.drafted_tokens) == (1, 0, 0)
+
+
 # --- any crowd -------------------------------------------------------------------------------
 
 
@@ -360,6 +393,7 @@ OPTIONS = st.fixed_dictionaries(
         "enable_prefix_cache": st.booleans(),
         "max_num_batched_tokens": st.sampled_from([9, 64, 2048]),
         "max_num_seqs": st.sampled_from([2, 8]),
+        "num_draft_tokens": st.sampled_from([0, 3]),
         "num_blocks": st.sampled_from([18, 64]),
         "block_size": st.sampled_from([8]),
     }

@@ -118,6 +118,15 @@ KvBytes = Annotated[
     int | None,
     _option("--kv-bytes", "Memory for the cached contexts; bytes.", _MODEL, "N"),
 ]
+DraftTokens = Annotated[
+    int,
+    _option(
+        "--draft-tokens",
+        "Guess up to N tokens from earlier text and check them in one step, 4 say; 0: do not.",
+        _MODEL,
+        "N",
+    ),
+]
 
 
 def _size(text: str | int) -> int:
@@ -232,8 +241,8 @@ AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scrip
 
 
 _ENGINE_FIELDS = (
-    "model", "dtype", "device", "max_model_len", "kv_bytes", "memory_limit_bytes", "rotary_table",
-    "quant", "quant_head", "quant_tower",
+    "model", "dtype", "device", "max_model_len", "kv_bytes", "memory_limit_bytes",
+    "num_draft_tokens", "rotary_table", "quant", "quant_head", "quant_tower",
 )  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -295,6 +304,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",
@@ -347,6 +357,7 @@ def chat(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",
@@ -455,6 +466,7 @@ def evaluate(
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
+    num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",

@@ -31,13 +31,21 @@ _LEAST = {
     "feature_cache_bytes": 0,
     "tower_patches": 1,
     "tower_slice_patches": 1,
+    "num_draft_tokens": 0,
     "memory_limit_bytes": 1,
 }
+_MOST = {"num_draft_tokens": 16}  # beyond, guesses are wrong more often than a step is saved
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
 
-def _is_count(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_count(value: object, low: int, high: int | None) -> bool:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return low <= value and (high is None or value <= high)
+
+
+def _range_text(low: int, high: int | None) -> str:
+    return f"of at least {low}" if high is None else f"from {low} to {high}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +77,15 @@ class EngineConfig:
     tower_slice_patches: int = 16384  # patches x layers of the tower per step while others run:
     #                                   2 layers of a GLM-4v picture, all 39 of a VisualGLM one
     enable_prefix_cache: bool = True
+    num_draft_tokens: int = 0  # guessed ahead per sequence and step, and checked in it; 0: off.
+    #                            4 suits answers that repeat the prompt or themselves
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value!r}; a whole number of at least {low} is needed"
+            f"{name} is {value!r}; a whole number {_range_text(low, _MOST.get(name))} is needed"
             for name, low in _LEAST.items()
-            if not _is_count(value := getattr(self, name), low)
+            if not _is_count(value := getattr(self, name), low, _MOST.get(name))
             and not (value is None and name in _OPTIONAL)
         ]
         problems += [

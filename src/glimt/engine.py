@@ -25,9 +25,17 @@ from glimt.outputs.collector import OutputCollector
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import allocate_kv
 from glimt.runner.model_runner import ModelRunner
-from glimt.sampling import Sampler
+from glimt.sampling import Sampler, verify
 from glimt.scheduler.scheduler import Scheduler
-from glimt.types import FinishReason, Message, Request, SamplingParams, StepOutput, StepPlan
+from glimt.types import (
+    FinishReason,
+    Message,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StepOutput,
+    StepPlan,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,8 @@ class EngineStats:
     decode_tokens: int
     prefix_hit_tokens: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     failed_steps: int
     tower_images: int
     tower_slices: int
@@ -127,7 +137,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one step: every running sequence goes on by a chunk or a token.
 
-        Pictures that others wait for go a bounded part further through the tower meanwhile.
+        With drafts a sequence may go on by several tokens; they come in one output. Pictures that
+        others wait for go a bounded part further through the tower meanwhile.
         """
         plan = self.scheduler.plan_step(self.runner.ready_images)
         outputs = self._run(plan) if plan.rows else []
@@ -153,10 +164,14 @@ class Engine:
         began_s = time.monotonic()
         try:
             logits = self.runner.run(plan)
-            tokens = self.sampler.sample(logits.logits, plan)
+            tokens = verify(self.sampler.sample(logits.logits, plan), plan)
         except Exception as error:  # whatever it is, the other requests must go on
             self._failed_steps += 1
             return self._isolate(plan, error)
+        if _drafts_broke(plan, tokens):
+            self.outputs.note_tower(logits.image_s, began_s)
+            return self._run(plan.without_drafts)
+        self.runner.finish_step(plan)
         self.outputs.note_step(plan, logits.image_s, began_s)
         outcomes = self.scheduler.commit(plan, tokens)
         outputs = self.outputs.collect(outcomes)
@@ -177,7 +192,8 @@ class Engine:
 
     def _settle(self, plan: StepPlan, outputs: Sequence[StepOutput]) -> None:
         """Tell the scheduler what only the text showed: stop strings."""
-        for row, output in zip(plan.sampled_rows, outputs, strict=True):
+        sampled = (row for row in plan.rows if row.samples)
+        for row, output in zip(sampled, outputs, strict=True):
             if output.finish_reason and self.scheduler.is_open(row.sequence_id):
                 self.scheduler.finish(row.sequence_id)
 
@@ -210,6 +226,16 @@ class Engine:
             num_blocks=scheduler.pool.num_blocks,
             num_free_blocks=scheduler.pool.num_free,
         )
+
+
+def _drafts_broke(plan: StepPlan, tokens: Sequence[SampledToken]) -> bool:
+    """Whether a row with drafts has an error, which may come from a draft that nobody ever says.
+
+    Attention masks what comes later, but NaN under a mask is NaN. The step is then run again
+    without any draft; it writes the same values to the same slots.
+    """
+    drafted = {row.sequence_id for row in plan.rows if row.drafts}
+    return any(token.error is not None and token.sequence_id in drafted for token in tokens)
 
 
 def _fitted_config(config: EngineConfig, opened: OpenedModel) -> EngineConfig:

@@ -179,7 +179,9 @@ def _workspace_bytes(config: EngineConfig, model: Model, dtype: torch.dtype) -> 
     tokens = {"language": config.max_num_batched_tokens, "tower": config.tower_patches}
     values = [width * tokens[_part_of(block)] for block, width in widths.items()]
     vocabulary = [value.shape[0] for name, value in model.named_parameters() if "head" in name]
-    logits = config.max_num_seqs * max(vocabulary, default=0) * _BYTES_PER_LOGIT
+    places = config.max_num_seqs * (1 + config.num_draft_tokens)  # each has logits of its own
+    num_sampled = min(places, config.max_num_batched_tokens)
+    logits = num_sampled * max(vocabulary, default=0) * _BYTES_PER_LOGIT
     return max(values, default=0) * _COPIES * dtype.itemsize + logits
 
 

@@ -14,6 +14,10 @@ Promises:
 - Temperature 0 and top_k 1 choose the largest score; of equal scores, the lowest id.
 - The kept tokens never depend on `num_candidates`, which only sets how soon the answer is found.
 
+With drafts a row is sampled at each of its places as if the drafts before were output, and `verify`
+keeps the tokens up to the first that differs from its draft. Each place has the penalties, the bans
+and the random number of a step of its own, so what is kept is what such steps would have chosen.
+
 Where Hugging Face leaves equal scores to chance or keeps them all, ours go by lower id: top-k
 keeps exactly k tokens, so top_k 1 is greedy also when bfloat16 makes two logits equal.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import islice, takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +42,7 @@ _Value = TypeVar("_Value", int, float)
 
 
 class Sampler:
-    """Chooses one token for every row that samples.
+    """Chooses one token for every place that is sampled.
 
     Keeps no state of any request: only a scratch copy of the logits, reused because fresh pages
     for 64 rows of 151,552 cost more time than the copy. One step at a time; not thread-safe.
@@ -50,7 +55,7 @@ class Sampler:
         self._scratch = np.empty((0, vocab_size), dtype=np.float32)
 
     def sample(self, logits: Tensor, plan: StepPlan) -> list[SampledToken]:
-        """Choose one token for each of plan.sampled_rows, in their order.
+        """Choose one token for each of plan.sampled_rows, in their order; drafts are not judged.
 
         logits: [num_sampled, vocab_size], any float dtype and device; not changed
         A row that has no finite largest logit gets token_id -1 and says why in `error`; the other
@@ -91,6 +96,26 @@ class Sampler:
         for i, token_id in _draw_rows(scores, rows, drawn, self.num_candidates).items():
             choices[i] = token_id
         return choices
+
+
+def verify(tokens: Sequence[SampledToken], plan: StepPlan) -> list[SampledToken]:
+    """Of each row the tokens that agree with its drafts, and the one after them.
+
+    tokens: one for each of plan.sampled_rows, in their order
+    """
+    left = iter(tokens)
+    kept: list[SampledToken] = []
+    for row in plan.rows:
+        if row.samples:
+            own = list(islice(left, 1 + len(row.drafts)))
+            kept += own[: 1 + _num_agreed(own, row.drafts)]
+    return kept
+
+
+def _num_agreed(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> int:
+    """How many of the drafts, from the first on, are the tokens that were sampled."""
+    are_equal = (token.token_id == draft for token, draft in zip(tokens, drafts, strict=False))
+    return sum(takewhile(bool, are_equal))
 
 
 def uniform(seed: int, position: int) -> float:

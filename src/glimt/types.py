@@ -325,6 +325,8 @@ class StepRow:
     samples:     the last token's logits are wanted, because it is the last one known
     upcoming:    pictures that a later chunk of the same prompt shows, or goes on with
     prompt_ids, output_ids: all ids so far (prompt as the original writes it), for penalties
+    drafts:      guesses of what follows; they are the last of token_ids, and the logits of each
+                 are wanted besides those of the last known token
     """
 
     sequence_id: int
@@ -343,6 +345,7 @@ class StepRow:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     upcoming: tuple[ImageInput, ...] = ()
+    drafts: tuple[int, ...] = ()
 
     @property
     def pictures(self) -> dict[bytes, ImageInput]:
@@ -352,8 +355,21 @@ class StepRow:
 
     @property
     def is_decode(self) -> bool:
-        """One new token on top of a cached context."""
+        """One new token on top of a cached context; with drafts it is a short chunk instead."""
         return len(self.token_ids) == 1 and self.start > 0
+
+    @property
+    def without_drafts(self) -> StepRow:
+        """The same step with nothing guessed."""
+        num_known = len(self.token_ids) - len(self.drafts)
+        positions = self.positions[:, :num_known]
+        return replace(self, token_ids=self.token_ids[:num_known], positions=positions, drafts=())
+
+    @property
+    def places(self) -> list[StepRow]:
+        """The row as sampling sees it at each of its places: the drafts before it are output."""
+        behind = (self.drafts[:count] for count in range(1, len(self.drafts) + 1))
+        return [self, *(replace(self, output_ids=[*self.output_ids, *d]) for d in behind)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -380,8 +396,17 @@ class StepPlan:
 
     @property
     def sampled_rows(self) -> list[StepRow]:
-        """The rows whose logits are wanted, in the order the runner returns them."""
-        return [row for row in self.rows if row.samples]
+        """One row for each token to sample, in the order the runner returns the logits.
+
+        A row with drafts stands there once for each of its places.
+        """
+        return [place for row in self.rows if row.samples for place in row.places]
+
+    @property
+    def without_drafts(self) -> StepPlan:
+        """The same step with nothing guessed; rows that decode come first again."""
+        rows = sorted((row.without_drafts for row in self.rows), key=lambda row: not row.is_decode)
+        return replace(self, rows=tuple(rows))
 
     @property
     def num_tokens(self) -> int:
@@ -438,6 +463,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose keys and values were already in the cache
     image_tokens: int
+    drafted_tokens: int = 0  # guessed ahead and checked
+    accepted_tokens: int = 0  # of these, the ones that the model would have chosen itself
 
     @property
     def total_tokens(self) -> int:

@@ -99,6 +99,8 @@ def test_json_is_all_of_stdout_and_holds_what_the_engine_said(folder, pictures):
         "total_tokens": truth.usage.prompt_tokens + 12,
         "cached_tokens": 0,
         "image_tokens": truth.usage.image_tokens,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
     assert set(said["timings"]) == {"image_s", "prefill_s", "decode_s", "ttft_s"}
     assert all(seconds > 0 for seconds in said["timings"].values())
@@ -122,6 +124,20 @@ def test_the_picture_time_is_told_when_there_is_a_picture(folder, pictures):
     """Catches the figure that the originals show first going missing."""
     result = run(folder, "-p", "Hello", "-i", pictures[0], *GREEDY)
     assert result.stderr.startswith("picture process time ")
+
+
+def test_drafts_are_counted_and_change_no_token(glm4v):
+    """Catches an option that never reaches the engine, or a rate that is not told."""
+    asked = ("-p", "hello hello hello hello", "-t", "0", "--max-tokens", "40", "--ignore-eos")
+    plain, drafted = run_json(glm4v, *asked), run_json(glm4v, *asked, "--draft-tokens", "4")
+    assert drafted["token_ids"] == plain["token_ids"]
+    counts = drafted["usage"]["drafted_tokens"], drafted["usage"]["accepted_tokens"]
+    assert counts[0] > 0
+    told = run(glm4v, *asked, "--draft-tokens", "4").stderr
+    assert f" · {counts[1] / counts[0]:.0%} of {counts[0]} drafts accepted · " in told
+    assert "drafts" not in run(glm4v, *asked).stderr
+    refused = run_json(glm4v, *asked, "--draft-tokens", "17")
+    assert "num_draft_tokens is 17" in refused["error"]["message"]
 
 
 def test_quiet_leaves_the_answer_alone(folder):

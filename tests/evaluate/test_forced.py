@@ -113,6 +113,16 @@ def test_preempted_answers_give_the_same_logits(folder):
         torch.testing.assert_close(one, other, rtol=0, atol=SAME_SUMS)
 
 
+def test_drafts_give_the_same_logits(folder):
+    """Catches a place kept though the draft before it was refused."""
+    plain, drafting = LLM(str(folder), **SIZES), LLM(str(folder), num_draft_tokens=4, **SIZES)
+    answers = [[5, 6, 7, 5, 6, 8, 5, 6, 7, 5, 6], [9], [30, 31] * 8]
+    pairs = [forced_logits(each, conversations(), answers) for each in (plain, drafting)]
+    assert 0 < drafting.stats().accepted_tokens < drafting.stats().drafted_tokens
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=SAME_SUMS)
+
+
 def test_the_engine_answers_as_before_afterwards(llm):
     """Catches a sampler that is not put back, also after an error."""
     (conversation, *_) = conversations()

@@ -23,14 +23,16 @@ def make_row(
     bidirectional_len: int = 0,
     samples: bool = True,
     channels: int = 1,
+    num_drafts: int = 0,
 ) -> StepRow:
     """Token ids count on from 100 * the first block; channel c stands at 1000 * c + index."""
     index = np.arange(start, start + count)
+    token_ids = [100 * table[0] + int(i) for i in index]
     return StepRow(
         sequence_id=table[0],
         request_id=str(table[0]),
         index=0,
-        token_ids=[100 * table[0] + int(i) for i in index],
+        token_ids=token_ids,
         positions=np.stack([1000 * c + index for c in range(channels)]).astype(np.int64),
         start=start,
         block_table=table,
@@ -42,6 +44,7 @@ def make_row(
         seed=0,
         prompt_ids=(),
         output_ids=(),
+        drafts=tuple(token_ids[count - num_drafts :]),
     )
 
 
@@ -148,6 +151,27 @@ def test_a_step_that_samples_nothing_has_no_sampled_rows():
     batch = flat(make_row(0, 3, (0,), samples=False))
     assert batch.sampled.shape == (0,)
     assert batch.sampled.dtype == torch.int64
+
+
+def test_a_row_with_drafts_by_hand():
+    """Would catch a draft that sees the one after it, or logits of the wrong places."""
+    batch = flat(
+        make_row(2, 1, (7,)),
+        make_row(3, 3, (5, 6), num_drafts=2),
+        make_row(0, 2, (4,)),
+        make_row(2, 2, (8,), samples=False),
+    )
+    assert batch.token_ids.tolist() == [702, 503, 504, 505, 400, 401, 802, 803]
+    assert batch.sampled.tolist() == [0, 1, 2, 3, 5]
+    assert batch.drafted.tolist() == [2, 3]
+    assert batch.attention.num_decodes == 1
+    assert batch.attention.prefill_mask(1, torch.float32).tolist() == [
+        [0, 0, 0, 0, -INF, -INF],
+        [0, 0, 0, 0, 0, -INF],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert batch.opened_blocks == (6, 4)
+    assert flat(make_row(2, 1, (7,))).drafted.shape == (0,)
 
 
 def test_positions_are_not_slots():

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from glimt.config import EngineConfig
+from glimt.sampling import verify
 from glimt.scheduler.scheduler import Scheduler
 from glimt.types import (
     EncodedPrompt,
@@ -159,14 +160,27 @@ class FakeModel:
             ]
             assert not written & set(places[row.start :]), "two rows write one slot"
             written |= set(places[row.start :])
-            is_broken = row.samples and self.broken.get(row.request_id) == len(row.output_ids)
-            for slot, entry in zip(places[row.start :], entries[row.start :], strict=True):
-                self.slots[slot] = POISON if is_broken else entry
-            if row.samples and is_broken:
-                tokens.append(SampledToken(row.sequence_id, -1, error="not finite"))
-            elif row.samples:
-                tokens.append(SampledToken(row.sequence_id, choose(entries, row.seed)))
-        return tokens
+            broken_from = self._broken_from(row, stop)
+            for i in range(row.start, stop):
+                self.slots[places[i]] = POISON if i >= broken_from else entries[i]
+            for i in range(max(broken_from, stop - len(row.drafts)), stop):
+                del self.slots[places[i]]  # the runner takes back drafts that are not finite
+            for i in range(stop - len(row.drafts), stop + 1) if row.samples else ():
+                tokens.append(
+                    SampledToken(row.sequence_id, -1, error="not finite")
+                    if i > broken_from
+                    else SampledToken(row.sequence_id, choose(entries[:i], row.seed))
+                )
+        return verify(tokens, plan)
+
+    def _broken_from(self, row, stop: int) -> int:
+        """The first cache index of the row whose values are not finite."""
+        after = self.broken.get(row.request_id)
+        num_outputs = len(row.output_ids)
+        if not row.samples or after is None or not 0 <= after - num_outputs <= len(row.drafts):
+            return stop
+        known = stop - len(row.drafts)
+        return row.start if after == num_outputs else known + after - num_outputs - 1
 
     def _raws(self, row) -> list[tuple]:
         features = [None] * len(row.token_ids)
@@ -227,6 +241,20 @@ class FakeTower:
                 self.ready |= {wanted[0]}
 
 
+class KnowingDrafter:
+    """Guesses the answer that the request gets alone, but for a wrong token now and then."""
+
+    def __init__(self, request: Request, index: int) -> None:
+        self.answer = alone(request, index)[0]
+        self.seed = request.seeds[index]
+
+    def draft(self, output_ids: Sequence[int], count: int) -> tuple[int, ...]:
+        place = len(output_ids)
+        known = [*self.answer[place:], 1, 2, 3][: max(count, 0)]  # goes on behind the end
+        wrong = digest("wrong", self.seed, place) % 8
+        return tuple((t + 1) % VOCAB if k == wrong else t for k, t in enumerate(known))
+
+
 # --- driving it ------------------------------------------------------------------------------
 
 
@@ -244,6 +272,7 @@ class Bench:
         max_num_seqs: int = 8,
         block_size: int = BLOCK,
         prefix_cache: bool = True,
+        num_draft_tokens: int = 0,
         broken: Mapping[str, int] | None = None,
         tower: int | None = None,
     ) -> None:
@@ -253,6 +282,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             block_size=block_size,
             enable_prefix_cache=prefix_cache,
+            num_draft_tokens=num_draft_tokens,
         )
         self.scheduler = Scheduler(config, num_blocks)
         self.config = config
@@ -265,6 +295,7 @@ class Bench:
     def add(self, *requests: Request) -> None:
         for request in requests:
             for sequence in self.scheduler.add(request):
+                sequence._drafter = KnowingDrafter(request, sequence.index)
                 self.output[request.request_id, sequence.index] = []
 
     def step(self) -> list[tuple[str, int, int]]:
@@ -883,6 +914,21 @@ def test_who_waits_for_a_picture_finds_its_blocks_when_it_is_there():
     assert bench.step()[:2] == [("a", 5, 1), ("b", 0, 11)]
 
 
+def test_drafts_leave_the_blocks_of_those_who_wait_for_a_picture():
+    """Would catch a draft that takes the room which a waiting sequence was promised."""
+    bench = Bench(num_blocks=5, tower=2, num_draft_tokens=4)
+    bench.add(text("a", 3, max_tokens=12))  # one block now, two when it decodes
+    bench.step()
+    bench.add(make_request("b", [[1], picture("cat", 10), [2]], max_tokens=1))  # four blocks
+    ((_, start, count),) = bench.step()
+    assert (start, count) == (3, 1)  # the block is full, and the four that are free are not for a
+    ((_, start, count), *_) = bench.step()
+    assert start == 4
+    assert count <= 4  # within the block that the decoded token needs
+    assert len(bench.table("a")) == 2
+    assert bench.run()["a", 0] == alone(text("a", 3, max_tokens=12))
+
+
 def test_no_more_wait_for_pictures_than_may_run():
     """Would catch features kept for a whole queue, while few of it can run."""
     bench = Bench(num_blocks=64, max_num_seqs=3, tower=9)
@@ -986,6 +1032,7 @@ def stories(draw) -> Story:
             "block_size": block_size,  # small ones fill up in the middle of an answer
             "prefix_cache": draw(st.sampled_from([True, True, False])),
             "tower": draw(st.sampled_from([None, 1, 2, 5])),
+            "num_draft_tokens": draw(st.sampled_from([0, 1, 4, 7])),
         },
     )
 
@@ -1024,8 +1071,8 @@ def expected(story: Story, request: Request, index: int) -> tuple[list[int], str
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stories())
 def test_any_crowd_gets_what_each_request_gets_alone(story):
-    """Would catch any effect of arrival, batch, chunks, cache hits, preemption, aborts or errors
-    on another request's tokens, a request that never ends or ends twice, and blocks that leak.
+    """Would catch any effect of arrival, batch, chunks, cache hits, preemption, drafts, aborts or
+    errors on another request's tokens, a request that never ends or ends twice, blocks that leak.
     """
     bench = play(story)
     results = bench.results()
@@ -1042,10 +1089,12 @@ def test_any_crowd_gets_what_each_request_gets_alone(story):
     scheduler, counters = bench.scheduler, bench.scheduler.counters
     assert (scheduler.running, scheduler.waiting, scheduler.has_work) == ([], [], False)
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
-    assert counters.prefill_tokens + counters.decode_tokens == bench.num_computed
+    refused = counters.drafted_tokens - counters.accepted_tokens
+    assert counters.prefill_tokens + counters.decode_tokens + refused == bench.num_computed
     if not story.options["prefix_cache"]:
         assert counters.prefix_hit_tokens == scheduler.pool.num_cached == 0
     event(f"preempted: {counters.preemptions > 0}, hits: {counters.prefix_hit_tokens > 0}")
+    event(f"drafts accepted: {counters.accepted_tokens > 0}, refused: {refused > 0}")
 
 
 @settings(max_examples=60, deadline=None)

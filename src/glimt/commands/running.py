@@ -49,7 +49,7 @@ def run_request(
 
 
 def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:
-    """One line: picture process time, first token, tokens, tokens per second.
+    """One line: picture process time, first token, tokens, tokens per second, drafts accepted.
 
     The rate is of the tokens after the first, which decode_s is the time of.
     """
@@ -61,4 +61,7 @@ def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:
     num_timed = count - num_choices
     if num_timed > 0 and timings.decode_s > 0:
         parts.append(f"{num_timed / timings.decode_s:.1f} tokens/s")
+    if usage.drafted_tokens:
+        share = usage.accepted_tokens / usage.drafted_tokens
+        parts.append(f"{share:.0%} of {usage.drafted_tokens} drafts accepted")
     return " · ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from glimt.models.base import Processor
 from glimt.outputs.detokenizer import TextStream
@@ -32,6 +33,8 @@ class _Record:
     first_token_s: float | None = None
     last_token_s: float | None = None
     image_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def usage(self) -> Usage:
         prompt = self.request.prompt
@@ -40,6 +43,8 @@ class _Record:
             completion_tokens=self.num_output,
             cached_tokens=self.cached_tokens or 0,
             image_tokens=sum(span.length for span in prompt.spans),
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
     def timings(self, now_s: float) -> Timings:
@@ -83,13 +88,14 @@ class OutputCollector:
         return request_id in self._records
 
     def note_step(self, plan: StepPlan, image_s: Mapping[str, float], began_s: float) -> None:
-        """Remember when requests started, what they found cached and their tower time."""
+        """Remember when requests started, what they found cached, tower time and drafts."""
         for row in plan.rows:
             record = self._records[row.request_id]
             if record.started_s is None:
                 record.started_s = began_s
             if record.cached_tokens is None:
                 record.cached_tokens = row.start
+            record.drafted_tokens += len(row.drafts)
         self.note_tower(image_s, began_s)
 
     def note_tower(self, image_s: Mapping[str, float], began_s: float) -> None:
@@ -101,30 +107,41 @@ class OutputCollector:
                 record.started_s = began_s
 
     def collect(self, outcomes: Sequence[TokenOutcome]) -> list[StepOutput]:
-        """One output per sampled token, in order."""
+        """One output per choice that gained tokens, in order."""
         now_s = self.clock()
-        return [self._collect(outcome, now_s) for outcome in outcomes]
+        by_choice = groupby(outcomes, key=lambda outcome: (outcome.request_id, outcome.index))
+        return [self._collect(list(gained), now_s) for _, gained in by_choice]
 
-    def _collect(self, outcome: TokenOutcome, now_s: float) -> StepOutput:
-        record = self._records[outcome.request_id]
-        if outcome.sampled.error is not None:
-            error = outcome.sampled.error
-            return self.finish(outcome.request_id, outcome.index, "error", error=error)
+    def _collect(self, gained: Sequence[TokenOutcome], now_s: float) -> StepOutput:
+        """Feed one choice's tokens; those behind the one that ends it are dropped."""
+        request_id, index = gained[0].request_id, gained[0].index
+        record = self._records[request_id]
+        record.accepted_tokens += len(gained) - 1
+        text = ""
+        for number, outcome in enumerate(gained):
+            if outcome.sampled.error is not None:
+                taken, error = gained[:number], outcome.sampled.error
+                return self.finish(request_id, index, "error", text, taken, error)
+            text += self._feed(record, outcome, now_s)
+            is_stopped = record.streams[index].stop_reason is not None
+            reason = "stop" if is_stopped else outcome.finish_reason
+            if reason:
+                return self.finish(request_id, index, reason, text, gained[: number + 1])
+        return StepOutput(
+            request_id=request_id,
+            index=index,
+            text=text,
+            token_ids=_token_ids(gained),
+            logprobs=_logprobs(gained),
+        )
+
+    def _feed(self, record: _Record, outcome: TokenOutcome, now_s: float) -> str:
+        """Count a token and return the text that became visible with it."""
         record.num_output += 1
         record.first_token_s = record.first_token_s or now_s
         record.last_token_s = now_s
         stream = record.streams[outcome.index]
-        text = stream.feed(outcome.sampled.token_id) if outcome.is_text else ""
-        reason = "stop" if stream.stop_reason else outcome.finish_reason
-        if reason:
-            return self.finish(outcome.request_id, outcome.index, reason, text, outcome)
-        return StepOutput(
-            request_id=outcome.request_id,
-            index=outcome.index,
-            text=text,
-            token_ids=(outcome.sampled.token_id,),
-            logprobs=_logprobs(outcome),
-        )
+        return stream.feed(outcome.sampled.token_id) if outcome.is_text else ""
 
     def finish(
         self,
@@ -132,10 +149,10 @@ class OutputCollector:
         index: int,
         reason: FinishReason,
         text: str = "",
-        outcome: TokenOutcome | None = None,
+        gained: Sequence[TokenOutcome] = (),
         error: str | None = None,
     ) -> StepOutput:
-        """The last output of a choice: the text held back, counts and times."""
+        """The last output of a choice: its last tokens, the text held back, counts and times."""
         record = self._records[request_id]
         stream = record.streams[index]
         text += stream.close()
@@ -148,10 +165,10 @@ class OutputCollector:
             request_id=request_id,
             index=index,
             text=text,
-            token_ids=(outcome.sampled.token_id,) if outcome else (),
-            logprobs=_logprobs(outcome) if outcome else (),
+            token_ids=_token_ids(gained),
+            logprobs=_logprobs(gained),
             finish_reason=reason,
-            stop_reason=_stop_reason(reason, stream, outcome),
+            stop_reason=_stop_reason(reason, stream, gained),
             error=error,
             usage=record.usage(),
             timings=record.timings(self.clock()),
@@ -159,13 +176,17 @@ class OutputCollector:
 
 
 def _stop_reason(
-    reason: FinishReason, stream: TextStream, outcome: TokenOutcome | None
+    reason: FinishReason, stream: TextStream, gained: Sequence[TokenOutcome]
 ) -> str | int | None:
     """A stop string in the text that an abort or an error released did not end the choice."""
     if reason != "stop":
         return None
-    return stream.stop_reason or (outcome.stop_reason if outcome else None)
+    return stream.stop_reason or (gained[-1].stop_reason if gained else None)
 
 
-def _logprobs(outcome: TokenOutcome) -> tuple[SampledToken, ...]:
-    return (outcome.sampled,) if outcome.sampled.logprob is not None else ()
+def _token_ids(gained: Sequence[TokenOutcome]) -> tuple[int, ...]:
+    return tuple(outcome.sampled.token_id for outcome in gained)
+
+
+def _logprobs(gained: Sequence[TokenOutcome]) -> tuple[SampledToken, ...]:
+    return tuple(o.sampled for o in gained if o.sampled.logprob is not None)

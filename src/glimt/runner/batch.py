@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,12 +20,14 @@ class Batch:
 
     token_ids: [num_tokens] int64; positions: [channels, num_tokens] int64
     sampled: [num_sampled] int64, indices of the tokens whose logits are wanted
+    drafted: [num_drafted] int64, indices of the drafts
     opened_blocks: cache blocks that get their first tokens now and stay partly empty
     """
 
     token_ids: Tensor
     positions: Tensor
     sampled: Tensor
+    drafted: Tensor
     attention: AttentionBatch
     opened_blocks: tuple[int, ...]
 
@@ -35,14 +37,24 @@ def flatten(plan: StepPlan, block_size: int, torch_device: torch.device) -> Batc
     starts = [0, *accumulate(len(row.token_ids) for row in plan.rows)]
     ids = [token for row in plan.rows for token in row.token_ids]
     positions = np.concatenate([row.positions for row in plan.rows], axis=1)
-    ends = [stop - 1 for row, stop in zip(plan.rows, starts[1:], strict=True) if row.samples]
+    # Of each row that samples: the last known token and its drafts.
+    wanted = [
+        range(stop - 1 - len(row.drafts), stop)
+        for row, stop in zip(plan.rows, starts[1:], strict=True)
+        if row.samples
+    ]
     return Batch(
         token_ids=torch.tensor(ids, device=torch_device),
         positions=torch.from_numpy(positions).to(torch_device),
-        sampled=torch.tensor(ends, dtype=torch.int64, device=torch_device),
+        sampled=_indices((at for places in wanted for at in places), torch_device),
+        drafted=_indices((at for places in wanted for at in places[1:]), torch_device),
         attention=_attention(plan.rows, starts, block_size, torch_device),
         opened_blocks=tuple(_opened_blocks(plan.rows, block_size)),
     )
+
+
+def _indices(indices: Iterable[int], torch_device: torch.device) -> Tensor:
+    return torch.tensor(list(indices), dtype=torch.int64, device=torch_device)
 
 
 def _opened_blocks(rows: Sequence[StepRow], block_size: int) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from glimt.devices.base import KVCache
 from glimt.models.base import Model
@@ -39,3 +40,10 @@ def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
     for cache in caches:
         cache.key.index_fill_(0, index, 0)
         cache.value.index_fill_(0, index, 0)
+
+
+def clear_slots(caches: Sequence[KVCache], slots: Tensor) -> None:
+    """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
+    for cache in caches:
+        cache.key.flatten(0, 1).index_fill_(0, slots, 0)
+        cache.value.flatten(0, 1).index_fill_(0, slots, 0)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from glimt.devices.base import Device, KVCache
 from glimt.models.base import Model
-from glimt.runner.batch import flatten
+from glimt.runner.batch import Batch, flatten
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import clear_blocks
+from glimt.runner.kv_cache import clear_blocks, clear_slots
 from glimt.runner.tower import TowerJob, groups_of
 from glimt.types import ImageInput, ImageSlice, PictureWait, StepPlan
 
@@ -92,9 +92,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
-        """Compute a step's tokens. Returns the logits of its sampled rows, in order.
+        """Compute a step's tokens. Returns the logits of plan.sampled_rows, in order.
 
-        Pictures of its rows that are not ready go through the tower first, all the way.
+        Pictures of its rows that are not ready go through the tower first, all the way. They are
+        held until `finish_step`, so that the step can be run again.
         """
         block_size = self.caches[0].block_size
         batch = flatten(plan, block_size, self.device.torch_device)
@@ -106,10 +107,24 @@ class ModelRunner:
             rows = self._held[part.image.digest][part.feature_start :][: part.length]
             hidden[offset : offset + part.length] = rows
         hidden = self.model(hidden, batch.positions, batch.attention, self.caches)
-        logits = self.model.logits(hidden[batch.sampled])
+        self._clear_broken_drafts(batch, hidden)
+        return StepLogits(self.model.logits(hidden[batch.sampled]), image_s)
+
+    def finish_step(self, plan: StepPlan) -> None:
+        """The step is not run again: count its pictures, let go of those that are not needed."""
         self._count_hits(plan)
         self.keep(plan.open_images)
-        return StepLogits(logits, image_s)
+
+    def _clear_broken_drafts(self, batch: Batch, hidden: Tensor) -> None:
+        """Take back what is not finite of tokens that may never be said.
+
+        A draft that is refused stays in the cache until its place is written again, and decodes
+        read their last block whole: under a mask, but NaN under a mask is NaN.
+        hidden: [num_tokens, hidden_size]
+        """
+        is_broken = ~hidden[batch.drafted].isfinite().all(-1)
+        if is_broken.any():
+            clear_slots(self.caches, batch.attention.slots[batch.drafted[is_broken]])
 
     def _complete(self, plan: StepPlan) -> dict[str, float]:
         """Hold the features of every picture that the rows need. Returns tower seconds."""

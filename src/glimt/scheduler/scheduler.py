@@ -4,6 +4,8 @@ First come, first served, under a token budget per step: running sequences go on
 ones are admitted while the budget and the cache last. When the cache is full the youngest
 running sequence gives its blocks back and is recomputed later. While others run, a sequence whose
 pictures are not through the tower waits for them, and the step has a bounded slice of the tower.
+Guesses of coming tokens (drafting) get what budget and blocks are left when everybody has been
+served.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 
 from glimt.config import EngineConfig
 from glimt.scheduler.block_pool import BlockPool
@@ -35,6 +37,8 @@ class SchedulerCounters:
     decode_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -103,8 +107,9 @@ class Scheduler:
         budget = self._plan_running(planned, self.config.max_num_batched_tokens)
         if not planned:
             ready = None
-        self._plan_waiting(planned, budget, ready)
-        rows = [s.row(planned[s.id]) for s in self.running if s.id in planned]
+        budget, reserved = self._plan_waiting(planned, budget, ready)
+        drafts = self._plan_drafts(planned, budget, reserved)
+        rows = [s.row(planned[s.id], drafts.get(s.id, ())) for s in self.running if s.id in planned]
         return StepPlan(
             rows=tuple(sorted(rows, key=lambda row: not row.is_decode)),
             open_images=self.open_images(planned),
@@ -122,10 +127,16 @@ class Scheduler:
         return frozenset(i.digest for images in chain(running, waiting) for i in images)
 
     def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
-        """Advance every row of the step, append the sampled tokens, finish what is complete."""
+        """Advance every row of the step, append the sampled tokens, finish what is complete.
+
+        sampled: by row, for one with drafts a token more than were accepted
+        """
         for row in plan.rows:
-            self._advance(self._by_id[row.sequence_id], len(row.token_ids))
-        return [self._append(token) for token in sampled]
+            num_drafts = len(row.drafts)
+            self._advance(self._by_id[row.sequence_id], len(row.token_ids) - num_drafts)
+            self.counters.drafted_tokens += num_drafts
+        by_row = groupby(sampled, key=lambda token: token.sequence_id)
+        return [outcome for _, tokens in by_row for outcome in self._extend(tokens)]
 
     def _plan_running(self, planned: dict[int, int], budget: int) -> int:
         """Next tokens of running sequences, oldest first. Returns the budget that is left."""
@@ -141,29 +152,59 @@ class Scheduler:
             at += 1
         return budget
 
-    def _plan_waiting(self, planned: dict[int, int], budget: int, ready: Set[bytes] | None) -> None:
+    def _plan_waiting(
+        self, planned: dict[int, int], budget: int, ready: Set[bytes] | None
+    ) -> tuple[int, int]:
         """Admit waiting sequences in order until one does not fit.
 
         Those that wait for a picture are passed over, but keep their place and their blocks free.
+        Returns the budget that is left and the number of blocks that are reserved for these.
         """
         num_passed = reserved = 0
         for sequence in list(self.waiting):
             if budget < 1 or len(self.running) + num_passed >= self.config.max_num_seqs:
-                return
+                break
             if self._waits_for_sibling(sequence):
                 continue
             if ready is not None and self._lacking(sequence, ready):
                 reserved += self._blocks_to_admit(sequence)
                 if not sequence.awaits_pictures and reserved > self.pool.num_free:
-                    return
+                    break
                 sequence.awaits_pictures = True
                 num_passed += 1
                 continue
             count = self._admit(sequence, budget, reserved)
             if not count:
-                return
+                break
             planned[sequence.id] = count
             budget -= count
+        return budget, reserved
+
+    def _plan_drafts(
+        self, planned: dict[int, int], budget: int, reserved: int
+    ) -> dict[int, tuple[int, ...]]:
+        """Guesses for decoding sequences, oldest first, within the budget and the free blocks."""
+        drafts: dict[int, tuple[int, ...]] = {}
+        for sequence in self.running:
+            most = min(self.config.num_draft_tokens, budget)
+            if most < 1:
+                break
+            if sequence.id in planned and sequence.is_decoding:
+                drafts[sequence.id] = self._draft(sequence, most, reserved)
+                budget -= len(drafts[sequence.id])
+        return drafts
+
+    def _draft(self, sequence: Sequence, most: int, reserved: int) -> tuple[int, ...]:
+        """Guess at most so many tokens and give them cache places; nobody is preempted for it.
+
+        reserved: free blocks that are not for it
+        """
+        num_spare = max(0, self.pool.num_free - reserved)
+        num_slots = (len(sequence.block_table) + num_spare) * self.config.block_size
+        drafts = sequence.draft(min(most, num_slots - sequence.num_tokens))
+        has_room = self._make_room(sequence, sequence.num_tokens + len(drafts))
+        assert has_room, "a draft was longer than the free blocks"
+        return drafts
 
     def _waits(self, ready: Set[bytes]) -> tuple[PictureWait, ...]:
         """Who waits for which pictures. Whoever once did goes on, even if he would not fit now."""
@@ -291,6 +332,23 @@ class Scheduler:
             hashes = sequence.hashes(full)
             for number in range(first_open, full):
                 self.pool.register(sequence.block_table[number], hashes[number])
+
+    def _extend(self, tokens: Iterable[SampledToken]) -> list[TokenOutcome]:
+        """Append one sequence's tokens as if each had had a step of its own, until one is the last.
+
+        Each but the first stands on a draft that was right: computed in this step, and since the
+        token before was appended, a token like any other.
+        """
+        first, *others = tokens
+        sequence = self._by_id[first.sequence_id]
+        outcomes = [self._append(first)]
+        for token in others:
+            if outcomes[-1].finish_reason:
+                break
+            self._advance(sequence, 1)
+            self.counters.accepted_tokens += 1
+            outcomes.append(self._append(token))
+        return outcomes
 
     def _append(self, token: SampledToken) -> TokenOutcome:
         """Add a sampled token and finish its sequence when it was the last."""

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence as Seq
 
+from glimt.scheduler.drafting import Drafter
 from glimt.types import ImageInput, ImageSlice, Request, StepRow
 
 
@@ -26,6 +27,7 @@ class Sequence:
         self.num_preemptions = 0
         self.awaits_pictures = False  # it would run, but the tower is not done with its pictures
         self.block_table: list[int] = []
+        self._drafter: Drafter | None = None
         self._root: bytes | None = None
         self._hashes: list[bytes] = []
 
@@ -59,16 +61,29 @@ class Sequence:
         prompt = self.request.prompt.token_ids[start:stop]
         return [*prompt, *self.output_ids[max(start - n, 0) : max(stop - n, 0)]]
 
-    def row(self, count: int) -> StepRow:
-        """The next `count` tokens as one row of a step."""
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is not in the cache yet, and it is an output token."""
+        return bool(self.output_ids) and self.num_computed == self.num_tokens - 1
+
+    def draft(self, count: int) -> tuple[int, ...]:
+        """Guess at most `count` of the tokens that follow, fewer where the answer must end."""
+        if self._drafter is None:
+            self._drafter = Drafter(self.request.prompt, self.request.stop_token_ids)
+        # The step gives one token beside those that its drafts turn out to be.
+        room = self.request.max_tokens - len(self.output_ids) - 1
+        return self._drafter.draft(self.output_ids, min(count, room))
+
+    def row(self, count: int, drafts: tuple[int, ...] = ()) -> StepRow:
+        """The next `count` tokens, and guesses of what follows them, as one row of a step."""
         start, stop = self.num_computed, self.num_computed + count
         request = self.request
         return StepRow(
             sequence_id=self.id,
             request_id=request.request_id,
             index=self.index,
-            token_ids=self.tokens_between(start, stop),
-            positions=request.prompt.positions_between(start, stop),
+            token_ids=[*self.tokens_between(start, stop), *drafts],
+            positions=request.prompt.positions_between(start, stop + len(drafts)),
             start=start,
             block_table=tuple(self.block_table),
             bidirectional_len=request.prompt.bidirectional_len,
@@ -80,6 +95,7 @@ class Sequence:
             prompt_ids=request.prompt.original_token_ids,
             output_ids=self.output_ids,
             upcoming=self.pictures_from(stop),
+            drafts=drafts,
         )
 
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:

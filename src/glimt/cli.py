@@ -110,6 +110,10 @@ Dtype = Annotated[
 DeviceName = Annotated[
     str, _option("--device", "To compute on; glimt doctor lists them.", _MODEL, "NAME")
 ]
+Threads = Annotated[
+    int | None,
+    _option("--threads", "Default: as many as this process may run on.", _MODEL, "N"),
+]
 MaxModelLen = Annotated[
     int | None,
     _option("--max-model-len", "Tokens of context, pictures included.", _MODEL, "N"),
@@ -232,8 +236,8 @@ AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scrip
 
 
 _ENGINE_FIELDS = (
-    "model", "dtype", "device", "max_model_len", "kv_bytes", "memory_limit_bytes", "rotary_table",
-    "quant", "quant_head", "quant_tower",
+    "model", "dtype", "device", "num_threads", "max_model_len", "kv_bytes", "memory_limit_bytes",
+    "rotary_table", "quant", "quant_head", "quant_tower",
 )  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -292,6 +296,7 @@ def generate(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -344,6 +349,7 @@ def chat(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -452,6 +458,7 @@ def evaluate(
     ] = None,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -520,9 +527,7 @@ def bench_synthetic(
         str, _option("--quant", "Form of the weights; none: as the dtype says.", _MODEL, "FORMAT")
     ] = "none",
     device: DeviceName = "cpu",
-    threads: Annotated[
-        int | None, _option("--threads", "Default: as many as torch uses.", _MODEL, "N")
-    ] = None,
+    threads: Threads = None,
     memory_limit_bytes: MemoryLimit = None,
     batch: Annotated[
         str, _option("--batch", "Rows that decode together, with commas.", _ASK, "N,N")

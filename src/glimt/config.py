@@ -22,6 +22,7 @@ class ImageLimits:
 
 
 _LEAST = {
+    "num_threads": 1,
     "max_model_len": 1,
     "max_num_batched_tokens": 1,
     "max_num_seqs": 1,
@@ -33,7 +34,7 @@ _LEAST = {
     "tower_slice_patches": 1,
     "memory_limit_bytes": 1,
 }
-_OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
+_OPTIONAL = ("num_threads", "max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
 
 def _is_count(value: object, low: int) -> bool:
@@ -49,6 +50,7 @@ class EngineConfig:
 
     model: str  # folder with config.json, weights and tokenizer
     device: str = "cpu"  # a file in devices/
+    num_threads: int | None = None  # of the processor; None: as many as this process may run on
     dtype: str = (
         "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
     )

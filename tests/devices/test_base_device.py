@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import glimt.devices.base
+from conftest import CHOICES, use_isa
 from glimt.devices.base import (
     Activation,
     Device,
@@ -22,11 +23,11 @@ from glimt.devices.base import (
     _rounded_to_int8,
     all_devices,
     open_device,
+    usable_threads,
 )
 from glimt.devices.cpu import NativeCpuDevice
 from glimt.errors import ConfigError
-from glimt.kernels.choose import reasons, usable_isas
-from glimt.kernels.native import ISAS, library_path
+from glimt.kernels.native import ISAS
 from glimt.quant.base import all_formats
 from glimt.runner.batch import flatten
 from glimt.types import SamplingParams, StepPlan, StepRow
@@ -35,8 +36,10 @@ from glimt.types import SamplingParams, StepPlan, StepRow
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 # Devices may sum in another order; 16-bit results may then differ in their last two bits.
 SIXTEEN_BIT = {"rtol": 2e-2, "atol": 2e-2}
-# Two products: what lies between may be rounded to 16 or to 8 bits, or not at all.
-MLP = {"rtol": 2e-2, "atol": 5e-2}
+# Two products: what lies between may be rounded to 16 bits or not, and a value on the edge between
+# two steps of 8 bits may fall either way. All in all that is little; a lost bias is about 1.
+MLP_ELEMENT = {"rtol": 2e-2, "atol": 0.2}
+MLP_NORM = 0.015
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -404,7 +407,7 @@ def device_params() -> list[Any]:
     """One test case per device; those of a card carry its mark. The CPU: plain, and by kernels."""
     marked = {"cuda": pytest.mark.cuda, "npu": pytest.mark.npu}
     kinds = [(name, "") for name in all_devices() if name != "cpu"]
-    kinds += [("cpu", isa) for isa in ("none", *ISAS)]
+    kinds += [("cpu", isa) for isa in CHOICES]
     return [
         pytest.param((name, isa), marks=[marked[name]] if name in marked else [], id=isa or name)
         for name, isa in kinds
@@ -417,13 +420,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     reason = all_devices()[name].unavailable_reason()
     if reason:
         pytest.skip(reason)
-    if isa not in ("", "none") and isa not in usable_isas():
-        pytest.skip(f"{isa} cannot be used here: {reasons(library_path())[isa]}")
     if isa:
-        monkeypatch.setenv("GLIMT_ISA", isa)
+        use_isa(isa, monkeypatch)
     opened = open_device(name)
-    is_native = isinstance(opened, NativeCpuDevice)
-    assert is_native == (isa not in ("", "none")), "the tests would prove something else"
+    assert isinstance(opened, NativeCpuDevice) == (isa in ISAS), "a test would prove nothing"
     return opened
 
 
@@ -541,7 +541,8 @@ def test_every_device_computes_an_mlp_as_two_products(device, activation, form):
         result = device.mlp(x, *held, *biases, *ends)
         base = Device().mlp(x, up, down, *biases, *ends)
         assert (result.dtype, result.shape) == (dtype, base.shape)
-        torch.testing.assert_close(result, base, **MLP)
+        torch.testing.assert_close(result, base, **MLP_ELEMENT)
+        assert (result.float() - base.float()).norm() <= MLP_NORM * base.float().norm()
 
 
 def test_a_product_takes_what_layers_give_it(device):
@@ -561,8 +562,10 @@ def test_a_product_takes_what_layers_give_it(device):
 def test_a_row_does_not_depend_on_its_neighbours(device):
     """Would catch a row of a batch that is not what it is alone, beyond another order of sums."""
     dtype = torch.bfloat16
-    held = device.prepare_weight(matrix("plain", 96, 80, 1, dtype), dtype)
-    x = normal(40, 80, seed=2, dtype=dtype)
+    # torch's own product reads on into the next row, times 0, where 32 does not divide a row.
+    size = 80 if isinstance(device, NativeCpuDevice) else 96
+    held = device.prepare_weight(matrix("plain", 96, size, 1, dtype), dtype)
+    x = normal(40, size, seed=2, dtype=dtype)
     x[7] = math.nan
     result = device.linear(x, held, None, "gelu_tanh")
     assert result.isnan().any(-1).nonzero().flatten().tolist() == [7]
@@ -649,3 +652,17 @@ def test_free_memory_is_a_guess_where_the_system_does_not_say(monkeypatch):
 
     monkeypatch.setattr("builtins.open", no_such_file)
     assert Device().free_bytes() == 4 * 2**30
+
+
+def test_the_number_of_threads_reaches_torch_and_the_kernels(monkeypatch):
+    """Catches `--threads` that reaches one of the two: the other one's get in its way."""
+    told: list[Any] = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: told.append(("torch", count)))
+    monkeypatch.setattr(
+        "glimt.devices.cpu.open_native", lambda isa, count: told.append(("kernels", count))
+    )
+    open_device("cpu", 3)
+    assert told == [("torch", 3), ("kernels", 3)]
+    told.clear()
+    open_device("cpu")
+    assert told == [("kernels", usable_threads())]

@@ -22,6 +22,8 @@ from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import open_device
 from glimt.engine import Engine
+from glimt.kernels.choose import reasons
+from glimt.kernels.native import ISAS, library_path
 from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
@@ -37,6 +39,24 @@ def shared_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs shared/{relative}, which is not beside this checkout")
     return path
+
+
+# What GLIMT_ISA may hold: plain torch, and every instruction set.
+CHOICES = ("none", *ISAS)
+
+
+def use_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the devices that a test opens use one of CHOICES; skips what cannot be used here."""
+    if isa in ISAS and (reason := reasons(library_path())[isa]):
+        pytest.skip(f"kernels for {isa} cannot be used: {reason}")
+    monkeypatch.setenv("GLIMT_ISA", isa)
+
+
+@pytest.fixture(params=CHOICES)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What every device opened in this test computes with."""
+    use_isa(request.param, monkeypatch)
+    return request.param
 
 
 class IdTokenizer:

@@ -110,6 +110,10 @@ Dtype = Annotated[
 DeviceName = Annotated[
     str, _option("--device", "To compute on; glimt doctor lists them.", _MODEL, "NAME")
 ]
+Threads = Annotated[
+    int | None,
+    _option("--threads", "Default: as many as this process may run on.", _MODEL, "N"),
+]
 MaxModelLen = Annotated[
     int | None,
     _option("--max-model-len", "Tokens of context, pictures included.", _MODEL, "N"),
@@ -241,7 +245,7 @@ AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scrip
 
 
 _ENGINE_FIELDS = (
-    "model", "dtype", "device", "max_model_len", "kv_bytes", "memory_limit_bytes",
+    "model", "dtype", "device", "num_threads", "max_model_len", "kv_bytes", "memory_limit_bytes",
     "num_draft_tokens", "rotary_table", "quant", "quant_head", "quant_tower",
 )  # fmt: skip
 _SAMPLING_FIELDS = (
@@ -301,6 +305,7 @@ def generate(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -354,6 +359,7 @@ def chat(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -463,6 +469,7 @@ def evaluate(
     ] = None,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
+    num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -532,9 +539,7 @@ def bench_synthetic(
         str, _option("--quant", "Form of the weights; none: as the dtype says.", _MODEL, "FORMAT")
     ] = "none",
     device: DeviceName = "cpu",
-    threads: Annotated[
-        int | None, _option("--threads", "Default: as many as torch uses.", _MODEL, "N")
-    ] = None,
+    threads: Threads = None,
     memory_limit_bytes: MemoryLimit = None,
     batch: Annotated[
         str, _option("--batch", "Rows that decode together, with commas.", _ASK, "N,N")

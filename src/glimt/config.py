@@ -22,6 +22,7 @@ class ImageLimits:
 
 
 _LEAST = {
+    "num_threads": 1,
     "max_model_len": 1,
     "max_num_batched_tokens": 1,
     "max_num_seqs": 1,
@@ -35,7 +36,7 @@ _LEAST = {
     "memory_limit_bytes": 1,
 }
 _MOST = {"num_draft_tokens": 16}  # beyond, guesses are wrong more often than a step is saved
-_OPTIONAL = ("max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
+_OPTIONAL = ("num_threads", "max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
 
 def _is_count(value: object, low: int, high: int | None) -> bool:
@@ -57,6 +58,7 @@ class EngineConfig:
 
     model: str  # folder with config.json, weights and tokenizer
     device: str = "cpu"  # a file in devices/
+    num_threads: int | None = None  # of the processor; None: as many as this process may run on
     dtype: str = (
         "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
     )

@@ -80,7 +80,7 @@ def open_model(engine: EngineConfig) -> OpenedModel:
     tokenizer, weight files and the tensors in them; a ConfigError if the weights alone are beyond
     engine.memory_limit_bytes.
     """
-    device = open_device(engine.device)
+    device = open_device(engine.device, engine.num_threads)
     name = parse_name(engine.model) if is_synthetic(engine.model) else None
     found = read_synthetic(name) if name else read_folder(model_folder(engine.model))
     dtype = _choose_dtype(engine.dtype, found.config, device)

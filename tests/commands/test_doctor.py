@@ -28,6 +28,7 @@ from glimt.commands.machine import (
     read_numa_nodes,
     read_processor,
 )
+from glimt.kernels.native import ISAS, library_path
 
 GIB = 2**30
 
@@ -323,7 +324,40 @@ def test_kernels_that_are_not_built_are_told_with_the_way_to_build_them():
         found = wrong(replace(HEALTHY, kernels=kernels))
         assert [(one.name, one.level) for one in found] == [("kernels", "warning")]
         assert "cmake" in found[0].fix
-    assert wrong(replace(HEALTHY, kernels=NativeKernels("x.so", None, ("avx2",)))) == []
+    good = NativeKernels("x.so", None, ("avx2",), {"amx": "killed"}, None, "avx2")
+    assert wrong(replace(HEALTHY, kernels=good)) == []
+
+
+def test_kernels_that_the_user_switched_off_are_told():
+    """Catches a GLIMT_ISA forgotten in a shell's profile: all is slow, or nothing starts."""
+    off = NativeKernels("x.so", None, ("avx2",), wanted="none")
+    bad = NativeKernels("x.so", "'sse' is unknown", ("avx2",), wanted="sse")
+    for kernels, level in ((off, "warning"), (bad, "problem")):
+        (found,) = wrong(replace(HEALTHY, kernels=kernels))
+        assert (found.name, found.level, found.fix) == ("kernels", level, "unset GLIMT_ISA")
+
+
+def test_the_set_in_use_and_the_reasons_against_the_others_are_shown(monkeypatch):
+    """Catches a machine with AMX on which nobody learns why AMX is not used."""
+    refused = {"amx": "the self-test was killed by signal 4"}
+    kernels = NativeKernels("x.so", None, ("avx512", "avx2"), refused, None, "avx512")
+    said = run(monkeypatch, replace(HEALTHY, kernels=kernels)).stdout
+    assert "avx512 in use; usable: avx512, avx2" in said
+    assert "not amx" in said
+    assert "killed by signal 4" in said
+    assert "kernels: of avx512 are used" in said
+
+
+@pytest.mark.parametrize(("wanted", "in_use"), [("none", None), ("portable", "portable")])
+def test_the_kernels_of_this_machine_are_read(wanted, in_use):
+    """Catches a doctor that shows the best set while GLIMT_ISA names another."""
+    if library_path() is None:
+        pytest.skip("the native kernels were not built")
+    kernels = collect({"GLIMT_ISA": wanted}).kernels
+    assert kernels is not None
+    assert (kernels.wanted, kernels.in_use, kernels.error) == (wanted, in_use, None)
+    assert {*kernels.instruction_sets, *kernels.refused} == set(ISAS)
+    assert collect({"GLIMT_ISA": "sse"}).kernels.error.startswith("'sse' is unknown")
 
 
 def test_nodes_are_counted_by_their_folders(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from glimt.engine import Engine
+from glimt.kernels.native import ISAS
 from glimt.models.base import CLIP_MEAN, CLIP_STD, normalise, patchify
 from glimt.types import Message, TextPart
 
@@ -138,9 +138,43 @@ def test_patches_share_one_position_and_text_goes_on_after_it(glm4v_oracle: Any)
     assert prompt.positions_between(n, n + 1)[0, 0] == len(prompt.original_token_ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_close_to_float32(oracle: Any, dtype: torch.dtype) -> None:
+def test_half_precision_stays_close_to_float32(oracle: Any) -> None:
     """Catches a reduction or a norm that runs in half precision by mistake."""
+    assert_close_to_float32(oracle, torch.float16)
+
+
+def test_bfloat16_stays_close_to_float32_with_all_kernels(oracle: Any, isa: str) -> None:
+    """Catches kernels that are right each alone and are given the wrong things by a model."""
+    engine = assert_close_to_float32(oracle, torch.bfloat16)
+    held = [m for m in engine.runner.model.modules() if getattr(m, "held", None) is not None]
+    assert bool(held) == (isa in ISAS), "the kernels were not what computed"
+
+
+def test_pictures_in_bfloat16_stay_close_to_float32_with_all_kernels(oracle: Any, isa: str) -> None:
+    """Catches a tower whose errors the few rows of a prompt's logits would hide."""
+    model = oracle.open(torch.bfloat16).model
+    with torch.inference_mode():
+        batch = model.image_features([oracle.image()] * 2)
+    theirs = oracle.arrays["image_features"]
+    for features in batch:
+        ours = features.float().numpy()
+        cosine = (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        assert cosine >= 0.9995
+
+
+def test_float32_takes_plain_torch_whatever_the_kernels(tiny_oracle: Any, isa: str) -> None:
+    """Catches float32 weights or activations handed to kernels that read bfloat16."""
+    engine = tiny_oracle.engine(enable_prefix_cache=False)
+    capture = Capture(engine)
+    picked = tiny_oracle.arrays["picked_token_ids"]
+    for case in every_case(tiny_oracle):
+        run_greedy(engine, tiny_oracle.request(case, max_tokens=25))
+        expected = tiny_oracle.arrays[f"{case}.logits_after_24_picked"]
+        np.testing.assert_allclose(capture.logits()[-1][picked], expected, atol=VALUES, rtol=0)
+
+
+def assert_close_to_float32(oracle: Any, dtype: torch.dtype) -> Engine:
+    """Every prompt's last logits point where the original's do. Returns the last engine."""
     tables = ("auto",) if oracle.is_glm4v else ("hub_fp16", "fp32_product")
     picked = oracle.arrays["picked_token_ids"]
     for table in tables:
@@ -153,6 +187,7 @@ def test_half_precision_stays_close_to_float32(oracle: Any, dtype: torch.dtype) 
             theirs = oracle.arrays[f"{case}.logits_last_picked"]
             cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
             assert cosine >= 0.9995
+    return engine
 
 
 def test_the_hub_table_is_chosen_by_float16_alone(visualglm_oracle: Any) -> None:

@@ -15,12 +15,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from glimt.bench.roofline import ModelCosts, costs_of
 from glimt.bench.samples import Sample, Summary, summarise
 from glimt.config import EngineConfig
+from glimt.devices.base import usable_threads
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
@@ -39,7 +39,7 @@ class SyntheticJob:
 
     output_tokens: of each answer
     repeats: steady samples of each first token
-    threads: None: as many as torch uses
+    threads: None: as many as this process may run on
     """
 
     name: SyntheticName
@@ -131,13 +131,11 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     Raises ConfigError for what cannot be run, EngineError if a request ends with an error.
     """
     published_config(job.name)  # before anything large is made
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    threads = torch.get_num_threads()
+    threads = job.threads or usable_threads()
     meter = LimitMeter(threads, num_bytes=job.meter_bytes)
     on_stage("making the weights")
     began = time.perf_counter()
-    engine = Engine.load(_engine_config(job))
+    engine = Engine.load(_engine_config(job, threads))
     load_s = time.perf_counter() - began
     opened = engine.opened
     costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
@@ -174,7 +172,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     )
 
 
-def _engine_config(job: SyntheticJob) -> EngineConfig:
+def _engine_config(job: SyntheticJob, threads: int) -> EngineConfig:
     options: dict[str, Any] = {} if job.quant == "none" else {"quant": job.quant}
     if not options.keys() <= {field.name for field in fields(EngineConfig)}:
         raise ConfigError("quant", [f"{job.quant!r} is unknown; this version has only 'none'"])
@@ -182,6 +180,7 @@ def _engine_config(job: SyntheticJob) -> EngineConfig:
         model=str(job.name),
         dtype=job.dtype,
         device=job.device,
+        num_threads=threads,
         max_num_seqs=max(job.batches),
         memory_limit_bytes=job.memory_limit_bytes,
         **options,

@@ -10,7 +10,7 @@ import locale
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from glimt.commands.machine import (
@@ -52,12 +52,17 @@ class DeviceState:
 class NativeKernels:
     """The compiled kernels. path: None where they were not built; error: why they cannot be used.
 
-    instruction_sets: those compiled in that this processor has, best first
+    instruction_sets: those that are right here, best first
+    refused: the others, each with its reason
+    wanted: GLIMT_ISA, None if it is not set; in_use: what is computed with, None for plain torch
     """
 
     path: str | None = None
     error: str | None = None
     instruction_sets: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    wanted: str | None = None
+    in_use: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ def collect(environment: Mapping[str, str] = os.environ, measures_limits: bool =
         threads_setting=environment.get("OMP_NUM_THREADS"),
         encoding=locale.getpreferredencoding(do_setlocale=False),
         numa_nodes=read_numa_nodes(),
-        kernels=_read_kernels() if torch.error is None else None,
+        kernels=_read_kernels(environment.get("GLIMT_ISA")) if torch.error is None else None,
         limits=_measure_limits(torch) if measures_limits else None,
     )
 
@@ -135,16 +140,29 @@ def _read_torch() -> Torch:
     )
 
 
-def _read_kernels() -> NativeKernels:
+def _read_kernels(wanted: str | None) -> NativeKernels:
+    """Tries every instruction set, each in a process of its own, unless it was tried before."""
+    from glimt.errors import ConfigError
+    from glimt.kernels.choose import chosen_isa, reasons
     from glimt.kernels.native import available, library_path
 
     path = library_path()
-    if path is None:
-        return NativeKernels()
     try:
-        return NativeKernels(path, None, tuple(available(path)))
+        if path is not None:
+            available(path)
     except OSError as error:  # of another build, or not for this machine
         return NativeKernels(path, str(error))
+    tried = {} if path is None else reasons(path)
+    found = NativeKernels(
+        path=path,
+        instruction_sets=tuple(isa for isa, reason in tried.items() if reason is None),
+        refused={isa: reason for isa, reason in tried.items() if reason is not None},
+        wanted=wanted,
+    )
+    try:
+        return replace(found, in_use=chosen_isa(wanted, path) if path or wanted else None)
+    except ConfigError as error:  # nothing would start
+        return replace(found, error="; ".join(error.problems))
 
 
 def _measure_limits(torch: Torch) -> Mapping[str, float | None] | None:
@@ -245,17 +263,26 @@ def _check_instructions(processor: Processor) -> Check:
 def _check_kernels(kernels: NativeKernels | None) -> Iterator[Check]:
     if kernels is None:
         return
-    build = "cmake -S . -B build && make -C build && cp build/_native.so src/glimt/kernels/"
     if kernels.error is not None:
-        yield Check("kernels", "warning", f"cannot be used: {kernels.error}", build)
+        level: Level = "problem" if kernels.wanted else "warning"
+        fix = "unset GLIMT_ISA" if kernels.wanted else _BUILD
+        yield Check("kernels", level, f"cannot be used: {kernels.error}", fix)
     elif kernels.path is None:
-        yield Check("kernels", "warning", "are not built; torch's own are slower", build)
-    elif not kernels.instruction_sets:
-        says = "hold nothing for this processor; torch's own are used"
-        yield Check("kernels", "warning", says, build)
+        yield Check("kernels", "warning", "are not built; torch's own are slower", _BUILD)
+    elif kernels.wanted == "none":
+        says = "are switched off by GLIMT_ISA; torch's own are slower"
+        yield Check("kernels", "warning", says, "unset GLIMT_ISA")
+    elif kernels.in_use is None:
+        says = "hold nothing that is right on this processor; torch's own are used"
+        yield Check("kernels", "warning", says, _BUILD)
     else:
-        yield Check("kernels", "ok", f"are built for {', '.join(kernels.instruction_sets)}")
+        yield Check("kernels", "ok", f"of {kernels.in_use} are used")
 
+
+_BUILD = (
+    "install a C++ compiler and glimt again; in a checkout: "
+    "cmake -S . -B build && make -C build && cp build/_native.so src/glimt/kernels/"
+)
 
 # Bytes of the parameters in 16 bits, and what one conversation of full length takes beside them:
 # the KV cache (448 KiB a token and 2,048 tokens; 40 KiB and 8,192) and 1.5 GiB for activations.

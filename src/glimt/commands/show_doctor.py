@@ -52,7 +52,7 @@ def _machine(facts: Facts) -> dict[str, str]:
         "cores": cores,
         "NUMA nodes": str(facts.numa_nodes),
         "torch threads": str(facts.torch.num_threads or "unknown"),
-        "native kernels": _kernels(facts.kernels),
+        **_kernels(facts.kernels),
         "has": ", ".join(name for name in sets if sets[name]) or "none of those that matter",
         "has not": ", ".join(name for name in sets if not sets[name]) or "nothing that matters",
         "memory": f"{size_text(memory.total)}, {size_text(memory.available)} available",
@@ -74,10 +74,14 @@ def _multiplies(limits: Mapping[str, float | None]) -> Iterator[str]:
             yield f"{ops / 1e12:.2f} {unit}"
 
 
-def _kernels(kernels: NativeKernels | None) -> str:
-    if kernels is None or kernels.error is not None:
-        return "unknown"
-    return ", ".join(kernels.instruction_sets) or "none"
+def _kernels(kernels: NativeKernels | None) -> dict[str, str]:
+    """What is used, what could be, and why the rest cannot."""
+    if kernels is None or (kernels.error is not None and not kernels.instruction_sets):
+        return {"native kernels": "unknown"}
+    usable = ", ".join(kernels.instruction_sets) or "none"
+    used = "nothing" if kernels.in_use is None else kernels.in_use
+    rows = {"native kernels": f"{used} in use; usable: {usable}"}
+    return rows | {f"not {isa}": reason for isa, reason in kernels.refused.items()}
 
 
 def _devices(facts: Facts) -> dict[str, str]:

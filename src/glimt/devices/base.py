@@ -7,10 +7,11 @@ leaves alone is slow but right. Knows shapes and caches, no model and no request
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ RotaryStyle = Literal["interleaved", "half"]
 Activation = Literal["none", "gelu_erf", "gelu_tanh", "silu_mul"]
 
 
+@runtime_checkable
 class LowBitWeight(Protocol):
     """A matrix [n, k] in few bits; glimt.quant.base.QuantisedWeight says what each part is."""
 
@@ -138,6 +140,16 @@ class Device:
         self.torch_device = torch.device(torch_device)
 
     # --- the machine ---
+
+    @classmethod
+    def open(cls, num_threads: int | None = None) -> Device:
+        """The device to use here, which may be of a class that suits this machine better.
+
+        num_threads: of the host; None: what torch and the device take by themselves
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        return cls()
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -347,9 +359,9 @@ def _as_matrices(x: Tensor, weight: MatrixWeight) -> tuple[Tensor, Tensor]:
     """x and the weight as torch multiplies them; of a weight in few bits, all that it rounds."""
     if isinstance(weight, Tensor):
         return x, weight
-    low: LowBitWeight = weight  # type: ignore[assignment]
-    rounded = _rounded_to_int8(x, low.group) if low.quantises_x else x
-    return rounded, low.dequantise().to(x.dtype)
+    assert isinstance(weight, LowBitWeight), "only its own device multiplies with another form"
+    rounded = _rounded_to_int8(x, weight.group) if weight.quantises_x else x
+    return rounded, weight.dequantise().to(x.dtype)
 
 
 def _rounded_to_int8(x: Tensor, group: int) -> Tensor:
@@ -414,8 +426,16 @@ def all_devices() -> dict[str, type[Device]]:
     return found
 
 
-def open_device(name: str) -> Device:
-    """The device of that name. Raises ConfigError if it is unknown or not usable here."""
+def usable_threads() -> int:
+    """Processors of the host that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def open_device(name: str, num_threads: int | None = None) -> Device:
+    """The device of that name; num_threads as of Device.open.
+
+    Raises ConfigError if it is unknown or not usable here.
+    """
     devices = all_devices()
     if name not in devices:
         known = ", ".join(sorted(devices))
@@ -423,4 +443,4 @@ def open_device(name: str) -> Device:
     reason = devices[name].unavailable_reason()
     if reason:
         raise ConfigError("device", [f"{name} cannot be used here: {reason}"])
-    return devices[name]()
+    return devices[name].open(num_threads)

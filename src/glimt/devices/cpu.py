@@ -16,6 +16,7 @@ from glimt.devices.base import (
     LowBitWeight,
     MatrixWeight,
     RotaryStyle,
+    usable_threads,
 )
 from glimt.kernels.choose import open_native
 from glimt.kernels.native import Native, PackedWeight
@@ -24,20 +25,38 @@ _LARGEST_HEAD = 128  # dims that the attention kernels hold
 
 
 class CpuDevice(Device):
-    """The host's processor.
-
-    native: the kernels in use; None for plain torch alone
-    """
+    """The host's processor, in plain torch."""
 
     name = "cpu"
 
-    def __init__(self, torch_device: str = "cpu") -> None:
-        super().__init__(torch_device)
-        self.native: Native | None = open_native(os.environ.get("GLIMT_ISA"), usable_threads())
+    @classmethod
+    def open(cls, num_threads: int | None = None) -> Device:
+        """With native kernels, unless there are none or GLIMT_ISA is "none".
+
+        num_threads: None: one for each processor of this process in the kernels, and what torch
+            takes by itself in torch
+        Raises ConfigError if the instruction set that GLIMT_ISA names cannot be used.
+        """
+        plain = super().open(num_threads)
+        threads = num_threads or usable_threads()
+        native = open_native(os.environ.get("GLIMT_ISA"), threads)
+        return plain if native is None else NativeCpuDevice(native)
 
     def preferred_dtype(self, declared: torch.dtype) -> torch.dtype:
         """bfloat16 in place of float16: processors multiply it faster and it cannot overflow."""
         return torch.bfloat16 if declared == torch.float16 else declared
+
+
+class NativeCpuDevice(CpuDevice):
+    """The host's processor, with native kernels for bfloat16.
+
+    Each method is the base's, with one rounding at the end where the base has several. What no
+    kernel takes (another dtype, a larger head) goes the base's way.
+    """
+
+    def __init__(self, native: Native) -> None:
+        super().__init__()
+        self.native = native
 
     # --- products ---
 
@@ -45,10 +64,12 @@ class CpuDevice(Device):
         self, weight: Tensor | LowBitWeight, dtype: torch.dtype, is_paired: bool = False
     ) -> MatrixWeight:
         """Packed for the kernels, if the activations are bfloat16."""
-        if self.native is None or dtype != torch.bfloat16:
+        if dtype != torch.bfloat16:
             return weight
         if isinstance(weight, Tensor):
-            return self.native.pack(weight.detach(), is_paired=_can_pair(weight, is_paired))
+            return self.native.pack(
+                weight.detach().to(dtype), is_paired=_can_pair(weight.shape[0], is_paired)
+            )
         return self.native.pack(
             weight.values,
             weight.format,
@@ -56,7 +77,7 @@ class CpuDevice(Device):
             offsets=weight.offsets,
             group=weight.group,
             k=weight.k,
-            is_paired=is_paired and weight.n % 32 == 0,
+            is_paired=_can_pair(weight.n, is_paired),
             quantises_x=weight.quantises_x,
         )
 
@@ -69,13 +90,12 @@ class CpuDevice(Device):
         residual: Tensor | None = None,
         residual_scale: float = 1.0,
     ) -> Tensor:
-        """As the base; one rounding at the end where a kernel does it."""
+        """As the base."""
         if not isinstance(weight, PackedWeight):
             return super().linear(x, weight, bias, activation, residual, residual_scale)
-        assert self.native is not None, "packed weights come from the kernels"
-        if activation == "silu_mul" and not weight.is_paired:
-            y = self.activate(self.linear(x, weight, bias), activation)
-            return y if residual is None else residual * residual_scale + y
+        if not _can_end_with(weight, activation):
+            gated = self.activate(self.linear(x, weight, bias), activation)
+            return gated if residual is None else residual * residual_scale + gated
         out = self.native.linear(
             _rows(x),
             weight,
@@ -84,7 +104,7 @@ class CpuDevice(Device):
             residual=None if residual is None else _rows(residual),
             residual_scale=residual_scale,
         )
-        assert out is not None, f"{self.native.isa} multiplies"
+        assert out is not None, f"{self.native.isa} packed this matrix, so it multiplies with it"
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def mlp(
@@ -99,12 +119,15 @@ class CpuDevice(Device):
         residual_scale: float = 1.0,
     ) -> Tensor:
         """As the base, without the inner values in memory where a kernel does it."""
-        both = isinstance(up, PackedWeight) and isinstance(down, PackedWeight)
-        if self.native and both and (activation != "silu_mul" or up.is_paired):  # type: ignore[union-attr]
+        if (
+            isinstance(up, PackedWeight)
+            and isinstance(down, PackedWeight)
+            and _can_end_with(up, activation)
+        ):
             out = self.native.mlp(
                 _rows(x),
-                up,  # type: ignore[arg-type]
-                down,  # type: ignore[arg-type]
+                up,
+                down,
                 up_bias,
                 down_bias,
                 activation=activation,
@@ -121,7 +144,7 @@ class CpuDevice(Device):
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor:
         """As the base."""
-        if self.native and x.dtype == weight.dtype == torch.bfloat16:
+        if x.dtype == weight.dtype == torch.bfloat16:
             added = None if residual is None else _rows(residual)
             out = self.native.norm(_rows(x), weight, bias, eps, added)
             if out is not None:
@@ -130,7 +153,7 @@ class CpuDevice(Device):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the base."""
-        if self.native and x.dtype == weight.dtype == torch.bfloat16:
+        if x.dtype == weight.dtype == torch.bfloat16:
             out = self.native.norm(_rows(x), weight, None, eps)
             if out is not None:
                 return out.view(x.shape)
@@ -140,7 +163,7 @@ class CpuDevice(Device):
         self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
     ) -> Tensor:
         """As the base."""
-        if self.native and x.dtype == cos.dtype == torch.bfloat16 and x.stride(-1) == 1:
+        if x.dtype == cos.dtype == torch.bfloat16 and x.stride(-1) == 1:
             is_interleaved = style == "interleaved"
             out = self.native.rotate(
                 x, cos.contiguous(), sin.contiguous(), is_interleaved, num_segments
@@ -161,14 +184,13 @@ class CpuDevice(Device):
         scale: float,
     ) -> Tensor:
         """As the base."""
-        if not self._attends(query, key, value):
+        if not _can_attend(query, key, value):
             return super().varlen_attention(query, key, value, query_starts, key_starts, scale)
-        assert self.native is not None, "_attends says so"
         out = torch.empty(query.shape, dtype=query.dtype)
         for s in range(len(query_starts) - 1):
             q0, q1 = query_starts[s], query_starts[s + 1]
             k0, k1 = key_starts[s], key_starts[s + 1]
-            self.native.attention(
+            done = self.native.attention(
                 query[q0:q1],
                 key[k0:k1],
                 value[k0:k1],
@@ -178,11 +200,13 @@ class CpuDevice(Device):
                 num_shared=k1 - k0,
                 out=out[q0:q1],
             )
+            if done is None:
+                return super().varlen_attention(query, key, value, query_starts, key_starts, scale)
         return out
 
     def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
         """As the base."""
-        is_done = self._attends(key, value, cache.key) and self.native.write_kv(  # type: ignore[union-attr]
+        is_done = _can_attend(key, value, cache.key, cache.value) and self.native.write_kv(
             key, value, cache.key, cache.value, slots
         )
         if not is_done:
@@ -198,18 +222,17 @@ class CpuDevice(Device):
         scale: float,
     ) -> Tensor:
         """As the base, without masks: a row's context and what it shares say all."""
-        if not self._attends(query, cache.key, cache.value):
+        if not _can_attend(query, cache.key, cache.value):
             return super().paged_attention(query, key, value, cache, batch, scale)
-        assert self.native is not None, "_attends says so"
+        count = batch.num_decodes
+        if count == len(batch.context_lens):
+            return self.decode_attention(query, cache, batch, scale)
         out = torch.empty(query.shape, dtype=query.dtype)
-        if count := batch.num_decodes:
-            tables, lens = batch.block_tables[:count], batch.decode_lens
-            self.native.decode(
-                query[:count], cache.key, cache.value, tables, lens, scale, out=out[:count]
-            )
+        if count:
+            out[:count] = self.decode_attention(query, cache, batch, scale)
         for row in range(count, len(batch.context_lens)):
             start, stop = batch.query_starts[row], batch.query_starts[row + 1]
-            self.native.attention(
+            done = self.native.attention(
                 query[start:stop],
                 cache.key,
                 cache.value,
@@ -220,24 +243,41 @@ class CpuDevice(Device):
                 block_table=batch.block_tables[row],
                 out=out[start:stop],
             )
+            if done is None:
+                return super().paged_attention(query, key, value, cache, batch, scale)
         return out
 
-    def _attends(self, *tensors: Tensor) -> bool:
-        """Do the kernels attend over such tensors?"""
-        return self.native is not None and all(
-            x.dtype == torch.bfloat16 and x.shape[-1] <= _LARGEST_HEAD and x.stride(-1) == 1
-            for x in tensors
-        )
+    def decode_attention(
+        self, query: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """As the base."""
+        rows = query[: batch.num_decodes]
+        if _can_attend(rows, cache.key, cache.value):
+            if rows.stride(1) != rows.shape[2]:  # the kernel wants heads side by side
+                rows = rows.contiguous()
+            tables = batch.block_tables[: batch.num_decodes]
+            out = self.native.decode(rows, cache.key, cache.value, tables, batch.decode_lens, scale)
+            if out is not None:
+                return out
+        return super().decode_attention(query, cache, batch, scale)
 
 
-def usable_threads() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def _can_pair(weight: Tensor, is_paired: bool) -> bool:
+def _can_pair(num_rows: int, is_paired: bool) -> bool:
     """Blocks of 16 rows of both halves can alternate only if the halves are whole blocks."""
-    return is_paired and weight.shape[0] % 32 == 0
+    return is_paired and num_rows % 32 == 0
+
+
+def _can_end_with(weight: PackedWeight, activation: Activation) -> bool:
+    """Gate and up must lie side by side, or a kernel cannot multiply them with each other."""
+    return activation != "silu_mul" or weight.is_paired
+
+
+def _can_attend(*tensors: Tensor) -> bool:
+    """Do the attention kernels take tensors of such heads?"""
+    return all(
+        x.dtype == torch.bfloat16 and x.shape[-1] <= _LARGEST_HEAD and x.stride(-1) == 1
+        for x in tensors
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The native kernels as Python functions over tensors: one thin binding of csrc/exports.cpp.
 
-Knows shapes and pointers, no model. Every function returns False where the instruction set in use
-has no such kernel; the caller then takes the plain path.
+Knows shapes and pointers, no model. Every function returns None (or False, where there is nothing
+to return) if the instruction set in use has no such kernel; the caller then takes the plain path.
 """
 
 from __future__ import annotations
@@ -266,6 +266,8 @@ class Native:
     """The kernels of one instruction set. Raises OSError if it is not there.
 
     isa: one of ISAS; threads: of the kernels' own, the caller's among them
+    The library holds one of each for the whole process: what was made last decides for all. Packed
+    weights are the same for every set, so earlier ones go on with the later kernels.
     """
 
     def __init__(self, path: str, isa: str, threads: int) -> None:

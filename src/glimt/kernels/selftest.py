@@ -11,13 +11,14 @@ import sys
 import torch
 from torch import Tensor
 
+from glimt.kernels.choose import WRONG_VALUES
 from glimt.kernels.native import Native, library_path
 
 _TOLERANCE = 0.03  # of the largest value: some bfloat16 steps
 
 
 def main(isa: str) -> int:
-    """0 if every kernel is right; else the name of the first that is not, on stderr."""
+    """0 if every kernel is right; WRONG_VALUES, and the first one's name on stderr, if not."""
     path = library_path()
     if path is None:
         print("the native kernels were not built", file=sys.stderr)
@@ -25,10 +26,10 @@ def main(isa: str) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     native = Native(path, isa, threads=2)
-    for check in (_linear, _low_bits, _attention, _decode, _norm, _rotate):
+    for check in (_linear, _low_bits, _mlp, _attention, _decode, _norm, _rotate, _write_kv):
         if not check(native):
             print(f"{check.__name__.strip('_')} gives wrong values", file=sys.stderr)
-            return 1
+            return WRONG_VALUES
     return 0
 
 
@@ -71,6 +72,18 @@ def _low_bits(native: Native) -> bool:
                 return False
             if not _close(native.linear(x, int4), x.float() @ narrow.T):
                 return False
+    return True
+
+
+def _mlp(native: Native) -> bool:
+    up, down = _random(64, 120) * 0.1, _random(50, 32) * 0.1
+    packed = native.pack(up, is_paired=True), native.pack(down)
+    for x in (_random(1, 120), _random(70, 120)):
+        gate, wide = (x.float() @ up.float().T).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * wide
+        got = native.mlp(x, *packed, activation="silu_mul")
+        if not _close(got, inner @ down.float().T):
+            return False
     return True
 
 
@@ -119,6 +132,16 @@ def _rotate(native: Native) -> bool:
     turned = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
     wanted = torch.cat((turned, x[..., 16:].float()), dim=-1)
     return _close(native.rotate(x, cos, sin, True, 1), wanted)
+
+
+def _write_kv(native: Native) -> bool:
+    key, value, slots = _random(3, 2, 40), _random(3, 2, 40), torch.tensor([9, 0, 14])
+    caches = torch.zeros(2, 4, 4, 2, 40, dtype=torch.bfloat16)
+    if not native.write_kv(key, value, caches[0], caches[1], slots):
+        return True
+    wanted = torch.zeros(2, 16, 2, 40)
+    wanted[0, slots], wanted[1, slots] = key.float(), value.float()
+    return _close(caches.flatten(1, 2), wanted)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ struct Product {
     int64_t run;         // tiles of k that are multiplied at a time
     uint8_t* rows;       // x: [num_k / run, up][num_row_tiles][run] tiles
     float* row_scales;   // is_int8, is_split: [num_row_tiles * 16]
+    bool is_grouped;     // few rows by int4: exact tiles, scaled group by group
+    int64_t num_groups;  // is_grouped, as the next two: [num_row_tiles * 16][num_groups]
+    float* group_scales; // 1/16 of the scales of rounded x
+    float* group_sums;   // of x
 };
 
 // --- x into tiles ---
@@ -179,6 +183,45 @@ void pack_split_row(const Product& p, int64_t row, const uint16_t* x) {
     }
 }
 
+// is_grouped and rounded x: as int8, with a scale and a sum for every group.
+void pack_group_bytes(const Product& p, int64_t row, const uint16_t* x) {
+    const int64_t k = p.call->weight->k, group = p.call->weight->group;
+    RowOfTiles tiles(p, row);
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        const int64_t begin = std::min(g * group, k), at = row * p.num_groups + g;
+        alignas(64) int8_t bytes[128];
+        int32_t sum;
+        const float scale =
+            quantise(x + begin, std::min(group, k - begin), group, bytes, &sum);
+        for (int64_t i = 0; i < group; i += 64)
+            _mm512_store_si512(tiles.next(), _mm512_load_si512(bytes + i));
+        p.group_scales[at] = scale / 16.0f;
+        p.group_sums[at] = scale * float(sum);
+    }
+}
+
+// is_grouped and exact x: of every 8 values 0 2 4 6 1 3 5 7, as the nibbles lie in 16 bits.
+void pack_group_pairs(const Product& p, int64_t row, const uint16_t* x) {
+    const int64_t k = p.call->weight->k, group = p.call->weight->group;
+    const __m512i order = _mm512_set_epi16(
+        31, 29, 27, 25, 30, 28, 26, 24, 23, 21, 19, 17, 22, 20, 18, 16, 15, 13, 11, 9, 14, 12, 10,
+        8, 7, 5, 3, 1, 6, 4, 2, 0);
+    RowOfTiles tiles(p, row);
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = g * group; i < (g + 1) * group; i += 32) {
+            const int64_t left = k - i;
+            const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+            const __m512i values = _mm512_maskz_loadu_epi16(lanes, x + i);
+            _mm512_store_si512(tiles.next(), _mm512_permutexvar_epi16(order, values));
+            const __m512i odd = _mm512_and_si512(values, _mm512_set1_epi32(int32_t(0xffff0000)));
+            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(values, 16)));
+            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(odd));
+        }
+        p.group_sums[row * p.num_groups + g] = _mm512_reduce_add_ps(sum);
+    }
+}
+
 void clear_row(const Product& p, int64_t row) {
     for (int digit = 0; digit < (p.is_split ? kDigits : 1); ++digit) {
         RowOfTiles tiles(p, row, digit);
@@ -193,6 +236,8 @@ void pack_row(const Product& p, int64_t row) {
     if (row >= p.call->m) return clear_row(p, row);
     const uint16_t* x = p.call->x + row * p.call->x_stride;
     if (p.is_split) pack_split_row(p, row, x);
+    else if (p.is_grouped && weight.quantises_x) pack_group_bytes(p, row, x);
+    else if (p.is_grouped) pack_group_pairs(p, row, x);
     else if (p.is_int8) pack_int8_row(p, row, x);
     else if (weight.format == kInt4 && weight.quantises_x) pack_rounded_row(p, row, x);
     else pack_bf16_row(p, row, x);
@@ -481,7 +526,7 @@ class ManyRows {
         wanted_.end = wanted_.at + run * kTile;
         second_ = wanted_.at + block_stride();
         second_end_ = second_ + run * kTile;
-    wanted_.lines = (32 + num_pairs - 1) / num_pairs;
+        wanted_.lines = (32 + num_pairs - 1) / num_pairs;
     }
     void run_tiles(int64_t panel, int64_t pair, int64_t k, int64_t run, int64_t at) {
         const Operands operands{p_.rows + (k * p_.num_row_tiles + pair * 2 * p_.run) * kTile,
@@ -720,7 +765,230 @@ class FewRows {
     Results results_;
 };
 
+// --- few rows by int4 ---
+
+// Up to 32 rows by nibbles: within a group the tiles sum exactly (whole numbers, or bfloat16 by
+// whole numbers), then each row adds the group's sums with its scales. Nibbles are unpacked two
+// groups ahead of the tiles, and the tiles run two groups ahead of the adding: what one of them
+// writes has long left the store buffer when the next one reads it.
+template <bool kIsBytes, bool kHasOffsets>
+class GroupedRows {
+  public:
+        static constexpr int kUnits = 2;  // of 64 values of k in a batch: one or two groups
+    static constexpr int kUnitTiles = kIsBytes ? 1 : 2;
+    static constexpr int64_t kSumsBytes = (4 + 2 * kUnits * 4) * kTile;
+    static constexpr int64_t kWideBytes = 2 * kUnits * 2 * kUnitTiles * kTile;
+
+    GroupedRows(const Product& p, uint8_t* sums, uint8_t* wide)
+        : p_(p),
+          sums_(sums),
+          wide_(wide),
+          results_(p, false),
+          num_rows_(p.call->m),
+          num_units_(p.header->k_padded / 64),
+          units_of_group_(p.call->weight->group / 64) {}
+
+    void run(int64_t begin, int64_t end) {
+        const int64_t num_batches = (num_units_ + kUnits - 1) / kUnits;
+        for (int64_t panel = begin; panel < end; ++panel) {
+            block_ = block_of(*p_.call->weight, 2 * panel);
+            clear();
+            unpack(0);
+            for (int64_t i = 0; i < num_batches; ++i) {
+                if (i + 1 < num_batches) unpack(i + 1);
+                memory_is_written();
+                // Before the tiles of the next batch are stored: at an address that is the same
+                // but for whole pages, a load waits for the store.
+                if (i) add(i - 1);
+                p_.num_row_tiles == 1 ? multiply<1>(i) : multiply<2>(i);
+            }
+            add(num_batches - 1);
+            results_.begin(sums_, 0, panel);
+            results_.finish();
+        }
+    }
+
+  private:
+    void clear() {
+        for (int64_t at = 0; at < 4 * kTile; at += 64)
+            _mm512_store_si512(sums_ + at, _mm512_setzero_si512());
+    }
+    int64_t units_in(int64_t batch) const {
+        return std::min(int64_t(kUnits), num_units_ - batch * kUnits);
+    }
+    uint8_t* wide_at(int64_t batch, int64_t unit, int block) const {
+        return wide_ + ((batch % 2 * kUnits + unit) * 2 + block) * kUnitTiles * kTile;
+    }
+    uint8_t* partial(int64_t batch, int64_t group) const {
+        return sums_ + (4 + (batch % 2 * kUnits + group) * 4) * kTile;
+    }
+    void unpack(int64_t batch) {
+        constexpr int64_t kAhead = 3072;
+        const int64_t bytes = num_units_ * 512;
+        for (int b = 0; b < 2; ++b) {
+            const uint8_t* nibbles =
+                block_ + b * p_.header->block_bytes + p_.header->nibbles_offset;
+            for (int64_t u = 0; u < units_in(batch); ++u) {
+                const int64_t at = (batch * kUnits + u) * 512;
+                const int64_t wrap = at + kAhead < bytes ? 0 : 2 * p_.header->block_bytes - bytes;
+                unpack_unit(nibbles + at, kAhead + wrap, wide_at(batch, u, b));
+            }
+        }
+    }
+    // Bytes: 16 (q - 8), signed: the nibble is the upper half of the byte, its highest bit turned.
+    static void unpack_unit(const uint8_t* at, int64_t ahead, uint8_t* to) {
+        alignas(64) static const uint16_t kTable[32] = {
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 … -1
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,   // 0 … 7
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // bit 4 is not
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // masked
+        const __m512i table = _mm512_load_si512(kTable);
+        const __m512i turn = _mm512_set1_epi8(int8_t(0x80));
+        const __m512i high_half = _mm512_set1_epi8(int8_t(0xf0));
+        constexpr int kTurnAndMask = 0x28;  // (a ^ b) & c
+        for (int line = 0; line < 8; ++line) {
+            fetch(at + line * 64 + ahead);
+            const __m512i v = _mm512_load_si512(at + line * 64);
+            if constexpr (kIsBytes) {
+                const __m512i low = _mm512_slli_epi16(v, 4);
+                _mm512_store_si512(to + line * 128, _mm512_ternarylogic_epi32(
+                                                        low, turn, high_half, kTurnAndMask));
+                _mm512_store_si512(to + line * 128 + 64, _mm512_ternarylogic_epi32(
+                                                             v, turn, high_half, kTurnAndMask));
+            } else {
+                for (int j = 0; j < 4; ++j)
+                    _mm512_store_si512(
+                        to + line * 256 + j * 64,
+                        _mm512_permutexvar_epi16(_mm512_srli_epi32(v, 4 * j), table));
+            }
+        }
+    }
+    template <int kRowTiles>
+    void multiply(int64_t batch) {
+        const int64_t units = units_in(batch);
+        for (int64_t u = 0, part = 0; u < units; ++part) {
+            const bool is_odd = kRowTiles == 1 && part % 2;
+            if (!is_odd) clear_sums();
+            for (const int64_t end = u + units_of_group_; u < end; ++u)
+                is_odd ? multiply_unit<kRowTiles, 1>(batch, u)
+                       : multiply_unit<kRowTiles, 0>(batch, u);
+            is_odd ? store<kRowTiles, 1>(partial(batch, part))
+                   : store<kRowTiles, 0>(partial(batch, part));
+        }
+    }
+    // With one row tile every other group has sums of its own, 2 and 3.
+    template <int kRowTiles, int kTurn>
+    void multiply_unit(int64_t batch, int64_t unit) {
+        constexpr bool kIsInt8 = kIsBytes;
+        const uint8_t *b0 = wide_at(batch, unit, 0), *b1 = wide_at(batch, unit, 1);
+        const uint8_t* a = p_.rows + (batch * kUnits + unit) * kUnitTiles * kTile;
+        for (int t = 0; t < kUnitTiles; ++t, a += kTile, b0 += kTile, b1 += kTile) {
+            _tile_loadd(4, b0, 64);
+            _tile_loadd(5, b1, 64);
+            _tile_loadd(6, a, 64);
+            if constexpr (kRowTiles == 1 && kTurn == 1) {
+                MULTIPLY_TILES(2, 6, 4);
+                MULTIPLY_TILES(3, 6, 5);
+                continue;
+            }
+            MULTIPLY_TILES(0, 6, 4);
+            MULTIPLY_TILES(1, 6, 5);
+            if constexpr (kRowTiles == 2) {
+                _tile_loadd(7, a + p_.num_k * kTile, 64);
+                MULTIPLY_TILES(2, 7, 4);
+                MULTIPLY_TILES(3, 7, 5);
+            }
+        }
+    }
+    template <int kRowTiles, int kTurn>
+    static void store(uint8_t* to) {
+        if constexpr (kRowTiles == 2) {
+            store_sums(to);
+        } else if constexpr (kTurn == 0) {
+            _tile_stored(0, to, 64);
+            _tile_stored(1, to + kTile, 64);
+        } else {
+            _tile_stored(2, to, 64);
+            _tile_stored(3, to + kTile, 64);
+        }
+    }
+    void add(int64_t batch) {
+        const int64_t first = batch * kUnits / units_of_group_;
+        const int64_t groups = units_in(batch) / units_of_group_;
+        for (int64_t part = 0; part < groups; part += 2) {
+            const uint8_t* from = partial(batch, part);
+            part + 1 < groups ? add_groups<2>(from, first + part)
+                              : add_groups<1>(from, first + part);
+        }
+    }
+    template <int kGroups>
+    void add_groups(const uint8_t* from, int64_t group) {
+        __m512 scale[kGroups][2], rest[kGroups][2];
+        for (int g = 0; g < kGroups; ++g)
+            for (int b = 0; b < 2; ++b) scales_at(group + g, b, &scale[g][b], &rest[g][b]);
+        const float* row_scales = p_.group_scales + group;
+        const float* row_sums = p_.group_sums + group;
+        for (int64_t r = 0; r < num_rows_; ++r) {
+            const int64_t at = r / 16 * 2 * kTile + r % 16 * 64, of = r * p_.num_groups;
+            for (int b = 0; b < 2; ++b) {
+                auto* sums = reinterpret_cast<float*>(sums_ + at + b * kTile);
+                __m512 value = _mm512_load_ps(sums);
+                for (int g = 0; g < kGroups; ++g) {
+                    const uint8_t* part = from + g * 4 * kTile + at + b * kTile;
+                    __m512 whole;
+                    if constexpr (kIsBytes)
+                        whole = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(part)),
+                                              _mm512_set1_ps(row_scales[of + g]));
+                    else
+                        whole = _mm512_load_ps(part);
+                    value = _mm512_fmadd_ps(whole, scale[g][b], value);
+                    if constexpr (kHasOffsets)
+                        value = _mm512_fmadd_ps(_mm512_set1_ps(row_sums[of + g]), rest[g][b],
+                                                value);
+                }
+                _mm512_store_ps(sums, value);
+            }
+        }
+    }
+    // A group's scale, and offset + 8 scale: the tiles sum q - 8.
+    void scales_at(int64_t group, int block, __m512* scale, __m512* rest) const {
+        constexpr int64_t kBytes = kHasOffsets ? 64 : 32, kAhead = 16;
+        const uint8_t* at = block_ + block * p_.header->block_bytes + group * kBytes;
+        const int64_t wrap = group + kAhead < p_.num_groups
+                                 ? 0
+                                 : 2 * p_.header->block_bytes - p_.num_groups * kBytes;
+        fetch(at + kAhead * kBytes + wrap);
+        *scale = half_at(at);
+        if (kHasOffsets) *rest = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), *scale, half_at(at + 32));
+    }
+
+    const Product& p_;
+    uint8_t* sums_;  // [4] tiles of float, then [2][kUnits][4] of groups
+    uint8_t* wide_;  // [2][kUnits][2 blocks][kUnitTiles]
+    Results results_;
+    const int64_t num_rows_, num_units_, units_of_group_;
+    const uint8_t* block_ = nullptr;
+};
+
+void run_grouped(const Product& p, uint8_t* sums, uint8_t* wide, int64_t begin, int64_t end) {
+    const bool is_bytes = p.call->weight->quantises_x, has_offsets = p.header->has_offsets;
+    if (is_bytes && has_offsets) GroupedRows<true, true>(p, sums, wide).run(begin, end);
+    else if (is_bytes) GroupedRows<true, false>(p, sums, wide).run(begin, end);
+    else if (has_offsets) GroupedRows<false, true>(p, sums, wide).run(begin, end);
+    else GroupedRows<false, false>(p, sums, wide).run(begin, end);
+}
+
 // --- the workers ---
+
+// Of a single row tile only the rows that there are: fewer take less time.
+TileConfig config_for(const Product& p) {
+    TileConfig config;
+    if (p.num_row_tiles > 1) return config;
+    const auto rows = uint8_t(p.call->m);
+    for (int tile : {0, 1, 2, 3, 6}) config.num_rows[tile] = rows;
+    if (p.is_split) config.num_rows[4] = config.num_rows[5] = rows;
+    return config;
+}
 
 struct Work {
     Product product;
@@ -746,19 +1014,18 @@ void work_part(void* context, int worker, int num_workers) {
     const FlushDenormals flush;
     const Work& work = *static_cast<const Work*>(context);
     const Product& p = work.product;
-    int64_t row, last;
-    part_of(p.num_row_tiles * 16, worker, num_workers, &row, &last);
-    for (; row < last; ++row) pack_row(p, row);
+    for (int64_t row = worker; row < p.num_row_tiles * 16; row += num_workers) pack_row(p, row);
     wait_for_all();
     memory_is_written();
-    static const TileConfig kConfig;
-    configure_tiles(kConfig);
+    const TileConfig config = config_for(p);
+    configure_tiles(config);
     uint8_t* sums = work.sums + worker * work.sums_bytes;
     uint8_t* wide = work.wide + worker * work.wide_bytes;
     if (p.call->m <= kFewRows) {
         int64_t begin, end;
         part_of(p.num_panels, worker, num_workers, &begin, &end);
-        FewRows(p, sums, wide).run(begin, end);
+        if (p.is_grouped) run_grouped(p, sums, wide, begin, end);
+        else FewRows(p, sums, wide).run(begin, end);
     } else {
         ManyRows(p, work.cut, sums, wide, work.is_streamed)
             .run(share_of(work, worker, num_workers));
@@ -806,12 +1073,13 @@ bool can_stream(const LinearCall& call) {
     return call.m * call.out_stride > (2 << 20) && at % 64 == 0 && call.out_stride % 32 == 0;
 }
 
-// Up to this many rows the vectors are as fast. int4 tiles must be widened, which takes longer than
-// four groups of rows take with the dot product of bytes.
+// Up to this many rows the vectors are as fast. Groups of 32 values are too short for tiles: their
+// weights must be widened, which takes longer than four passes of the dot product of bytes.
 int64_t rows_for_vectors(const Weight& weight) {
-    if (weight.format == kInt4 && weight.quantises_x) return 32;
+    if (weight.format == kBf16) return 4;
     if (weight.format == kInt8) return weight.quantises_x ? 8 : 1;
-    return 4;
+    if (weight.group >= 64) return weight.quantises_x ? 8 : 1;
+    return weight.quantises_x ? 32 : 4;
 }
 
 }  // namespace
@@ -826,8 +1094,10 @@ void linear_amx(const LinearCall& call) {
     p.header = &header_of(weight);
     p.is_int8 = weight.format == kInt8 && weight.quantises_x;
     p.is_split = weight.format == kInt8 && !p.is_int8 && call.m <= kFewRows;
-    p.is_widened = weight.format != kBf16 && !p.is_int8 && !p.is_split;
-    p.num_k = p.header->k_padded / (p.is_int8 || p.is_split ? 64 : 32);
+    p.is_grouped = weight.format == kInt4 && weight.group >= 64 && call.m <= kFewRows;
+    p.is_widened = weight.format != kBf16 && !p.is_int8 && !p.is_split && !p.is_grouped;
+    const bool is_bytes = p.is_int8 || p.is_split || (p.is_grouped && weight.quantises_x);
+    p.num_k = p.header->k_padded / (is_bytes ? 64 : 32);
     p.num_row_tiles = call.m <= 16 ? 1 : up_to(call.m, 32) / 16;
     p.num_panels = p.header->num_blocks / 2;
     if (call.m > kFewRows) work.cut = cut_for(p);
@@ -835,7 +1105,11 @@ void linear_amx(const LinearCall& call) {
     const int64_t rows = p.num_row_tiles * 16;
     const int64_t row_bytes = (p.is_split ? kDigits : 1) * up_to(p.num_k, p.run) * 64;
     p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * row_bytes));
-    p.row_scales = static_cast<float*>(scratch(kSlotScales, rows * sizeof(float)));
+    p.num_groups = p.is_grouped ? p.header->k_padded / weight.group : 0;
+    const int64_t num_scales = rows * (1 + 2 * p.num_groups);
+    p.row_scales = static_cast<float*>(scratch(kSlotScales, num_scales * sizeof(float)));
+    p.group_scales = p.row_scales + rows;
+    p.group_sums = p.group_scales + rows * p.num_groups;
     const int workers = num_workers();
     int64_t sums = (4 + 2 * kDigits) * kTile, wide = 8 * FewRows::kChunk * kTile;
     if (call.m > kFewRows) {
@@ -843,11 +1117,14 @@ void linear_amx(const LinearCall& call) {
         work.is_streamed = can_stream(call);
         if (work.cut.run < p.num_k) sums = work.cut.row_pairs * work.cut.panels * 4 * kTile;
         wide = work.cut.panels * 2 * p.num_k * kTile;
+    } else if (p.is_grouped) {
+        sums = GroupedRows<false, false>::kSumsBytes;
+        wide = GroupedRows<false, false>::kWideBytes;
     }
     work.sums_bytes = sums;
     work.sums = static_cast<uint8_t*>(scratch(kSlotSums, workers * sums));
-    work.wide_bytes = p.is_widened ? wide : 0;
-    if (p.is_widened)
+    work.wide_bytes = p.is_widened || p.is_grouped ? wide : 0;
+    if (work.wide_bytes)
         work.wide = static_cast<uint8_t*>(scratch(kSlotWide, workers * work.wide_bytes));
     run_parallel(work_part, &work);
 }

@@ -1,8 +1,13 @@
-// Decoding with bfloat16 tiles: up to 16 query heads that share a KV head, over a paged context.
+// Decoding over a paged context with bfloat16 products.
 //
-// Sixteen tokens of the cache, as they lie there, are a left operand; scores are tokens x heads.
-// The weights, turned round, are the left operand of the second product, and pairs of tokens'
-// values the right one. What tiles do not fit goes the way of attention_plain.inc.
+// Reading the cache is what takes the time. So one worker reads all KV heads of its tokens, in the
+// order in which they lie in memory, and asks for what comes next all the while: tokens of the same
+// chunk, then those of the chunk that it has taken already.
+//
+// Many query heads of a KV head: sixteen tokens of the cache, as they lie there, are a left tile,
+// and scores are tokens x heads. The weights, turned round, are the left tile of the second
+// product, and pairs of tokens' values the right one. Few query heads: dims lie in the lanes of a
+// vector. What fits neither goes the way of attention_plain.inc.
 #if defined(__AMX_BF16__)
 
 #include "attention_tiles.h"
@@ -14,34 +19,144 @@ namespace glimt {
 namespace {
 
 constexpr int kHeads = 16;
-constexpr int kSub = 32;      // tokens of one step of the second product
-constexpr int kBatch = 128;   // tokens between two looks at the output tiles
-constexpr int kAhead = 64;    // tokens
-constexpr int kMinHeads = 5;  // fewer would leave most of a tile empty
+constexpr int kSub = 32;          // tokens of one step of the second product
+constexpr int kBatch = 64;        // tokens of a KV head between two looks at its output tiles
+constexpr int kGroup = 16;        // tokens of one block that are looked at together
+constexpr int kMinTileHeads = 5;  // fewer would leave most of a tile empty
+constexpr int kStateSlot = 9;
+constexpr int64_t kPieceBytes = 128 << 10;  // of the cache: smaller chunks are not worth it
+constexpr int kMostPieces = 4;  // for one worker: they even out what others take of its time
 
+// --- what is read, and in which order ---
+
+struct Span {
+    int64_t row, chunk, begin, end;  // tokens; nothing where they are equal
+};
+
+// Asks for the keys and values of token after token, all KV heads.
+class Ahead {
+  public:
+    explicit Ahead(const DecodeCall& call)
+        : call_(call), num_lines_(call.num_kv_heads * call.head_dim / kLine) {}
+
+    // What to go on with after the end of the last span.
+    void follow(const Span& next) {
+        next_ = next;
+        if (is_done_) turn();
+    }
+    void allow(int64_t num_tokens) { left_ += num_tokens * num_lines_; }
+    INLINE void ask(int64_t num_lines) {
+        for (; num_lines > 0 && left_ > 0; --num_lines) {
+            if (is_done_) return;
+            --left_;
+            __builtin_prefetch(key_);
+            __builtin_prefetch(value_);
+            key_ += kLine, value_ += kLine;
+            if (++line_ == num_lines_) step();
+        }
+    }
+    void ask_all() {
+        ask(left_);
+        left_ = 0;
+    }
+
+  private:
+    static constexpr int kLine = 32;  // values
+
+    void turn() {
+        is_done_ = next_.begin == next_.end;
+        if (is_done_) return;
+        token_ = next_.begin, end_ = next_.end;
+        table_ = call_.block_tables + next_.row * call_.table_stride;
+        next_.end = next_.begin;
+        aim();
+    }
+    void aim() {
+        const int64_t block = token_ / call_.block_size, offset = token_ % call_.block_size;
+        const int64_t at = table_[block] * call_.block_stride + offset * call_.token_stride;
+        key_ = call_.key + at, value_ = call_.value + at;
+        in_block_ = call_.block_size - offset;
+        line_ = 0;
+    }
+    __attribute__((noinline)) void step() {
+        if (++token_ == end_) return turn();
+        if (--in_block_ == 0) return aim();
+        const int64_t gap = call_.token_stride - num_lines_ * kLine;
+        key_ += gap, value_ += gap;
+        line_ = 0;
+    }
+
+    const DecodeCall& call_;
+    const int64_t num_lines_;
+    const uint16_t *key_ = nullptr, *value_ = nullptr;
+    const int64_t* table_ = nullptr;
+    int64_t token_ = 0, end_ = 0, in_block_ = 0, line_ = 0;
+    int64_t left_ = 0;
+    bool is_done_ = true;
+    Span next_{};
+};
+
+// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
+// four of every eight. In their order again:
+INLINE void in_order(__m512& low, __m512& high) {
+    const __m512i first =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512 a = _mm512_permutex2var_ps(low, first, high);
+    high = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high);
+    low = a;
+}
+
+// --- many query heads of a KV head ---
+
+// Up to 16 query heads, and what they have gathered.
 struct alignas(64) TileHeads {
     uint16_t query[kMaxDim / 32][kTile];  // tiles of 16 pairs of dims x 16 heads
-    float scores[kBatch][kHeads], others[kBatch][kHeads];  // two halves of a sum, until settled
-    uint16_t weights[kBatch / kSub][kTile];  // tiles of 16 heads x 32 tokens
-    uint16_t values[kBatch / kSub][kMaxDim / 16][kTile];  // tiles of 16 pairs of tokens x 16 dims
-    float out[kMaxDim / 16][256];  // tiles of 16 heads x 16 dims, in the order of values
+    float out[kMaxDim / 16][256];         // tiles of 16 heads x 16 dims, in the order of values
     float peak[kHeads], total[kHeads];
 };
 
-// Two tiles of 32 dims hold, of every eight, the first four and the last four: so unpacking within
-// 128 bits leaves them.
-int64_t dim_of(int64_t tile, int64_t column) {
-    return tile / 2 * 32 + column / 4 * 8 + tile % 2 * 4 + column % 4;
+struct alignas(64) TileSpace {
+    float scores[kBatch][kHeads], others[kBatch][kHeads];  // two halves of a sum, until settled
+    uint16_t weights[kBatch / kSub][kTile];  // tiles of 16 heads x 32 tokens
+    uint16_t values[kBatch / kSub][kMaxDim / 16][kTile];  // tiles of 16 pairs of tokens x 16 dims
+};
+
+void start_heads(TileHeads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
+    std::memset(heads.out, 0, sizeof(float) * kHeads * dim);
+    for (int64_t step = 0; step < dim / 32; ++step) {
+        __m512i pairs[16];
+        for (int64_t h = 0; h < kHeads; ++h)
+            pairs[h] = h < num_heads ? _mm512_loadu_si512(query + h * dim + step * 32)
+                                     : _mm512_setzero_si512();
+        transpose(pairs);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.query[step] + i * 32, pairs[i]);
+    }
+    _mm512_store_ps(heads.peak, _mm512_set1_ps(kLowest));
+    _mm512_store_ps(heads.total, _mm512_setzero_ps());
 }
 
-void make_scores(TileHeads& heads, const TokenRows& keys, int64_t steps, int64_t start,
-                 int64_t count) {
+void finish_heads(const TileHeads& heads, int64_t num_heads, int64_t dim, Part* parts) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+        parts[h].peak = heads.peak[h];
+        parts[h].total = heads.total[h];
+        for (int64_t d = 0; d < dim; d += 32) {
+            __m512 low = _mm512_load_ps(heads.out[d / 16] + h * 16);
+            __m512 high = _mm512_load_ps(heads.out[d / 16 + 1] + h * 16);
+            in_order(low, high);
+            _mm512_storeu_ps(parts[h].out + d, low);
+            _mm512_storeu_ps(parts[h].out + d + 16, high);
+        }
+    }
+}
+
+void make_scores(const TileHeads& heads, TileSpace& space, const TokenRows& keys, int64_t steps,
+                 int64_t start, int64_t count, Ahead& ahead) {
     const int64_t stride = keys.token_stride * int64_t(sizeof(uint16_t));
     LOAD_TILE(4, heads.query[0]);
     LOAD_TILE(5, heads.query[1]);
     LOAD_TILE(6, heads.query[2]);
     LOAD_TILE(7, heads.query[3]);
-    for (int64_t t = 0; t < count; t += 16) {
+    for (int64_t t = 0; t < count; t += kGroup) {
         const uint16_t* rows = keys.at(start + t);
         CLEAR_TILE(0);
         CLEAR_TILE(1);
@@ -59,23 +174,24 @@ void make_scores(TileHeads& heads, const TokenRows& keys, int64_t steps, int64_t
             LOAD_TILE_ROWS(3, rows + 96, stride);
             MULTIPLY_TILES(1, 3, 7);
         }
-        STORE_TILE(0, heads.scores[t]);
-        STORE_TILE(1, heads.others[t]);
+        ahead.ask(2 * steps);
+        STORE_TILE(0, space.scores[t]);
+        STORE_TILE(1, space.others[t]);
     }
 }
 
 // One maximum for the batch; the output is scaled down only if it has grown by much.
-void settle(TileHeads& heads, int64_t dim, int64_t count, __m512 scale) {
+void settle(TileHeads& heads, TileSpace& space, int64_t dim, int64_t count, __m512 scale) {
     __m512 best = _mm512_set1_ps(kHidden);
     for (int64_t t = 0; t < count; ++t) {
         const __m512 sum =
-            _mm512_add_ps(_mm512_load_ps(heads.scores[t]), _mm512_load_ps(heads.others[t]));
+            _mm512_add_ps(_mm512_load_ps(space.scores[t]), _mm512_load_ps(space.others[t]));
         const __m512 score = _mm512_mul_ps(sum, scale);
-        _mm512_store_ps(heads.scores[t], score);
+        _mm512_store_ps(space.scores[t], score);
         best = _mm512_max_ps(best, score);
     }
     for (int64_t t = count; t < rounded_up(count, kSub); ++t)
-        _mm512_store_ps(heads.scores[t], _mm512_set1_ps(kHidden));
+        _mm512_store_ps(space.scores[t], _mm512_set1_ps(kHidden));
     const __m512 old = _mm512_load_ps(heads.peak);
     if (!_mm512_cmp_ps_mask(best, _mm512_add_ps(old, _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) return;
     best = _mm512_max_ps(best, old);
@@ -91,125 +207,361 @@ void settle(TileHeads& heads, int64_t dim, int64_t count, __m512 scale) {
         }
 }
 
-void weigh(TileHeads& heads, int64_t num_subs) {
+void weigh(TileHeads& heads, TileSpace& space, int64_t num_subs, int64_t steps, Ahead& ahead) {
     const __m512 peak = _mm512_load_ps(heads.peak);
     __m512 total = _mm512_load_ps(heads.total);
     for (int64_t sub = 0; sub < num_subs; ++sub) {
         __m512i pairs[16];
         for (int i = 0; i < 16; ++i) {
-            const float* rows = heads.scores[sub * kSub + 2 * i];
+            const float* rows = space.scores[sub * kSub + 2 * i];
             const __m512 even = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(rows), peak));
             const __m512 odd = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(rows + 16), peak));
             pairs[i] = cut_pairs(even, odd);
             total = add_pairs(total, pairs[i]);
+            if (i % 2) ahead.ask(steps);
         }
         transpose(pairs);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.weights[sub] + i * 32, pairs[i]);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(space.weights[sub] + i * 32, pairs[i]);
     }
     _mm512_store_ps(heads.total, total);
 }
 
 // Values of `count` tokens, pair by pair; zeros where there are none, for a weight of zero times
-// what lies there may be NaN. Meanwhile the next keys and values come from memory.
-void pair_values(TileHeads& heads, const TokenRows& keys, const TokenRows& values, int64_t dim,
-                 int64_t start, int64_t count, int64_t end) {
+// what lies there may be NaN.
+void pair_values(TileSpace& space, const TokenRows& values, int64_t dim, int64_t start,
+                 int64_t count, Ahead& ahead) {
+    const __m512i zero = _mm512_setzero_si512();
     for (int64_t t = 0; t < rounded_up(count, kSub); t += 2) {
         const uint16_t* even = t < count ? values.at(start + t) : nullptr;
-        const uint16_t* odd = t + 1 < count ? values.at(start + t + 1) : nullptr;
-        const int64_t ahead = start + t + kAhead;
-        for (int64_t next = ahead; next < ahead + 2 && next < end; ++next) {
-            const uint16_t *key = keys.at(next), *value = values.at(next);
-            for (int64_t d = 0; d < dim; d += 32) {
-                __builtin_prefetch(key + d);
-                __builtin_prefetch(value + d);
-            }
-        }
-        for (int64_t d = 0; d < dim; d += 32) {
-            const __m512i zero = _mm512_setzero_si512();
+        const uint16_t* odd = t + 1 < count ? even + values.token_stride : nullptr;
+        uint16_t* to = space.values[t / kSub][0] + t % kSub / 2 * 32;
+        for (int64_t d = 0; d < dim; d += 32, to += 2 * kTile) {
             const __m512i a = even ? _mm512_loadu_si512(even + d) : zero;
             const __m512i b = odd ? _mm512_loadu_si512(odd + d) : zero;
-            uint16_t* to = heads.values[t / kSub][d / 16] + t % kSub / 2 * 32;
             _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
         }
+        ahead.ask(dim / 32);
     }
 }
 
-void add_values(TileHeads& heads, int64_t dim, int64_t num_subs) {
+void add_values(TileHeads& heads, const TileSpace& space, int64_t dim, int64_t num_subs,
+                Ahead& ahead) {
     for (int64_t tile = 0; tile < dim / 16; tile += 2) {
         LOAD_TILE(0, heads.out[tile]);
         LOAD_TILE(1, heads.out[tile + 1]);
         for (int64_t sub = 0; sub < num_subs; ++sub) {
-            LOAD_TILE(4, heads.weights[sub]);
-            LOAD_TILE(5, heads.values[sub][tile]);
-            LOAD_TILE(6, heads.values[sub][tile + 1]);
+            LOAD_TILE(4, space.weights[sub]);
+            LOAD_TILE(5, space.values[sub][tile]);
+            LOAD_TILE(6, space.values[sub][tile + 1]);
             MULTIPLY_TILES(0, 4, 5);
             MULTIPLY_TILES(1, 4, 6);
+            ahead.ask(4);
         }
         STORE_TILE(0, heads.out[tile]);
         STORE_TILE(1, heads.out[tile + 1]);
     }
 }
 
-void start_heads(TileHeads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
-    std::memset(heads.query, 0, sizeof(heads.query));
-    std::memset(heads.out, 0, sizeof(heads.out));
-    for (int64_t step = 0; step < dim / 32; ++step) {
-        __m512i pairs[16];
-        for (int64_t h = 0; h < kHeads; ++h)
-            pairs[h] = h < num_heads ? _mm512_loadu_si512(query + h * dim + step * 32)
-                                     : _mm512_setzero_si512();
-        transpose(pairs);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.query[step] + i * 32, pairs[i]);
-    }
-    for (int h = 0; h < kHeads; ++h) heads.peak[h] = kLowest, heads.total[h] = 0;
+TokenRows rows_of(const DecodeCall& call, const uint16_t* cache, int64_t row, int64_t kv_head) {
+    return {cache + kv_head * call.head_stride, call.block_tables + row * call.table_stride,
+            call.block_size, call.block_stride, call.token_stride};
 }
 
-void decode_tiles(const DecodeCall& call, const uint16_t* query, int64_t num_heads,
-                  const TokenRows& keys, const TokenRows& values, int64_t begin, int64_t end,
+// units: what every 16 query heads need
+void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ahead& ahead,
                   Part* parts) {
-    TileHeads heads;
-    const int64_t dim = call.head_dim;
+    alignas(64) TileSpace space;
+    const int64_t dim = call.head_dim, group = call.num_heads / call.num_kv_heads;
+    const int64_t of_group = (group + kHeads - 1) / kHeads;
+    const uint16_t* query = call.query + span.row * call.query_stride;
     const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
-    const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | kFlushDenormals);
+    const auto each_unit = [&](const auto& work) {
+        for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
+            for (int64_t i = 0; i < of_group; ++i) {
+                const int64_t left = group - i * kHeads;
+                work(units[kv_head * of_group + i], kv_head, kv_head * group + i * kHeads,
+                     left < kHeads ? left : kHeads);
+            }
+    };
+    each_unit([&](TileHeads& heads, int64_t, int64_t first, int64_t num_heads) {
+        start_heads(heads, query + first * dim, num_heads, dim);
+    });
     set_shapes();
-    start_heads(heads, query, num_heads, dim);
-    for (int64_t start = begin; start < end; start += kBatch) {
-        const int64_t count = end - start < kBatch ? end - start : kBatch;
+    for (int64_t start = span.begin; start < span.end; start += kBatch) {
+        const int64_t count = span.end - start < kBatch ? span.end - start : kBatch;
         const int64_t num_subs = (count + kSub - 1) / kSub;
-        make_scores(heads, keys, dim / 32, start, count);
-        settle(heads, dim, count, scale);
-        weigh(heads, num_subs);
-        pair_values(heads, keys, values, dim, start, count, end);
-        add_values(heads, dim, num_subs);
+        ahead.allow(count);
+        each_unit([&](TileHeads& heads, int64_t kv_head, int64_t, int64_t) {
+            const TokenRows keys = rows_of(call, call.key, span.row, kv_head);
+            const TokenRows values = rows_of(call, call.value, span.row, kv_head);
+            make_scores(heads, space, keys, dim / 32, start, count, ahead);
+            settle(heads, space, dim, count, scale);
+            weigh(heads, space, num_subs, dim / 32, ahead);
+            pair_values(space, values, dim, start, count, ahead);
+            add_values(heads, space, dim, num_subs, ahead);
+        });
+        ahead.ask_all();
     }
     release_tiles();
-    _mm_setcsr(control);
-    for (int64_t h = 0; h < num_heads; ++h) {
-        parts[h].peak = heads.peak[h];
-        parts[h].total = heads.total[h];
-        for (int64_t tile = 0; tile < dim / 16; ++tile)
-            for (int64_t i = 0; i < 16; ++i)
-                parts[h].out[dim_of(tile, i)] = heads.out[tile][h * 16 + i];
+    each_unit([&](const TileHeads& heads, int64_t, int64_t first, int64_t num_heads) {
+        finish_heads(heads, num_heads, dim, parts + first);
+    });
+}
+
+// --- few query heads of a KV head ---
+
+// The sums of 16 vectors, in their order.
+INLINE __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]),
+                                       _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]),
+                                       _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+        const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    }
+    const auto halves = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+}
+
+// The rows of up to kGroup tokens: `first` and on; count of them are there.
+struct Rows {
+    const uint16_t* first;
+    int64_t stride, count;
+
+    const uint16_t* at(int64_t i) const { return first + i * stride; }
+};
+
+template <int kSteps>
+INLINE __m512 scores_of(const uint16_t* query, const Rows& keys, Ahead& ahead) {
+    __m512i q[kSteps];
+    for (int s = 0; s < kSteps; ++s) q[s] = _mm512_loadu_si512(query + s * 32);
+    __m512 sums[kGroup];
+#pragma GCC unroll 16
+    for (int t = 0; t < kGroup; ++t) {
+        const uint16_t* row = keys.at(t);
+        sums[t] = _mm512_setzero_ps();
+        for (int s = 0; s < kSteps; ++s)
+            sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)_mm512_loadu_si512(row + s * 32),
+                                       (__m512bh)q[s]);
+        if (t % 2) ahead.ask(kSteps);
+    }
+    return sums_of(sums);
+}
+
+// pairs: of weights, as many as keys and zeros beyond. out is in the order of unpacked values.
+template <int kSteps>
+INLINE void add_rows(const Rows& values, const uint16_t* weights, float* out, Ahead& ahead) {
+    __m512 sums[2 * kSteps];
+    for (int i = 0; i < 2 * kSteps; ++i) sums[i] = _mm512_loadu_ps(out + i * 16);
+    for (int64_t t = 0; t < values.count; t += 2) {
+        int32_t pair;
+        std::memcpy(&pair, weights + t, sizeof(pair));
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        const __mmask32 is_there = t + 1 < values.count ? 0xffffffff : 0;
+        const uint16_t *even = values.at(t), *odd = values.at(t + 1);
+        for (int s = 0; s < kSteps; ++s) {
+            const __m512i a = _mm512_loadu_si512(even + s * 32);
+            const __m512i b = _mm512_maskz_loadu_epi16(is_there, odd + s * 32);
+            sums[2 * s] =
+                _mm512_dpbf16_ps(sums[2 * s], (__m512bh)_mm512_unpacklo_epi16(a, b), both);
+            sums[2 * s + 1] =
+                _mm512_dpbf16_ps(sums[2 * s + 1], (__m512bh)_mm512_unpackhi_epi16(a, b), both);
+        }
+        ahead.ask(kSteps);
+    }
+    for (int i = 0; i < 2 * kSteps; ++i) _mm512_storeu_ps(out + i * 16, sums[i]);
+}
+
+void scale_part(Part& part, float peak, int64_t dim) {
+    const __m512 kept = coarse_exp2(_mm512_set1_ps(part.peak - peak));
+    part.peak = peak;
+    part.total *= _mm512_cvtss_f32(kept);
+    for (int64_t d = 0; d < dim; d += 16)
+        _mm512_storeu_ps(part.out + d, _mm512_mul_ps(_mm512_loadu_ps(part.out + d), kept));
+}
+
+template <int kSteps>
+INLINE void attend_rows(const uint16_t* query, const Rows& keys, const Rows& values, __m512 scale,
+                        Part& part, Ahead& ahead) {
+    const __mmask16 is_there = uint16_t((1u << keys.count) - 1);
+    const __m512 scores = _mm512_mask_mul_ps(_mm512_set1_ps(kHidden), is_there,
+                                             scores_of<kSteps>(query, keys, ahead), scale);
+    const float best = _mm512_reduce_max_ps(scores);
+    if (best > part.peak + kSlack) scale_part(part, best, kSteps * 32);
+    const __m512 weights = coarse_exp2(_mm512_sub_ps(scores, _mm512_set1_ps(part.peak)));
+    alignas(32) uint16_t narrow[kGroup];
+    const __m256i cut = (__m256i)_mm512_cvtneps_pbh(weights);
+    _mm256_store_si256((__m256i*)narrow, cut);
+    part.total += _mm512_reduce_add_ps(
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(cut), 16)));
+    add_rows<kSteps>(values, narrow, part.out, ahead);
+}
+
+template <int kSteps>
+void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part* parts) {
+    constexpr int64_t kDim = kSteps * 32;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const uint16_t* query = call.query + span.row * call.query_stride;
+    const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
+    for (int64_t h = 0; h < call.num_heads; ++h) {
+        parts[h].peak = kLowest, parts[h].total = 0;
+        std::memset(parts[h].out, 0, sizeof(parts[h].out));
+    }
+    const TokenRows keys = rows_of(call, call.key, span.row, 0);
+    const TokenRows values = rows_of(call, call.value, span.row, 0);
+    for (int64_t start = span.begin; start < span.end; start += kGroup) {
+        const int64_t count = span.end - start < kGroup ? span.end - start : kGroup;
+        ahead.allow(count);
+        Rows key_rows{keys.at(start), call.token_stride, count};
+        Rows value_rows{values.at(start), call.token_stride, count};
+        for (int64_t h = 0; h < call.num_heads; ++h) {
+            attend_rows<kSteps>(query + h * kDim, key_rows, value_rows, scale, parts[h], ahead);
+            if ((h + 1) % group) continue;
+            key_rows.first += call.head_stride, value_rows.first += call.head_stride;
+        }
+        ahead.ask_all();
+    }
+    for (int64_t h = 0; h < call.num_heads; ++h)
+        for (int64_t d = 0; d < kDim; d += 32) {
+            __m512 low = _mm512_loadu_ps(parts[h].out + d);
+            __m512 high = _mm512_loadu_ps(parts[h].out + d + 16);
+            in_order(low, high);
+            _mm512_storeu_ps(parts[h].out + d, low);
+            _mm512_storeu_ps(parts[h].out + d + 16, high);
+        }
+}
+
+// --- the call ---
+
+struct TileDecode {
+    const DecodeCall* call;
+    Part* parts;       // [num_rows, num_chunks, num_heads]
+    TileHeads* units;  // of every worker
+    int64_t units_per_worker;
+    int64_t num_chunks, chunk_tokens;
+    int64_t next;  // the chunk that nobody has taken yet
+
+    bool has_few_heads() const { return call->num_heads / call->num_kv_heads < kMinTileHeads; }
+    int64_t group_tokens() const { return has_few_heads() ? kGroup : kBatch; }
+    int64_t chunks_of(int64_t num_tokens) const {
+        return (num_tokens + chunk_tokens - 1) / chunk_tokens;
+    }
+};
+
+// The next chunk that has tokens; an empty span at the end.
+Span take(TileDecode& all) {
+    for (;;) {
+        const int64_t item = __atomic_fetch_add(&all.next, 1, __ATOMIC_RELAXED);
+        const int64_t row = item / all.num_chunks, chunk = item % all.num_chunks;
+        if (row >= all.call->num_rows) return {};
+        const int64_t begin = chunk * all.chunk_tokens, length = all.call->context_lens[row];
+        const int64_t end = begin + all.chunk_tokens < length ? begin + all.chunk_tokens : length;
+        if (begin < end) return {row, chunk, begin, end};
     }
 }
 
-// Sixteen tokens must lie in one block, whole, and 32 dims in a tile.
-void decode_heads_amx(const DecodeCall& call, const uint16_t* query, int64_t num_heads,
-                      const TokenRows& keys, const TokenRows& values, int64_t begin, int64_t end,
-                      Part* parts) {
-    if (num_heads < kMinHeads || call.head_dim % 32 || call.block_size % 16)
-        return decode_heads(call, query, num_heads, keys, values, begin, end, parts);
-    for (int64_t h = 0; h < num_heads; h += kHeads) {
-        const int64_t count = num_heads - h < kHeads ? num_heads - h : kHeads;
-        decode_tiles(call, query + h * call.head_dim, count, keys, values, begin, end, parts + h);
+// The output of a row's query head: chunks are weighed by what their maxima say.
+void merge_parts(const TileDecode& all, int64_t row, int64_t head) {
+    const DecodeCall& call = *all.call;
+    const int64_t num_used = all.chunks_of(call.context_lens[row]), stride = call.num_heads;
+    const Part* parts = all.parts + row * all.num_chunks * stride + head;
+    float peak = kLowest;
+    for (int64_t c = 0; c < num_used; ++c)
+        peak = parts[c * stride].peak > peak ? parts[c * stride].peak : peak;
+    __m512 sums[kMaxDim / 16], total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < call.head_dim / 16; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < num_used; ++c) {
+        const Part& part = parts[c * stride];
+        const __m512 share = coarse_exp2(_mm512_set1_ps(part.peak - peak));
+        total = _mm512_fmadd_ps(share, _mm512_set1_ps(part.total), total);
+        for (int64_t i = 0; i < call.head_dim / 16; ++i)
+            sums[i] = _mm512_fmadd_ps(share, _mm512_loadu_ps(part.out + i * 16), sums[i]);
     }
+    const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 share = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
+    uint16_t* out = call.out + row * call.out_stride + head * call.head_dim;
+    for (int64_t i = 0; i < call.head_dim / 16; ++i)
+        _mm256_storeu_si256((__m256i*)(out + i * 16),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sums[i], share)));
+}
+
+void decode_span(const TileDecode& all, const Span& span, TileHeads* units, Ahead& ahead) {
+    const DecodeCall& call = *all.call;
+    Part* parts = all.parts + (span.row * all.num_chunks + span.chunk) * call.num_heads;
+    if (!all.has_few_heads()) return decode_tiles(call, span, units, ahead, parts);
+    if (call.head_dim == 32) return decode_vectors<1>(call, span, ahead, parts);
+    if (call.head_dim == 64) return decode_vectors<2>(call, span, ahead, parts);
+    if (call.head_dim == 96) return decode_vectors<3>(call, span, ahead, parts);
+    return decode_vectors<4>(call, span, ahead, parts);
+}
+
+void tile_decode_body(void* context, int worker, int num_workers) {
+    TileDecode& all = *static_cast<TileDecode*>(context);
+    const DecodeCall& call = *all.call;
+    const unsigned control = _mm_getcsr();
+    _mm_setcsr(control | kFlushDenormals);
+    TileHeads* units = all.units + worker * all.units_per_worker;
+    Ahead ahead(call);
+    Span span = take(all);
+    ahead.follow(span);
+    ahead.allow(all.group_tokens());
+    while (span.begin < span.end) {
+        const Span next = take(all);
+        ahead.follow(next);
+        decode_span(all, span, units, ahead);
+        for (int64_t h = 0; all.num_chunks == 1 && h < call.num_heads; ++h)
+            merge_parts(all, span.row, h);
+        span = next;
+    }
+    if (all.num_chunks > 1) wait_for_all();
+    for (int64_t i = worker; i < call.num_rows * call.num_heads; i += num_workers)
+        if (all.num_chunks > 1 || call.context_lens[i / call.num_heads] == 0)
+            merge_parts(all, i / call.num_heads, i % call.num_heads);
+    _mm_setcsr(control);
+}
+
+// So many tokens that a worker has a few chunks, if there is enough to read.
+int64_t chunk_of(const DecodeCall& call) {
+    int64_t num_tokens = 0;
+    for (int64_t row = 0; row < call.num_rows; ++row) num_tokens += call.context_lens[row];
+    const int64_t token_bytes = call.num_kv_heads * call.head_dim * 2 * int64_t(sizeof(uint16_t));
+    const int64_t pieces = num_tokens * token_bytes / num_workers() / kPieceBytes;
+    const int64_t most = pieces < 1 ? 1 : pieces > kMostPieces ? kMostPieces : pieces;
+    return rounded_up((num_tokens + num_workers() * most - 1) / (num_workers() * most), kGroup);
+}
+
+void decode_all_tiles(const DecodeCall& call) {
+    TileDecode all{};
+    all.call = &call;
+    int64_t longest = 0;
+    for (int64_t row = 0; row < call.num_rows; ++row)
+        longest = call.context_lens[row] > longest ? call.context_lens[row] : longest;
+    all.chunk_tokens = chunk_of(call);
+    all.num_chunks = longest > all.chunk_tokens ? all.chunks_of(longest) : 1;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    all.units_per_worker = call.num_kv_heads * ((group + kHeads - 1) / kHeads);
+    const int64_t num_parts = call.num_rows * all.num_chunks * call.num_heads;
+    const int64_t num_units = all.has_few_heads() ? 1 : num_workers() * all.units_per_worker;
+    all.parts = static_cast<Part*>(scratch(kScratchSlot, num_parts * int64_t(sizeof(Part))));
+    all.units =
+        static_cast<TileHeads*>(scratch(kStateSlot, num_units * int64_t(sizeof(TileHeads))));
+    run_parallel(tile_decode_body, &all);
 }
 
 }  // namespace
 
-void decode_amx(const DecodeCall& call) { decode_all(call, decode_heads_amx); }
+// Sixteen tokens must lie in one block, whole, 32 dims in a tile, and KV heads side by side.
+void decode_amx(const DecodeCall& call) {
+    if (call.head_dim % 32 || call.block_size % kGroup || call.head_stride != call.head_dim)
+        return decode_all(call);
+    decode_all_tiles(call);
+}
 
 }  // namespace glimt
 

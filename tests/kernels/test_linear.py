@@ -54,7 +54,10 @@ VARIANTS = (
     Variant("int4", 64, has_offsets=True),
     Variant("int4", 128, has_offsets=True),
     Variant("int4", 32, has_offsets=True, quantises_x=True),
+    Variant("int4", 64),
     Variant("int4", 64, quantises_x=True),
+    Variant("int4", 64, has_offsets=True, quantises_x=True),
+    Variant("int4", 128, has_offsets=True, quantises_x=True),
     Variant("int4", 128, quantises_x=True),
 )
 

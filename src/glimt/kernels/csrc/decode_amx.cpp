@@ -33,65 +33,82 @@ struct Span {
     int64_t row, chunk, begin, end;  // tokens; nothing where they are equal
 };
 
-// Asks for the keys and values of token after token, all KV heads.
+// Asks for the keys and values of token after token, all KV heads, up to `distance` tokens before
+// they are looked at.
 class Ahead {
   public:
-    explicit Ahead(const DecodeCall& call)
-        : call_(call), num_lines_(call.num_kv_heads * call.head_dim / kLine) {}
+    Ahead(const DecodeCall& call, int64_t distance)
+        : call_(call), num_lines_(call.num_kv_heads * call.head_dim / kLine), distance_(distance),
+          is_dense_(call.token_stride == num_lines_ * kLine) {}
 
     // What to go on with after the end of the last span.
     void follow(const Span& next) {
         next_ = next;
-        if (is_done_) turn();
+        if (!is_done_) return;
+        turn();
+        if (!is_done_) left_ = distance_ * num_lines_;
     }
-    void allow(int64_t num_tokens) { left_ += num_tokens * num_lines_; }
+    void allow(int64_t num_tokens) {
+        if (!is_done_) left_ += num_tokens * num_lines_;
+    }
+    // Before there is anything to do meanwhile.
+    void ask_first(int64_t num_tokens) { ask_across(num_tokens * num_lines_); }
+    // Asked for a little more than is allowed, it waits until the next time.
     INLINE void ask(int64_t num_lines) {
-        for (; num_lines > 0 && left_ > 0; --num_lines) {
-            if (is_done_) return;
-            --left_;
-            __builtin_prefetch(key_);
-            __builtin_prefetch(value_);
-            key_ += kLine, value_ += kLine;
-            if (++line_ == num_lines_) step();
+        if (num_lines > left_) return;
+        if (num_lines > run_) return ask_across(num_lines);
+        for (int64_t i = 0; i < num_lines; ++i) {
+            __builtin_prefetch(key_ + i * kLine);
+            __builtin_prefetch(value_ + i * kLine);
         }
-    }
-    void ask_all() {
-        ask(left_);
-        left_ = 0;
+        advance(num_lines);
     }
 
   private:
     static constexpr int kLine = 32;  // values
 
+    INLINE void advance(int64_t num_lines) {
+        key_ += num_lines * kLine, value_ += num_lines * kLine;
+        run_ -= num_lines, left_ -= num_lines;
+    }
+    __attribute__((noinline)) void ask_across(int64_t num_lines) {
+        for (; num_lines > 0; --num_lines) {
+            if (run_ == 0) token_ < end_ ? aim() : turn();
+            if (is_done_) return;
+            __builtin_prefetch(key_);
+            __builtin_prefetch(value_);
+            advance(1);
+        }
+    }
     void turn() {
         is_done_ = next_.begin == next_.end;
-        if (is_done_) return;
+        if (is_done_) {
+            left_ = run_ = 0;
+            return;
+        }
         token_ = next_.begin, end_ = next_.end;
         table_ = call_.block_tables + next_.row * call_.table_stride;
-        next_.end = next_.begin;
+        next_ = {};
         aim();
     }
+    // To as many tokens as lie together.
     void aim() {
         const int64_t block = token_ / call_.block_size, offset = token_ % call_.block_size;
         const int64_t at = table_[block] * call_.block_stride + offset * call_.token_stride;
         key_ = call_.key + at, value_ = call_.value + at;
-        in_block_ = call_.block_size - offset;
-        line_ = 0;
-    }
-    __attribute__((noinline)) void step() {
-        if (++token_ == end_) return turn();
-        if (--in_block_ == 0) return aim();
-        const int64_t gap = call_.token_stride - num_lines_ * kLine;
-        key_ += gap, value_ += gap;
-        line_ = 0;
+        const int64_t in_block = call_.block_size - offset, rest = end_ - token_;
+        const int64_t count = !is_dense_ ? 1 : in_block < rest ? in_block : rest;
+        run_ = count * num_lines_;
+        token_ += count;
     }
 
     const DecodeCall& call_;
-    const int64_t num_lines_;
+    const int64_t num_lines_, distance_;
+    const bool is_dense_;
     const uint16_t *key_ = nullptr, *value_ = nullptr;
     const int64_t* table_ = nullptr;
-    int64_t token_ = 0, end_ = 0, in_block_ = 0, line_ = 0;
-    int64_t left_ = 0;
+    int64_t token_ = 0, end_ = 0;       // not aimed at yet
+    int64_t run_ = 0, left_ = 0;        // lines that lie together, and that may be asked for
     bool is_done_ = true;
     Span next_{};
 };
@@ -116,7 +133,7 @@ struct alignas(64) TileHeads {
 };
 
 struct alignas(64) TileSpace {
-    float scores[kBatch][kHeads], others[kBatch][kHeads];  // two halves of a sum, until settled
+    float scores[2][kBatch][kHeads];         // of a pass, and of the next one
     uint16_t weights[kBatch / kSub][kTile];  // tiles of 16 heads x 32 tokens
     uint16_t values[kBatch / kSub][kMaxDim / 16][kTile];  // tiles of 16 pairs of tokens x 16 dims
 };
@@ -149,53 +166,59 @@ void finish_heads(const TileHeads& heads, int64_t num_heads, int64_t dim, Part* 
     }
 }
 
-void make_scores(const TileHeads& heads, TileSpace& space, const TokenRows& keys, int64_t steps,
-                 int64_t start, int64_t count, Ahead& ahead) {
-    const int64_t stride = keys.token_stride * int64_t(sizeof(uint16_t));
+// A batch of tokens, as one unit of query heads sees it.
+struct Pass {
+    TileHeads* heads;
+    float (*scores)[kHeads];
+    TokenRows keys, values;
+    int64_t start, count;
+};
+
+template <int kSteps>
+INLINE void load_queries(const TileHeads& heads) {
     LOAD_TILE(4, heads.query[0]);
-    LOAD_TILE(5, heads.query[1]);
-    LOAD_TILE(6, heads.query[2]);
-    LOAD_TILE(7, heads.query[3]);
-    for (int64_t t = 0; t < count; t += kGroup) {
-        const uint16_t* rows = keys.at(start + t);
-        CLEAR_TILE(0);
-        CLEAR_TILE(1);
-        LOAD_TILE_ROWS(2, rows, stride);
-        MULTIPLY_TILES(0, 2, 4);
-        if (steps > 1) {
-            LOAD_TILE_ROWS(3, rows + 32, stride);
-            MULTIPLY_TILES(1, 3, 5);
-        }
-        if (steps > 2) {
-            LOAD_TILE_ROWS(2, rows + 64, stride);
-            MULTIPLY_TILES(0, 2, 6);
-        }
-        if (steps > 3) {
-            LOAD_TILE_ROWS(3, rows + 96, stride);
-            MULTIPLY_TILES(1, 3, 7);
-        }
-        ahead.ask(2 * steps);
-        STORE_TILE(0, space.scores[t]);
-        STORE_TILE(1, space.others[t]);
-    }
+    if (kSteps > 1) LOAD_TILE(5, heads.query[1]);
+    if (kSteps > 2) LOAD_TILE(6, heads.query[2]);
+    if (kSteps > 3) LOAD_TILE(7, heads.query[3]);
 }
 
-// One maximum for the batch; the output is scaled down only if it has grown by much.
-void settle(TileHeads& heads, TileSpace& space, int64_t dim, int64_t count, __m512 scale) {
-    __m512 best = _mm512_set1_ps(kHidden);
-    for (int64_t t = 0; t < count; ++t) {
-        const __m512 sum =
-            _mm512_add_ps(_mm512_load_ps(space.scores[t]), _mm512_load_ps(space.others[t]));
-        const __m512 score = _mm512_mul_ps(sum, scale);
-        _mm512_store_ps(space.scores[t], score);
-        best = _mm512_max_ps(best, score);
+// Scores of 32 tokens; the queries are in their tiles.
+template <int kSteps>
+INLINE void make_scores(const Pass& pass, int64_t t) {
+    const int64_t stride = pass.keys.token_stride * int64_t(sizeof(uint16_t));
+    const uint16_t* rows = pass.keys.at(pass.start + t);
+    const bool is_half = t + kGroup >= pass.count;  // then the others are never looked at
+    const uint16_t* others = is_half ? rows : pass.keys.at(pass.start + t + kGroup);
+    CLEAR_TILE(0);
+    CLEAR_TILE(1);
+    LOAD_TILE_ROWS(2, rows, stride);
+    MULTIPLY_TILES(0, 2, 4);
+    LOAD_TILE_ROWS(3, others, stride);
+    MULTIPLY_TILES(1, 3, 4);
+    if (kSteps > 1) {
+        LOAD_TILE_ROWS(2, rows + 32, stride);
+        MULTIPLY_TILES(0, 2, 5);
+        LOAD_TILE_ROWS(3, others + 32, stride);
+        MULTIPLY_TILES(1, 3, 5);
     }
-    for (int64_t t = count; t < rounded_up(count, kSub); ++t)
-        _mm512_store_ps(space.scores[t], _mm512_set1_ps(kHidden));
-    const __m512 old = _mm512_load_ps(heads.peak);
-    if (!_mm512_cmp_ps_mask(best, _mm512_add_ps(old, _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) return;
-    best = _mm512_max_ps(best, old);
-    const __m512 kept = coarse_exp2(_mm512_sub_ps(old, best));
+    if (kSteps > 2) {
+        LOAD_TILE_ROWS(2, rows + 64, stride);
+        MULTIPLY_TILES(0, 2, 6);
+        LOAD_TILE_ROWS(3, others + 64, stride);
+        MULTIPLY_TILES(1, 3, 6);
+    }
+    if (kSteps > 3) {
+        LOAD_TILE_ROWS(2, rows + 96, stride);
+        MULTIPLY_TILES(0, 2, 7);
+        LOAD_TILE_ROWS(3, others + 96, stride);
+        MULTIPLY_TILES(1, 3, 7);
+    }
+    STORE_TILE(0, pass.scores[t]);
+    STORE_TILE(1, pass.scores[t + kGroup]);
+}
+
+__attribute__((noinline)) void raise_peak(TileHeads& heads, __m512 best, int64_t dim) {
+    const __m512 kept = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(heads.peak), best));
     _mm512_store_ps(heads.peak, best);
     _mm512_store_ps(heads.total, _mm512_mul_ps(_mm512_load_ps(heads.total), kept));
     alignas(64) float factors[kHeads];
@@ -207,59 +230,88 @@ void settle(TileHeads& heads, TileSpace& space, int64_t dim, int64_t count, __m5
         }
 }
 
-void weigh(TileHeads& heads, TileSpace& space, int64_t num_subs, int64_t steps, Ahead& ahead) {
-    const __m512 peak = _mm512_load_ps(heads.peak);
-    __m512 total = _mm512_load_ps(heads.total);
-    for (int64_t sub = 0; sub < num_subs; ++sub) {
-        __m512i pairs[16];
-        for (int i = 0; i < 16; ++i) {
-            const float* rows = space.scores[sub * kSub + 2 * i];
-            const __m512 even = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(rows), peak));
-            const __m512 odd = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(rows + 16), peak));
-            pairs[i] = cut_pairs(even, odd);
-            total = add_pairs(total, pairs[i]);
-            if (i % 2) ahead.ask(steps);
-        }
-        transpose(pairs);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(space.weights[sub] + i * 32, pairs[i]);
+// One maximum for the batch; the output is scaled down only if it has grown by much.
+INLINE void settle(const Pass& pass, int64_t dim, __m512 scale) {
+    __m512 best[2] = {_mm512_set1_ps(kHidden), _mm512_set1_ps(kHidden)};
+    for (int64_t t = 0; t < pass.count; ++t) {
+        const __m512 score = _mm512_mul_ps(_mm512_load_ps(pass.scores[t]), scale);
+        _mm512_store_ps(pass.scores[t], score);
+        best[t % 2] = _mm512_max_ps(best[t % 2], score);
     }
-    _mm512_store_ps(heads.total, total);
+    for (int64_t t = pass.count; t < rounded_up(pass.count, kSub); ++t)
+        _mm512_store_ps(pass.scores[t], _mm512_set1_ps(kHidden));
+    const __m512 more = _mm512_max_ps(best[0], best[1]), old = _mm512_load_ps(pass.heads->peak);
+    if (_mm512_cmp_ps_mask(more, _mm512_add_ps(old, _mm512_set1_ps(kSlack)), _CMP_GT_OQ))
+        raise_peak(*pass.heads, _mm512_max_ps(more, old), dim);
 }
 
-// Values of `count` tokens, pair by pair; zeros where there are none, for a weight of zero times
-// what lies there may be NaN.
-void pair_values(TileSpace& space, const TokenRows& values, int64_t dim, int64_t start,
-                 int64_t count, Ahead& ahead) {
+// Weights of 32 tokens and, pair by pair, their values: zeros where there are none, for a weight
+// of zero times what lies there may be NaN. Meanwhile the next pass gets its scores.
+template <int kSteps>
+INLINE void weigh(const Pass& pass, const Pass* next, TileSpace& space, int64_t sub,
+                  Ahead& ahead) {
     const __m512i zero = _mm512_setzero_si512();
-    for (int64_t t = 0; t < rounded_up(count, kSub); t += 2) {
-        const uint16_t* even = t < count ? values.at(start + t) : nullptr;
-        const uint16_t* odd = t + 1 < count ? even + values.token_stride : nullptr;
-        uint16_t* to = space.values[t / kSub][0] + t % kSub / 2 * 32;
-        for (int64_t d = 0; d < dim; d += 32, to += 2 * kTile) {
-            const __m512i a = even ? _mm512_loadu_si512(even + d) : zero;
-            const __m512i b = odd ? _mm512_loadu_si512(odd + d) : zero;
+    const __m512 peak = _mm512_load_ps(pass.heads->peak);
+    __m512 total = _mm512_load_ps(pass.heads->total);
+    __m512i pairs[16];
+    const uint16_t* row = nullptr;
+    if (next && sub * kSub < next->count) make_scores<kSteps>(*next, sub * kSub);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+        const int64_t t = sub * kSub + 2 * i, left = pass.count - t;
+        if (i % 8 == 0 && left > 0) row = pass.values.at(pass.start + t);
+        const float* scores = pass.scores[t];
+        const __m512 even = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(scores), peak));
+        const __m512 odd = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(scores + kHeads), peak));
+        pairs[i] = cut_pairs(even, odd);
+        total = add_pairs(total, pairs[i]);
+        uint16_t* to = space.values[sub][0] + i * 32;
+        const uint16_t* other = row + pass.values.token_stride;
+        for (int step = 0; step < kSteps; ++step, to += 2 * kTile) {
+            const __m512i a = left > 0 ? _mm512_loadu_si512(row + step * 32) : zero;
+            const __m512i b = left > 1 ? _mm512_loadu_si512(other + step * 32) : zero;
             _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
         }
-        ahead.ask(dim / 32);
+        row = other + pass.values.token_stride;
+        ahead.ask(3 * kSteps);  // more than is read meanwhile, until the distance is reached
     }
+    transpose(pairs);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(space.weights[sub] + i * 32, pairs[i]);
+    _mm512_store_ps(pass.heads->total, total);
 }
 
-void add_values(TileHeads& heads, const TileSpace& space, int64_t dim, int64_t num_subs,
-                Ahead& ahead) {
-    for (int64_t tile = 0; tile < dim / 16; tile += 2) {
+void add_values(TileHeads& heads, const TileSpace& space, int64_t num_tiles, int64_t num_subs) {
+    int64_t tile = 0;
+    for (; tile + 4 <= num_tiles; tile += 4) {
         LOAD_TILE(0, heads.out[tile]);
         LOAD_TILE(1, heads.out[tile + 1]);
+        LOAD_TILE(2, heads.out[tile + 2]);
+        LOAD_TILE(3, heads.out[tile + 3]);
         for (int64_t sub = 0; sub < num_subs; ++sub) {
             LOAD_TILE(4, space.weights[sub]);
             LOAD_TILE(5, space.values[sub][tile]);
-            LOAD_TILE(6, space.values[sub][tile + 1]);
             MULTIPLY_TILES(0, 4, 5);
+            LOAD_TILE(6, space.values[sub][tile + 1]);
             MULTIPLY_TILES(1, 4, 6);
-            ahead.ask(4);
+            LOAD_TILE(7, space.values[sub][tile + 2]);
+            MULTIPLY_TILES(2, 4, 7);
+            LOAD_TILE(5, space.values[sub][tile + 3]);
+            MULTIPLY_TILES(3, 4, 5);
         }
         STORE_TILE(0, heads.out[tile]);
         STORE_TILE(1, heads.out[tile + 1]);
+        STORE_TILE(2, heads.out[tile + 2]);
+        STORE_TILE(3, heads.out[tile + 3]);
+    }
+    for (; tile < num_tiles; ++tile) {
+        LOAD_TILE(0, heads.out[tile]);
+        for (int64_t sub = 0; sub < num_subs; ++sub) {
+            LOAD_TILE(4, space.weights[sub]);
+            LOAD_TILE(5, space.values[sub][tile]);
+            MULTIPLY_TILES(0, 4, 5);
+        }
+        STORE_TILE(0, heads.out[tile]);
     }
 }
 
@@ -268,45 +320,74 @@ TokenRows rows_of(const DecodeCall& call, const uint16_t* cache, int64_t row, in
             call.block_size, call.block_stride, call.token_stride};
 }
 
+// Goes on while the next pass gets its scores.
+template <int kSteps>
+void finish_pass(const Pass& pass, const Pass* next, TileSpace& space, __m512 scale,
+                 Ahead& ahead) {
+    settle(pass, kSteps * 32, scale);
+    if (next) load_queries<kSteps>(*next->heads);
+    const int64_t num_subs = (pass.count + kSub - 1) / kSub;
+    for (int64_t sub = 0; sub < num_subs; ++sub) weigh<kSteps>(pass, next, space, sub, ahead);
+    for (int64_t t = num_subs * kSub; next && t < next->count; t += kSub)
+        make_scores<kSteps>(*next, t);
+    add_values(*pass.heads, space, kSteps * 2, num_subs);
+}
+
+// The passes over a span: batch by batch, all units of query heads.
+struct Passes {
+    const DecodeCall& call;
+    const Span& span;
+    TileHeads* units;
+    TileSpace& space;
+    int64_t of_group, num_units;
+
+    int64_t count() const {
+        return (span.end - span.begin + kBatch - 1) / kBatch * num_units;
+    }
+    Pass at(int64_t i) const {
+        const int64_t unit = i % num_units, kv_head = unit / of_group;
+        const int64_t start = span.begin + i / num_units * kBatch, left = span.end - start;
+        return {&units[unit],
+                space.scores[i % 2],
+                rows_of(call, call.key, span.row, kv_head),
+                rows_of(call, call.value, span.row, kv_head),
+                start,
+                left < kBatch ? left : kBatch};
+    }
+};
+
 // units: what every 16 query heads need
+template <int kSteps>
 void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ahead& ahead,
                   Part* parts) {
-    alignas(64) TileSpace space;
-    const int64_t dim = call.head_dim, group = call.num_heads / call.num_kv_heads;
+    constexpr int64_t kDim = kSteps * 32;
+    const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t of_group = (group + kHeads - 1) / kHeads;
     const uint16_t* query = call.query + span.row * call.query_stride;
     const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
-    const auto each_unit = [&](const auto& work) {
-        for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
-            for (int64_t i = 0; i < of_group; ++i) {
-                const int64_t left = group - i * kHeads;
-                work(units[kv_head * of_group + i], kv_head, kv_head * group + i * kHeads,
-                     left < kHeads ? left : kHeads);
-            }
+    alignas(64) TileSpace space;
+    const Passes passes{call, span, units, space, of_group, call.num_kv_heads * of_group};
+    const auto first_of = [&](int64_t u) { return u / of_group * group + u % of_group * kHeads; };
+    const auto heads_of = [&](int64_t u) {
+        const int64_t left = group - u % of_group * kHeads;
+        return left < kHeads ? left : kHeads;
     };
-    each_unit([&](TileHeads& heads, int64_t, int64_t first, int64_t num_heads) {
-        start_heads(heads, query + first * dim, num_heads, dim);
-    });
+    for (int64_t u = 0; u < passes.num_units; ++u)
+        start_heads(units[u], query + first_of(u) * kDim, heads_of(u), kDim);
     set_shapes();
-    for (int64_t start = span.begin; start < span.end; start += kBatch) {
-        const int64_t count = span.end - start < kBatch ? span.end - start : kBatch;
-        const int64_t num_subs = (count + kSub - 1) / kSub;
-        ahead.allow(count);
-        each_unit([&](TileHeads& heads, int64_t kv_head, int64_t, int64_t) {
-            const TokenRows keys = rows_of(call, call.key, span.row, kv_head);
-            const TokenRows values = rows_of(call, call.value, span.row, kv_head);
-            make_scores(heads, space, keys, dim / 32, start, count, ahead);
-            settle(heads, space, dim, count, scale);
-            weigh(heads, space, num_subs, dim / 32, ahead);
-            pair_values(space, values, dim, start, count, ahead);
-            add_values(heads, space, dim, num_subs, ahead);
-        });
-        ahead.ask_all();
+    Pass pass = passes.at(0);
+    load_queries<kSteps>(*pass.heads);
+    for (int64_t t = 0; t < pass.count; t += kSub) make_scores<kSteps>(pass, t);
+    for (int64_t i = 0; i < passes.count(); ++i) {
+        if (i % passes.num_units == 0) ahead.allow(pass.count);
+        const bool goes_on = i + 1 < passes.count();
+        const Pass next = goes_on ? passes.at(i + 1) : pass;
+        finish_pass<kSteps>(pass, goes_on ? &next : nullptr, space, scale, ahead);
+        pass = next;
     }
     release_tiles();
-    each_unit([&](const TileHeads& heads, int64_t, int64_t first, int64_t num_heads) {
-        finish_heads(heads, num_heads, dim, parts + first);
-    });
+    for (int64_t u = 0; u < passes.num_units; ++u)
+        finish_heads(units[u], heads_of(u), kDim, parts + first_of(u));
 }
 
 // --- few query heads of a KV head ---
@@ -349,7 +430,7 @@ INLINE __m512 scores_of(const uint16_t* query, const Rows& keys, Ahead& ahead) {
         for (int s = 0; s < kSteps; ++s)
             sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)_mm512_loadu_si512(row + s * 32),
                                        (__m512bh)q[s]);
-        if (t % 2) ahead.ask(kSteps);
+        if (t % 4) ahead.ask(kSteps);  // with add_rows, more than is read meanwhile
     }
     return sums_of(sums);
 }
@@ -425,7 +506,6 @@ void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part
             if ((h + 1) % group) continue;
             key_rows.first += call.head_stride, value_rows.first += call.head_stride;
         }
-        ahead.ask_all();
     }
     for (int64_t h = 0; h < call.num_heads; ++h)
         for (int64_t d = 0; d < kDim; d += 32) {
@@ -446,9 +526,10 @@ struct TileDecode {
     int64_t units_per_worker;
     int64_t num_chunks, chunk_tokens;
     int64_t next;  // the chunk that nobody has taken yet
+    void (*decode_span)(const TileDecode&, const Span&, TileHeads* units, Ahead&);
 
     bool has_few_heads() const { return call->num_heads / call->num_kv_heads < kMinTileHeads; }
-    int64_t group_tokens() const { return has_few_heads() ? kGroup : kBatch; }
+    int64_t distance() const { return has_few_heads() ? 2 * kGroup : 2 * kBatch; }
     int64_t chunks_of(int64_t num_tokens) const {
         return (num_tokens + chunk_tokens - 1) / chunk_tokens;
     }
@@ -470,35 +551,37 @@ Span take(TileDecode& all) {
 void merge_parts(const TileDecode& all, int64_t row, int64_t head) {
     const DecodeCall& call = *all.call;
     const int64_t num_used = all.chunks_of(call.context_lens[row]), stride = call.num_heads;
-    const Part* parts = all.parts + row * all.num_chunks * stride + head;
+    Part* parts = all.parts + row * all.num_chunks * stride + head;
     float peak = kLowest;
     for (int64_t c = 0; c < num_used; ++c)
         peak = parts[c * stride].peak > peak ? parts[c * stride].peak : peak;
-    __m512 sums[kMaxDim / 16], total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < call.head_dim / 16; ++i) sums[i] = _mm512_setzero_ps();
+    __m512 total = _mm512_setzero_ps();
     for (int64_t c = 0; c < num_used; ++c) {
-        const Part& part = parts[c * stride];
+        Part& part = parts[c * stride];
         const __m512 share = coarse_exp2(_mm512_set1_ps(part.peak - peak));
         total = _mm512_fmadd_ps(share, _mm512_set1_ps(part.total), total);
-        for (int64_t i = 0; i < call.head_dim / 16; ++i)
-            sums[i] = _mm512_fmadd_ps(share, _mm512_loadu_ps(part.out + i * 16), sums[i]);
+        part.share = _mm512_cvtss_f32(share);
     }
     const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_GT_OQ);
-    const __m512 share = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
+    const __m512 whole = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
     uint16_t* out = call.out + row * call.out_stride + head * call.head_dim;
-    for (int64_t i = 0; i < call.head_dim / 16; ++i)
-        _mm256_storeu_si256((__m256i*)(out + i * 16),
-                            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sums[i], share)));
+    for (int64_t d = 0; d < call.head_dim; d += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < num_used; ++c) {
+            const Part& part = parts[c * stride];
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(part.share), _mm512_loadu_ps(part.out + d), sum);
+        }
+        _mm256_storeu_si256((__m256i*)(out + d),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, whole)));
+    }
 }
 
+template <int kSteps>
 void decode_span(const TileDecode& all, const Span& span, TileHeads* units, Ahead& ahead) {
     const DecodeCall& call = *all.call;
     Part* parts = all.parts + (span.row * all.num_chunks + span.chunk) * call.num_heads;
-    if (!all.has_few_heads()) return decode_tiles(call, span, units, ahead, parts);
-    if (call.head_dim == 32) return decode_vectors<1>(call, span, ahead, parts);
-    if (call.head_dim == 64) return decode_vectors<2>(call, span, ahead, parts);
-    if (call.head_dim == 96) return decode_vectors<3>(call, span, ahead, parts);
-    return decode_vectors<4>(call, span, ahead, parts);
+    if (all.has_few_heads()) return decode_vectors<kSteps>(call, span, ahead, parts);
+    decode_tiles<kSteps>(call, span, units, ahead, parts);
 }
 
 void tile_decode_body(void* context, int worker, int num_workers) {
@@ -507,14 +590,14 @@ void tile_decode_body(void* context, int worker, int num_workers) {
     const unsigned control = _mm_getcsr();
     _mm_setcsr(control | kFlushDenormals);
     TileHeads* units = all.units + worker * all.units_per_worker;
-    Ahead ahead(call);
+    Ahead ahead(call, all.distance());
     Span span = take(all);
     ahead.follow(span);
-    ahead.allow(all.group_tokens());
+    if (!all.has_few_heads()) ahead.ask_first(kSub);
     while (span.begin < span.end) {
         const Span next = take(all);
         ahead.follow(next);
-        decode_span(all, span, units, ahead);
+        all.decode_span(all, span, units, ahead);
         for (int64_t h = 0; all.num_chunks == 1 && h < call.num_heads; ++h)
             merge_parts(all, span.row, h);
         span = next;
@@ -551,6 +634,10 @@ void decode_all_tiles(const DecodeCall& call) {
     all.parts = static_cast<Part*>(scratch(kScratchSlot, num_parts * int64_t(sizeof(Part))));
     all.units =
         static_cast<TileHeads*>(scratch(kStateSlot, num_units * int64_t(sizeof(TileHeads))));
+    all.decode_span = call.head_dim == 32   ? decode_span<1>
+                      : call.head_dim == 64 ? decode_span<2>
+                      : call.head_dim == 96 ? decode_span<3>
+                                            : decode_span<4>;
     run_parallel(tile_decode_body, &all);
 }
 

@@ -164,6 +164,9 @@ class Device:
         """Memory that could still be allocated, in bytes."""
         return _host_free_bytes()
 
+    def keep_freed_memory(self) -> None:
+        """The weights are in place: from here on every step asks for the same memory again."""
+
     # --- elementwise and small ---
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:

@@ -579,3 +579,14 @@ def available(path: str) -> Sequence[str]:
     """Instruction sets that are compiled in and that this processor has, best first."""
     library = open_library(path)
     return [isa for isa in ISAS if library.glimt_has(isa.encode())]
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, for this process; nothing where it is not glibc.
+
+    Source: mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)

@@ -82,9 +82,9 @@ SCENES: Mapping[str, Scene] = {
         200,
         "gray",
         (
-            Object("circle", "yellow", False, 0.2, 0.3, SMALL, 0),
+            Object("circle", "blue", False, 0.2, 0.3, SMALL, 0),
             Object("square", "black", True, 0.5, 0.72, LARGE, 0),
-            Object("circle", "yellow", True, 0.78, 0.26, LARGE, 0),
+            Object("circle", "blue", True, 0.78, 0.26, LARGE, 0),
             Object("triangle", "red", False, 0.16, 0.76, SMALL, 0),
         ),
     ),
@@ -117,7 +117,7 @@ ASKED_OF_SCENES: Mapping[str, tuple[Words, Words]] = {
         ),
     ),
     "four": (
-        Words("图片里有几个黄色的圆形？", "How many yellow circles are in the picture?"),
+        Words("图片里有几个蓝色的圆形？", "How many blue circles are in the picture?"),
         Words("有两个。", "There are two."),
     ),
 }

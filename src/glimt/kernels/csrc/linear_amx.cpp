@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "epilogue.inc"
+#include "mlp.h"
 #include "quantise.inc"
 #include "threads.h"
 
@@ -1137,31 +1138,7 @@ void mlp_amx(const MlpCall& call) {
     const int64_t rows_at_once = up_to((call.m + blocks - 1) / blocks, 32);
     auto* inner = static_cast<uint16_t*>(
         scratch(kSlotInner, std::min(rows_at_once, call.m) * width * int64_t(sizeof(uint16_t))));
-    for (int64_t row = 0; row < call.m; row += rows_at_once) {
-        const int64_t rows = std::min(call.m - row, rows_at_once);
-        LinearCall up{};
-        up.weight = call.up;
-        up.x = call.x + row * call.x_stride;
-        up.bias = call.up_bias;
-        up.out = inner;
-        up.m = rows;
-        up.x_stride = call.x_stride;
-        up.out_stride = width;
-        up.activation = call.activation;
-        linear_amx(up);
-        LinearCall down{};
-        down.weight = call.down;
-        down.x = inner;
-        down.bias = call.down_bias;
-        down.residual = call.residual ? call.residual + row * call.residual_stride : nullptr;
-        down.out = call.out + row * call.out_stride;
-        down.m = rows;
-        down.x_stride = width;
-        down.residual_stride = call.residual_stride;
-        down.out_stride = call.out_stride;
-        down.residual_scale = call.residual_scale;
-        linear_amx(down);
-    }
+    mlp_by_blocks(call, rows_at_once, inner, linear_amx);
 }
 
 }  // namespace glimt

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "epilogue.inc"
+#include "mlp.h"
 #include "processor.h"
 #include "quantise.inc"
 #include "threads.h"
@@ -681,31 +682,7 @@ void mlp_avx512(const MlpCall& call) {
     const int64_t width = call.down->k;
     auto* inner = static_cast<uint16_t*>(
         scratch(kSlotInner, std::min(call.m, int64_t(kRowsAtOnce)) * width * sizeof(uint16_t)));
-    for (int64_t row = 0; row < call.m; row += kRowsAtOnce) {
-        const int64_t rows = std::min(call.m - row, int64_t(kRowsAtOnce));
-        LinearCall up{};
-        up.weight = call.up;
-        up.x = call.x + row * call.x_stride;
-        up.bias = call.up_bias;
-        up.out = inner;
-        up.m = rows;
-        up.x_stride = call.x_stride;
-        up.out_stride = width;
-        up.activation = call.activation;
-        linear_avx512(up);
-        LinearCall down{};
-        down.weight = call.down;
-        down.x = inner;
-        down.bias = call.down_bias;
-        down.residual = call.residual ? call.residual + row * call.residual_stride : nullptr;
-        down.out = call.out + row * call.out_stride;
-        down.m = rows;
-        down.x_stride = width;
-        down.residual_stride = call.residual_stride;
-        down.out_stride = call.out_stride;
-        down.residual_scale = call.residual_scale;
-        linear_avx512(down);
-    }
+    mlp_by_blocks(call, kRowsAtOnce, inner, linear_avx512);
 }
 
 }  // namespace glimt

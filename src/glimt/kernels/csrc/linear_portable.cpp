@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "linear.h"
+#include "mlp.h"
 #include "threads.h"
 
 namespace glimt {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape, TensorInfo, open_reader
 from glimt.errors import CheckpointError
-from glimt.layers.linear import Linear, PatchLinear
+from glimt.layers.linear import Product
 from glimt.models.base import Model, Weight, WeightTable, either
 from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised
 
@@ -313,10 +313,8 @@ def _place(tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
     for module, attribute in places:
         expected = getattr(module, attribute).shape
         assert parameter.shape == expected, f"{attribute}: {parameter.shape}, not {expected}"
-        if attribute == "weight" and isinstance(module, Linear):
-            module.set_weight(parameter)  # which the device may lay out anew
-        elif attribute == "weight" and isinstance(module, PatchLinear):
-            module.set_kernel(parameter)
+        if attribute == "weight" and isinstance(module, Product):
+            module.hold(parameter)  # which the device may lay out anew
         else:
             setattr(module, attribute, parameter)
 

@@ -13,12 +13,47 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
-class Linear(nn.Module):
+class Product(nn.Module):
+    """What is multiplied with: a weight whose first axis is the outputs, and perhaps a bias.
+
+    The matrix is the parameter `weight` where the device multiplies with plain tensors. Else the
+    device's own form of it is held beside, and the parameter stays on the meta device.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        device: Device,
+        dtype: torch.dtype,
+        is_paired: bool = False,
+    ) -> None:
+        super().__init__()
+        self.device = device
+        self.is_paired = is_paired
+        self.weight = empty_parameter(*shape, dtype=dtype)
+        self.bias = empty_parameter(shape[0], dtype=dtype) if bias else None
+        self.held: MatrixWeight | None = None
+
+    def hold(self, weight: Tensor | LowBitWeight) -> None:
+        """Take the weight, plain or in few bits, in the form that the device wants."""
+        matrix = weight.flatten(1) if isinstance(weight, Tensor) else weight
+        held = self.device.prepare_weight(matrix, self.weight.dtype, self.is_paired)
+        if isinstance(weight, Tensor) and isinstance(held, Tensor):
+            self.weight = _as_parameter(weight)
+        else:
+            self.held = held
+
+    @property
+    def matrix(self) -> MatrixWeight:
+        """[outputs, inputs] as the device wants it."""
+        return self.weight.flatten(1) if self.held is None else self.held
+
+
+class Linear(Product):
     """y = x Wᵀ + b with W [out_features, in_features].
 
     is_paired: "silu_mul" follows every product
-    The matrix is the parameter `weight` where the device multiplies with plain tensors. Else the
-    device's own form of it is held beside, and the parameter stays on the meta device.
     """
 
     def __init__(
@@ -30,25 +65,11 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         is_paired: bool = False,
     ) -> None:
-        super().__init__()
-        self.device = device
-        self.is_paired = is_paired
-        self.weight = empty_parameter(out_features, in_features, dtype=dtype)
-        self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
-        self.held: MatrixWeight | None = None
+        super().__init__((out_features, in_features), bias, device, dtype, is_paired)
 
-    def set_weight(self, weight: Tensor | LowBitWeight) -> None:
-        """Take the matrix, plain or in few bits."""
-        held = self.device.prepare_weight(weight, self.weight.dtype, self.is_paired)
-        if isinstance(held, Tensor):
-            self.weight = _as_parameter(held)
-        else:
-            self.held = held
-
-    @property
-    def matrix(self) -> MatrixWeight:
-        """The weight as the device wants it."""
-        return self.weight if self.held is None else self.held
+    def set_weight(self, weight: LowBitWeight) -> None:
+        """Take the matrix in few bits."""
+        self.hold(weight)
 
     def forward(
         self,
@@ -61,36 +82,23 @@ class Linear(nn.Module):
         return self.device.linear(x, self.matrix, self.bias, activation, residual, residual_scale)
 
 
-class PatchLinear(nn.Module):
+class PatchLinear(Product):
     """A convolution whose stride is its kernel size, as one product over packed patches.
 
     weight: [out_channels, in_channels, kernel, kernel], the checkpoint's own shape; flattened it
-    is a view, so nothing is copied.
+    is a view, so nothing is copied. Never in few bits.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, device: Device, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.device = device
-        self.weight = empty_parameter(out_channels, in_channels, kernel, kernel, dtype=dtype)
-        self.bias = empty_parameter(out_channels, dtype=dtype)
-        self.held: MatrixWeight | None = None
-
-    def set_kernel(self, weight: Tensor) -> None:
-        """Take the kernel, which is never in few bits."""
-        held = self.device.prepare_weight(weight.flatten(1), self.weight.dtype)
-        if isinstance(held, Tensor):
-            self.weight = _as_parameter(weight)
-        else:
-            self.held = held
+        super().__init__((out_channels, in_channels, kernel, kernel), True, device, dtype)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[num_patches, in_channels * kernel**2], values in (channel, y, x) order -> [num_patches,
         out_channels].
         """
-        matrix = self.weight.flatten(1) if self.held is None else self.held
-        return self.device.linear(patches, matrix, self.bias)
+        return self.device.linear(patches, self.matrix, self.bias)
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -122,6 +122,8 @@ class ModelRunner:
         read their last block whole: under a mask, but NaN under a mask is NaN.
         hidden: [num_tokens, hidden_size]
         """
+        if not len(batch.drafted):
+            return
         is_broken = ~hidden[batch.drafted].isfinite().all(-1)
         if is_broken.any():
             clear_slots(self.caches, batch.attention.slots[batch.drafted[is_broken]])

@@ -28,7 +28,8 @@ uint64_t read(const uint8_t* data, int64_t num_bytes) {
     return sum;
 }
 
-// bfloat16 is widened and multiplied as float32: this set is used without AVX512_BF16.
+// bfloat16 is widened and multiplied as float32. The products take AVX512_BF16 where it is there,
+// which some processors start half as often and others as often: the latter may exceed this.
 void multiply_floats(int64_t rounds) {
     __m512 sums[kNumSums];
     __m512 factor = _mm512_set1_ps(0.5f);

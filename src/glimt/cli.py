@@ -535,9 +535,9 @@ def bench_synthetic(
         int | None, _option("--vision-layers", "Of the tower; as published.", _MODEL, "V")
     ] = None,
     dtype: Dtype = "auto",
-    quant: Annotated[
-        str, _option("--quant", "Form of the weights; none: as the dtype says.", _MODEL, "FORMAT")
-    ] = "none",
+    quant: Quant = "none",
+    quant_head: QuantHead = "auto",
+    quant_tower: QuantTower = "none",
     device: DeviceName = "cpu",
     threads: Threads = None,
     memory_limit_bytes: MemoryLimit = None,
@@ -567,6 +567,8 @@ def bench_synthetic(
         out,
         dtype=dtype,
         quant=quant,
+        quant_head=quant_head,
+        quant_tower=quant_tower,
         device=device,
         threads=threads,
         memory_limit_bytes=memory_limit_bytes,

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from glimt.bench import synthetic
 from glimt.bench.synthetic import SyntheticJob
 from glimt.cli import app
+from glimt.commands import running
 from glimt.commands.bench import parse_batches
 from glimt.commands.sizes import parse_size
 from glimt.demo.noise import write_noise_model
@@ -40,7 +41,8 @@ SHORT = ("--repeats", 1, "--output-len", 4, "--batch", "1,3")
 def test_the_report_has_every_figure(folder, tmp_path):
     """Catches a figure that is measured and not reported, and a file unlike what is printed."""
     out = tmp_path / "report.json"
-    ran = bench(folder, *SHORT, "--layers", 1, "--json", "--out", out)
+    forms = ("--quant", "int8", "--quant-head", "none", "--quant-tower", "w8a8")
+    ran = bench(folder, *SHORT, "--layers", 1, *forms, "--json", "--out", out)
     assert ran.exit_code == 0, ran.stderr
     data = json.loads(ran.stdout)
     assert json.loads(out.read_text(encoding="utf-8")) == data
@@ -50,6 +52,8 @@ def test_the_report_has_every_figure(folder, tmp_path):
     }  # fmt: skip
     assert data["machine"].keys() >= {"processor", "numa_nodes", "memory_bytes", "versions"}
     assert data["model"]["layers"] == 1
+    quantised = [data["model"][name] for name in ("quant", "quant_head", "quant_tower")]
+    assert quantised == ["int8", "none", "w8a8"]
     assert data["settings"]["prompt_tokens"] == data["settings"]["picture_tokens"] + 32
     assert data["memory"]["plan"]["total"] > data["memory"]["plan"]["kv"] > 0
     assert data["limits"]["start"].keys() == {"read_bytes", "bf16_ops", "int8_ops"}
@@ -146,3 +150,14 @@ def test_verbose_tells_the_memory_plan(tmp_path):
     for said in ("weights, vision: ", "KV cache: ", "planned in all: ", "limit: 2.0 GiB"):
         assert said in told.stderr
     assert "KV cache" not in told.stdout
+
+
+def test_a_large_models_plan_is_told_at_the_start(tmp_path, monkeypatch):
+    """Catches a plan that only those see who ask for it, and one that a quiet run prints."""
+    write_noise_model(tmp_path, "glm4v_9b")
+    monkeypatch.setattr(running, "_LARGE_BYTES", 1)
+    asked = ("generate", "--model", str(tmp_path), "-p", "hi", "--max-tokens", "2")
+    told = CliRunner().invoke(app, [*asked, "--memory-limit", "2G"])
+    assert "memory planned: " in told.stderr
+    assert " of at most 2.0 GiB (weights " in told.stderr
+    assert "memory planned" not in CliRunner().invoke(app, [*asked, "--quiet"]).stderr

@@ -20,14 +20,8 @@ from glimt.commands.doctor import (
     collect,
     is_healthy,
 )
-from glimt.commands.machine import (
-    Library,
-    Memory,
-    Processor,
-    read_memory,
-    read_numa_nodes,
-    read_processor,
-)
+from glimt.commands.machine import Library, Processor, read_processor
+from glimt.devices.host import Memory, Threads, read_memory
 from glimt.kernels.native import ISAS, library_path
 
 GIB = 2**30
@@ -100,58 +94,6 @@ def test_an_arm_processor_is_named_by_its_numbers(proc, tmp_path):
     assert found.instruction_sets["i8mm"]
     assert not found.instruction_sets["sve"]
     assert "avx2" not in found.instruction_sets
-
-
-MEMINFO = """MemTotal:       16777216 kB
-MemFree:         1048576 kB
-MemAvailable:    8388608 kB
-Cached:          4194304 kB
-SwapTotal:       2097152 kB
-SwapFree:         524288 kB
-HugePages_Total:       0
-"""
-
-
-def test_memory_is_read_in_bytes(proc, tmp_path):
-    """Catches KiB taken for bytes, and free taken for available."""
-    found = read_memory(write(proc, {"meminfo": MEMINFO}), tmp_path)
-    assert found == Memory(16 * GIB, 8 * GIB, 4 * GIB, 2 * GIB, 3 * GIB // 2)
-    assert found.usable == 8 * GIB
-
-
-V2 = {
-    "a/b/memory.max": "max\n",
-    "a/b/memory.current": "5\n",
-    "a/memory.max": f"{4 * GIB}\n",
-    "a/memory.current": f"{3 * GIB}\n",
-    "a/memory.stat": f"anon 1\ninactive_file {GIB}\n",
-    "a/cpu.max": "150000 100000\n",
-    "a/b/cpu.max": "max 100000\n",
-}
-V1 = {
-    "memory/a/b/memory.limit_in_bytes": "9223372036854771712\n",
-    "memory/a/b/memory.usage_in_bytes": "5\n",
-    "memory/a/memory.limit_in_bytes": f"{4 * GIB}\n",
-    "memory/a/memory.usage_in_bytes": f"{3 * GIB}\n",
-    "memory/a/memory.stat": f"total_inactive_file {GIB}\n",
-    "cpu/a/b/cpu.cfs_quota_us": "-1\n",
-    "cpu/a/b/cpu.cfs_period_us": "100000\n",
-    "cpu/cpu.cfs_quota_us": "150000\n",
-    "cpu/cpu.cfs_period_us": "100000\n",
-}
-GROUPS = [("0::/a/b\n", V2), ("4:memory:/a/b\n1:cpuacct,cpu:/a/b\n2:cpu:/a/b\n0::/\n", V1)]
-
-
-@pytest.mark.parametrize(("membership", "files"), GROUPS, ids=["version 2", "version 1"])
-def test_a_containers_limits_are_found_wherever_they_are_set(proc, tmp_path, membership, files):
-    """Catches a limit on a group above being missed, and its disk cache counted as used."""
-    write(proc, {"meminfo": MEMINFO, "self/cgroup": membership, "cpuinfo": ""})
-    groups = write(tmp_path / "cgroup", files)
-    found = read_memory(proc, groups)
-    assert (found.cgroup_limit, found.cgroup_free) == (4 * GIB, 2 * GIB)
-    assert found.usable == 2 * GIB
-    assert machine.read_cpu_quota(proc, groups) == 1.5
-    assert read_processor(proc, groups).usable_cores <= 1.5
 
 
 def test_a_machine_without_proc_is_read_without_an_error(tmp_path):
@@ -360,20 +302,13 @@ def test_the_kernels_of_this_machine_are_read(wanted, in_use):
     assert collect({"GLIMT_ISA": "sse"}).kernels.error.startswith("'sse' is unknown")
 
 
-def test_nodes_are_counted_by_their_folders(tmp_path):
-    """Catches two sockets taken for one, and no folder taken for no memory."""
-    for name in ("node0", "node1", "power"):
-        (tmp_path / name).mkdir()
-    assert read_numa_nodes(tmp_path) == 2
-    assert read_numa_nodes(tmp_path / "absent") == 1
-
-
 def test_limits_are_shown_when_they_were_measured(monkeypatch):
     """Catches limits that are measured and not told, and a processor without int8 units."""
     limits = {"read_bytes": 25e9, "bf16_ops": 1.5e12, "int8_ops": None}
-    facts = replace(HEALTHY, limits=limits, numa_nodes=2)
+    facts = replace(HEALTHY, limits=limits, numa_nodes=2, threads=Threads(2, (0, 8)))
     result = run(monkeypatch, facts, "--limits")
     assert "25.0 GB/s" in result.stdout
+    assert "2, kept on processors 0, 8" in result.stdout
     assert "1.50 TFLOP/s in bfloat16" in result.stdout
     assert "int8," not in result.stdout
     assert json.loads(run(monkeypatch, facts, "--json").stdout)["limits"] == limits

@@ -23,9 +23,9 @@ from glimt.devices.base import (
     _rounded_to_int8,
     all_devices,
     open_device,
-    usable_threads,
 )
 from glimt.devices.cpu import NativeCpuDevice
+from glimt.devices.host import Memory, plan_threads
 from glimt.errors import ConfigError
 from glimt.kernels.native import ISAS
 from glimt.quant.base import all_formats
@@ -646,11 +646,8 @@ def test_an_unusable_device_is_refused_with_its_reason(monkeypatch):
 
 def test_free_memory_is_a_guess_where_the_system_does_not_say(monkeypatch):
     """Would catch a crash at start on a system without /proc/meminfo."""
-
-    def no_such_file(*args, **kwargs):
-        raise FileNotFoundError
-
-    monkeypatch.setattr("builtins.open", no_such_file)
+    nothing = Memory(total=0, available=0, disk_cache=0, swap_total=0, swap_used=0)
+    monkeypatch.setattr(glimt.devices.base, "read_memory", lambda: nothing)
     assert Device().free_bytes() == 4 * 2**30
 
 
@@ -659,10 +656,16 @@ def test_the_number_of_threads_reaches_torch_and_the_kernels(monkeypatch):
     told: list[Any] = []
     monkeypatch.setattr(torch, "set_num_threads", lambda count: told.append(("torch", count)))
     monkeypatch.setattr(
-        "glimt.devices.cpu.open_native", lambda isa, count: told.append(("kernels", count))
+        "glimt.devices.cpu.open_native",
+        lambda isa, count, places: told.append(("kernels", count)),
     )
     open_device("cpu", 3)
     assert told == [("torch", 3), ("kernels", 3)]
     told.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     open_device("cpu")
-    assert told == [("kernels", usable_threads())]
+    assert told == [("kernels", plan_threads().count)]
+    told.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    open_device("cpu")
+    assert told == [("torch", plan_threads().count), ("kernels", plan_threads().count)]

@@ -48,6 +48,8 @@ def _model(found: Findings) -> dict[str, Any]:
         "vision_layers": name.vision_layers,
         "dtype": found.dtype,
         "quant": found.job.quant,
+        "quant_head": found.job.quant_head,
+        "quant_tower": found.job.quant_tower,
         "seed": name.seed,
     }
 

@@ -10,9 +10,8 @@ import random
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +19,7 @@ from PIL import Image
 from glimt.bench.roofline import ModelCosts, costs_of
 from glimt.bench.samples import Sample, Summary, summarise
 from glimt.config import EngineConfig
-from glimt.devices.base import usable_threads
+from glimt.devices.host import plan_threads
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
@@ -45,6 +44,8 @@ class SyntheticJob:
     name: SyntheticName
     dtype: str = "auto"
     quant: str = "none"
+    quant_head: str = "auto"
+    quant_tower: str = "none"
     batches: tuple[int, ...] = (1, 2, 4, 8, 10)
     output_tokens: int = 64
     repeats: int = 5
@@ -131,7 +132,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     Raises ConfigError for what cannot be run, EngineError if a request ends with an error.
     """
     published_config(job.name)  # before anything large is made
-    threads = job.threads or usable_threads()
+    threads = plan_threads(job.threads).count
     meter = LimitMeter(threads, num_bytes=job.meter_bytes)
     on_stage("making the weights")
     began = time.perf_counter()
@@ -173,17 +174,16 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
 
 
 def _engine_config(job: SyntheticJob, threads: int) -> EngineConfig:
-    options: dict[str, Any] = {} if job.quant == "none" else {"quant": job.quant}
-    if not options.keys() <= {field.name for field in fields(EngineConfig)}:
-        raise ConfigError("quant", [f"{job.quant!r} is unknown; this version has only 'none'"])
     return EngineConfig(
         model=str(job.name),
         dtype=job.dtype,
+        quant=job.quant,
+        quant_head=job.quant_head,
+        quant_tower=job.quant_tower,
         device=job.device,
         num_threads=threads,
         max_num_seqs=max(job.batches),
         memory_limit_bytes=job.memory_limit_bytes,
-        **options,
     )
 
 

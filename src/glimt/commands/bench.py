@@ -14,9 +14,10 @@ from glimt import __version__
 from glimt.bench import report
 from glimt.bench.synthetic import Findings, SyntheticJob, run
 from glimt.commands.console import note, out_console, print_json, told_as_json
-from glimt.commands.machine import installed_version, read_memory, read_numa_nodes, read_processor
+from glimt.commands.machine import installed_version, read_processor
 from glimt.commands.memory import plan_rows
 from glimt.commands.tables import figures, key_values
+from glimt.devices.host import read_memory, read_numa_nodes
 from glimt.errors import ConfigError
 from glimt.synthetic import SyntheticName, parse_name
 

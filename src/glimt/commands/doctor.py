@@ -13,15 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from glimt.commands.machine import (
-    Library,
-    Memory,
-    Processor,
-    read_libraries,
-    read_memory,
-    read_numa_nodes,
-    read_processor,
-)
+from glimt.commands.machine import Library, Processor, read_libraries, read_processor
+from glimt.devices.host import Memory, Threads, plan_threads, read_memory, read_numa_nodes
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -73,6 +66,7 @@ class Facts:
     threads_setting: OMP_NUM_THREADS, None if it is not set
     encoding: what Python reads and writes text in
     numa_nodes: parts of the machine with memory of their own
+    threads: what a run without --threads takes
     kernels: None: not looked for
     limits: what the machine reads and multiplies in a second; None: not measured
     """
@@ -87,6 +81,7 @@ class Facts:
     threads_setting: str | None
     encoding: str
     numa_nodes: int = 1
+    threads: Threads | None = None
     kernels: NativeKernels | None = None
     limits: Mapping[str, float | None] | None = None
 
@@ -122,6 +117,7 @@ def collect(environment: Mapping[str, str] = os.environ, measures_limits: bool =
         threads_setting=environment.get("OMP_NUM_THREADS"),
         encoding=locale.getpreferredencoding(do_setlocale=False),
         numa_nodes=read_numa_nodes(),
+        threads=plan_threads(),
         kernels=_read_kernels(environment.get("GLIMT_ISA")) if torch.error is None else None,
         limits=_measure_limits(torch) if measures_limits else None,
     )

@@ -1,21 +1,16 @@
-"""What this machine is: processor, memory, limits and installed libraries. Judges nothing.
-
-Every reader takes the folders it reads, so that a test can give it another machine's files.
-"""
+"""What this machine is: its processor and the installed libraries. Judges nothing."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-PROC = Path("/proc")
-CGROUP = Path("/sys/fs/cgroup")
-NODES = Path("/sys/devices/system/node")
+from glimt.devices.host import CGROUP, PROC, fields_of, read_cpu_quota, read_text
 
 _X86_SETS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -67,8 +62,8 @@ def read_processor(proc: Path = PROC, cgroup: Path = CGROUP) -> Processor:
 
 def _cpuinfo(proc: Path) -> list[dict[str, str]]:
     """One dictionary per logical processor."""
-    blocks = _read(proc / "cpuinfo").strip().split("\n\n")
-    return [_fields(block) for block in blocks if block.strip()]
+    blocks = read_text(proc / "cpuinfo").strip().split("\n\n")
+    return [fields_of(block) for block in blocks if block.strip()]
 
 
 def _model_name(block: Mapping[str, str]) -> str | None:
@@ -78,112 +73,6 @@ def _model_name(block: Mapping[str, str]) -> str | None:
     if "CPU implementer" in block:
         return f"ARM implementer {block['CPU implementer']} part {block.get('CPU part', '?')}"
     return None
-
-
-def read_numa_nodes(nodes: Path = NODES) -> int:
-    """Parts of the machine with memory of their own; 1 where the system does not say."""
-    return max(1, len(list(nodes.glob("node[0-9]*"))))
-
-
-# --- memory ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes. Of the machine, but for the container's limit if that is lower.
-
-    available:    what programs can still get, the disk cache given back
-    disk_cache:   files kept in memory; a model's weight files are best off there
-    cgroup_limit: the container's limit, None if there is none below the machine's memory
-    cgroup_free:  what is left of it, its disk cache given back
-    """
-
-    total: int
-    available: int
-    disk_cache: int
-    swap_total: int
-    swap_used: int
-    cgroup_limit: int | None = None
-    cgroup_free: int | None = None
-
-    @property
-    def usable(self) -> int:
-        """Bytes that this process can still get."""
-        return self.available if self.cgroup_free is None else min(self.available, self.cgroup_free)
-
-
-def read_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
-    """Read /proc/meminfo and the container's limit; figures that are not there are 0."""
-    info = {
-        name: int(value.split()[0]) * 1024
-        for name, value in _fields(_read(proc / "meminfo")).items()
-        if value.split()[:1] and value.split()[0].isdigit()
-    }
-    total = info.get("MemTotal", 0)
-    limits = [pair for pair in _memory_limits(proc, cgroup) if pair[0] < total]
-    swap_total = info.get("SwapTotal", 0)
-    return Memory(
-        total=total,
-        available=info.get("MemAvailable", info.get("MemFree", 0)),
-        disk_cache=info.get("Cached", 0),
-        swap_total=swap_total,
-        swap_used=swap_total - info.get("SwapFree", 0),
-        cgroup_limit=min((limit for limit, _ in limits), default=None),
-        cgroup_free=min((free for _, free in limits), default=None),
-    )
-
-
-# --- control groups, version 1 and 2 ---------------------------------------------------------
-
-
-def _memory_limits(proc: Path, cgroup: Path) -> Iterator[tuple[int, int]]:
-    """(limit, free) of every group above this process that has a limit."""
-    names = ("memory.max", "memory.current", "inactive_file")
-    yield from _limits(_group_folders(proc, cgroup, ""), names)
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    yield from _limits(_group_folders(proc, cgroup, "memory"), names)
-
-
-def _limits(folders: Sequence[Path], names: tuple[str, str, str]) -> Iterator[tuple[int, int]]:
-    limit_file, usage_file, cache_name = names
-    for folder in folders:
-        limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
-        if limit.isdigit() and usage.isdigit():
-            cache = re.search(rf"^{cache_name} (\d+)$", _read(folder / "memory.stat"), re.M)
-            used = int(usage) - (int(cache[1]) if cache else 0)
-            yield int(limit), max(0, int(limit) - used)
-
-
-def read_cpu_quota(proc: Path = PROC, cgroup: Path = CGROUP) -> float | None:
-    """Processors' worth of time that the container may use; None without a limit."""
-    quotas = []
-    for folder in _group_folders(proc, cgroup, ""):
-        quotas.append(_read(folder / "cpu.max").split())
-    for folder in _group_folders(proc, cgroup, "cpu"):
-        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        quotas.append([_read(folder / name).strip() for name in files])
-    return min((int(q[0]) / int(q[1]) for q in quotas if _is_quota(q)), default=None)
-
-
-def _is_quota(words: Sequence[str]) -> bool:
-    """Version 2 writes "max" and version 1 -1 where there is no limit."""
-    return len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words)
-
-
-def _group_folders(proc: Path, cgroup: Path, controller: str) -> list[Path]:
-    """The folders of this process's group and of those above it, as far as they are mounted.
-
-    controller: "" for version 2, whose one hierarchy holds all
-    """
-    found: list[Path] = []
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if (controller in names.split(",")) if controller else (number == "0" and not names):
-            mount = cgroup / controller
-            inner = mount / path.lstrip("/")
-            found += [inner, *(above for above in inner.parents if above.is_relative_to(mount))]
-    return found
 
 
 # --- libraries -------------------------------------------------------------------------------
@@ -244,20 +133,3 @@ def version_numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version or of a condition: ">=11.3" -> (11, 3)."""
     match = re.search(r"\d+(\.\d+)*", text)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-# --- shared ----------------------------------------------------------------------------------
-
-
-def _fields(text: str) -> dict[str, str]:
-    """Lines of `name : value`."""
-    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _read(path: Path) -> str:
-    """The text of a file, empty where there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

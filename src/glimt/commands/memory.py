@@ -29,6 +29,20 @@ def plan_rows(plan: MemoryPlan, peak_rss: int | None = None) -> dict[str, str]:
     return rows
 
 
+def plan_line(plan: MemoryPlan) -> str:
+    """The whole plan in one line: a large model's is told at every start."""
+    parts = {
+        "weights": plan.language + plan.head + plan.embedding,
+        "vision": plan.tower,
+        "KV cache": plan.kv,
+        "picture features": plan.features,
+        "work and reserve": plan.workspace + plan.reserve,
+    }
+    listed = ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    limit = "" if plan.limit is None else f" of at most {size_text(plan.limit)}"
+    return f"memory planned: {size_text(plan.total)}{limit} ({listed})"
+
+
 def note_plan(engine: Engine) -> None:
     """One line for each part, on stderr."""
     for name, size in plan_rows(engine.memory).items():

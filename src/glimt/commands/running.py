@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
-from glimt.commands.console import byte_bar
+from glimt.commands.console import byte_bar, note
+from glimt.commands.memory import plan_line
 from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.errors import RequestError
@@ -13,7 +14,7 @@ from glimt.inputs.request import LANGUAGES
 from glimt.loader import open_model
 from glimt.types import Request, StepOutput, Timings, Usage
 
-_MIN_BAR_BYTES = 256 * 2**20  # what loads faster needs no bar
+_LARGE_BYTES = 256 * 2**20  # what is smaller loads at once and fits anywhere
 
 
 def check_language(language: str) -> None:
@@ -23,16 +24,19 @@ def check_language(language: str) -> None:
 
 
 def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
-    """Load a model folder, with a progress bar for a large one.
+    """Load a model folder; of a large one, show progress and the memory plan.
 
     Raises ConfigError or CheckpointError, each listing everything that is wrong.
     """
     opened = open_model(config)
     total = opened.plan().nbytes
-    has_bar = total >= _MIN_BAR_BYTES and not is_quiet
-    with byte_bar("loading", total) if has_bar else nullcontext() as on_tensor:
+    is_told = total >= _LARGE_BYTES and not is_quiet
+    with byte_bar("loading", total) if is_told else nullcontext() as on_tensor:
         opened.load(on_tensor)
-    return Engine(opened, config)
+    engine = Engine(opened, config)
+    if is_told:
+        note(plan_line(engine.memory))
+    return engine
 
 
 def run_request(

@@ -12,6 +12,7 @@ from glimt.commands.console import out_console, size_text
 from glimt.commands.doctor import Check, Facts, NativeKernels, is_healthy
 from glimt.commands.machine import Library
 from glimt.commands.tables import key_values
+from glimt.devices.host import Threads
 
 _MARKS = {
     "ok": ("ok      ", "green"),
@@ -52,6 +53,7 @@ def _machine(facts: Facts) -> dict[str, str]:
         "cores": cores,
         "NUMA nodes": str(facts.numa_nodes),
         "torch threads": str(facts.torch.num_threads or "unknown"),
+        "kernels' threads": _threads(facts.threads),
         **_kernels(facts.kernels),
         "has": ", ".join(name for name in sets if sets[name]) or "none of those that matter",
         "has not": ", ".join(name for name in sets if not sets[name]) or "nothing that matters",
@@ -66,6 +68,14 @@ def _machine(facts: Facts) -> dict[str, str]:
         rows["reads at most"] = f"{(facts.limits['read_bytes'] or 0) / 1e9:.1f} GB/s"
         rows["multiplies at most"] = ", ".join(_multiplies(facts.limits))
     return rows
+
+
+def _threads(threads: Threads | None) -> str:
+    if threads is None:
+        return "unknown"
+    if not threads.places:
+        return str(threads.count)
+    return f"{threads.count}, kept on processors {', '.join(map(str, threads.places))}"
 
 
 def _multiplies(limits: Mapping[str, float | None]) -> Iterator[str]:

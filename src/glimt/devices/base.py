@@ -7,7 +7,6 @@ leaves alone is slow but right. Knows shapes and caches, no model and no request
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glimt.devices.host import read_memory
 from glimt.errors import ConfigError
 
 RotaryStyle = Literal["interleaved", "half"]
@@ -409,13 +409,8 @@ def _attend(
 
 
 def _host_free_bytes() -> int:
-    """MemAvailable of /proc/meminfo; 4 GiB where there is no such file."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            lines = dict(line.split(":", 1) for line in meminfo)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 4 * 2**30
+    """What this process can still get; 4 GiB where the system does not say."""
+    return read_memory().usable or 4 * 2**30
 
 
 def all_devices() -> dict[str, type[Device]]:
@@ -427,11 +422,6 @@ def all_devices() -> dict[str, type[Device]]:
         if hasattr(module, "DEVICE"):
             found[module.DEVICE.name] = module.DEVICE
     return found
-
-
-def usable_threads() -> int:
-    """Processors of the host that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def open_device(name: str, num_threads: int | None = None) -> Device:

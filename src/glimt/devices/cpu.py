@@ -16,8 +16,8 @@ from glimt.devices.base import (
     LowBitWeight,
     MatrixWeight,
     RotaryStyle,
-    usable_threads,
 )
+from glimt.devices.host import plan_threads
 from glimt.kernels.choose import open_native
 from glimt.kernels.native import Native, PackedWeight, keep_freed_memory
 
@@ -33,13 +33,14 @@ class CpuDevice(Device):
     def open(cls, num_threads: int | None = None) -> Device:
         """With native kernels, unless there are none or GLIMT_ISA is "none".
 
-        num_threads: None: one for each processor of this process in the kernels, and what torch
-            takes by itself in torch
+        num_threads: None: one for each core of this process, as far as its container's share of
+            time goes; torch may take fewer by itself
         Raises ConfigError if the instruction set that GLIMT_ISA names cannot be used.
         """
-        plain = super().open(num_threads)
-        threads = num_threads or usable_threads()
-        native = open_native(os.environ.get("GLIMT_ISA"), threads)
+        threads = plan_threads(num_threads)
+        too_many = torch.get_num_threads() > threads.count
+        plain = super().open(threads.count if too_many else num_threads)
+        native = open_native(os.environ.get("GLIMT_ISA"), threads.count, threads.places)
         return plain if native is None else NativeCpuDevice(native)
 
     def preferred_dtype(self, declared: torch.dtype) -> torch.dtype:

@@ -29,15 +29,15 @@ _OF_THE_KERNELS = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, 
 _NOT_BUILT = "the native kernels were not built (no C++ compiler at installation)"
 
 
-def open_native(wanted: str | None, threads: int) -> Native | None:
+def open_native(wanted: str | None, threads: int, places: Sequence[int] = ()) -> Native | None:
     """The kernels to use, now in force for the whole process; None for the plain torch path.
 
-    wanted: as chosen_isa takes it; threads: of the kernels' own
+    wanted: as chosen_isa takes it; threads, places: of the kernels' own, as Native takes them
     Raises ConfigError if a set that was asked for is unknown, not there, or fails its self-test.
     """
     path = library_path()
     isa = chosen_isa(wanted, path)
-    return Native(path, isa, threads) if path and isa else None
+    return Native(path, isa, threads, places) if path and isa else None
 
 
 def chosen_isa(wanted: str | None, path: str | None) -> str | None:

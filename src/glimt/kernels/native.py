@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2  # csrc/exports.cpp says the same
+ABI = 3  # csrc/exports.cpp says the same
 ISAS = ("amx", "avx512", "avx2", "portable")  # best first
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
@@ -233,6 +233,8 @@ def open_library(path: str) -> ctypes.CDLL:
     library.glimt_has.argtypes = library.glimt_use.argtypes = (c_char_p,)
     library.glimt_set_threads.argtypes = (c_int,)
     library.glimt_set_threads.restype = None
+    library.glimt_place_threads.argtypes = (POINTER(c_int), c_int)
+    library.glimt_place_threads.restype = None
     library.glimt_packed_bytes.argtypes = (POINTER(PlainWeightStruct),)
     library.glimt_packed_bytes.restype = c_int64
     library.glimt_pack.argtypes = (POINTER(PlainWeightStruct), c_int, c_void_p)
@@ -266,16 +268,19 @@ class Native:
     """The kernels of one instruction set. Raises OSError if it is not there.
 
     isa: one of ISAS; threads: of the kernels' own, the caller's among them
+    places: the processor of each thread; empty: where the system puts them. The caller's own thread
+        stays free: what it starts would inherit its place, and the others leave it only one.
     The library holds one of each for the whole process: what was made last decides for all. Packed
     weights are the same for every set, so earlier ones go on with the later kernels.
     """
 
-    def __init__(self, path: str, isa: str, threads: int) -> None:
+    def __init__(self, path: str, isa: str, threads: int, places: Sequence[int] = ()) -> None:
         self.library = open_library(path)
         if self.library.glimt_use(isa.encode()):
             raise OSError(f"{isa} is not compiled in, or this processor does not have it")
         self.isa = isa
         self.library.glimt_set_threads(threads)
+        self.library.glimt_place_threads((c_int * len(places))(*places), len(places))
 
     # --- weights ---
 

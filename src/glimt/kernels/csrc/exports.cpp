@@ -57,7 +57,7 @@ using namespace glimt;
 extern "C" {
 
 // Raised whenever a struct of kernels.h or the packed layout changes.
-EXPORT int glimt_abi() { return 2; }
+EXPORT int glimt_abi() { return 3; }
 
 // Is this instruction set compiled in, and does this processor have it?
 EXPORT int glimt_has(const char* name) {
@@ -80,6 +80,13 @@ EXPORT int glimt_use(const char* name) {
 EXPORT void glimt_set_threads(int count) {
     std::lock_guard<std::mutex> lock(one_call);
     set_num_workers(count);
+}
+
+// Worker i stays on processor places[i], but for worker 0, the caller's thread. Where the system
+// refuses, it goes on as it was.
+EXPORT void glimt_place_threads(const int* places, int count) {
+    std::lock_guard<std::mutex> lock(one_call);
+    place_workers(places, count);
 }
 
 // Bytes per second of one pass over data, 64-byte aligned; 0 where that instruction set is not

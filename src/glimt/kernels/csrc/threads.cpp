@@ -9,6 +9,8 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
@@ -86,6 +88,18 @@ class Pool {
         for (auto& thread : threads_) thread.join();
     }
     int count() const { return count_; }
+    void place(const int* places, int count) {
+#if defined(__linux__)
+        for (int worker = 1; worker < count && worker < count_; ++worker) {
+            cpu_set_t set;
+            CPU_ZERO(&set);
+            CPU_SET(places[worker], &set);
+            pthread_setaffinity_np(threads_[worker - 1].native_handle(), sizeof(set), &set);
+        }
+#else
+        (void)places, (void)count;
+#endif
+    }
     Barrier& barrier() { return barrier_; }
     void run(void (*body)(void*, int, int), void* context) {
         body_ = body;
@@ -140,6 +154,8 @@ void set_num_workers(int count) {
     pool.reset();
     pool = std::make_unique<Pool>(count < 1 ? 1 : count);
 }
+
+void place_workers(const int* places, int count) { the_pool().place(places, count); }
 
 void* scratch(int slot, int64_t num_bytes) {
     Slot& held = slots[slot];

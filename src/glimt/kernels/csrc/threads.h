@@ -15,6 +15,10 @@ void wait_for_all();
 int num_workers();
 void set_num_workers(int count);  // between calls only
 
+// Worker i, but for the calling thread, stays on processor places[i] until the number changes. Its
+// part of a weight then lies in the memory of its node, for packing was the first to touch it.
+void place_workers(const int* places, int count);  // between calls only
+
 // Scratch memory of the call, 64-byte aligned, kept and grown from call to call; one for each
 // `slot`. Not to be called from inside a body.
 void* scratch(int slot, int64_t num_bytes);

@@ -207,6 +207,20 @@ class WriteKvStruct(ctypes.Structure):
     )
 
 
+class FitStruct(ctypes.Structure):
+    """FitCall of csrc/kernels.h."""
+
+    _fields_ = (
+        ("weights", c_void_p),
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("num_groups", c_int64),
+        ("group", c_int32),
+        ("has_offsets", c_int32),
+    )
+
+
 _CALLS = {
     "glimt_linear": LinearStruct,
     "glimt_mlp": MlpStruct,
@@ -215,6 +229,7 @@ _CALLS = {
     "glimt_norm": NormStruct,
     "glimt_rotate": RotateStruct,
     "glimt_write_kv": WriteKvStruct,
+    "glimt_fit": FitStruct,
 }
 
 
@@ -584,6 +599,23 @@ def available(path: str) -> Sequence[str]:
     """Instruction sets that are compiled in and that this processor has, best first."""
     library = open_library(path)
     return [isa for isa in ISAS if library.glimt_has(isa.encode())]
+
+
+def fit_groups(groups: Tensor, has_offsets: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Nibbles [m, group / 2], scales and offsets [m] of rows [m, group] float32; see FitCall.
+
+    With the kernels that this process has in use, which all give the same; None without any.
+    """
+    path = library_path()
+    if path is None:
+        return None
+    groups = groups.contiguous()
+    m, group = groups.shape
+    values = torch.empty(m, group // 2, dtype=torch.uint8)
+    scales, offsets = torch.empty(m), torch.empty(m)
+    parts = (groups, values, scales, offsets)
+    call = FitStruct(*(part.data_ptr() for part in parts), m, group, int(has_offsets))
+    return None if open_library(path).glimt_fit(byref(call)) else (values, scales, offsets)
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glimt.kernels.choose import WRONG_VALUES
-from glimt.kernels.native import Native, library_path
+from glimt.kernels.native import Native, fit_groups, library_path
 
 _TOLERANCE = 0.03  # of the largest value: some bfloat16 steps
 
@@ -26,7 +26,7 @@ def main(isa: str) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     native = Native(path, isa, threads=2)
-    for check in (_linear, _low_bits, _mlp, _attention, _decode, _norm, _rotate, _write_kv):
+    for check in (_linear, _low_bits, _mlp, _attention, _decode, _norm, _rotate, _write_kv, _fit):
         if not check(native):
             print(f"{check.__name__.strip('_')} gives wrong values", file=sys.stderr)
             return WRONG_VALUES
@@ -142,6 +142,18 @@ def _write_kv(native: Native) -> bool:
     wanted = torch.zeros(2, 16, 2, 40)
     wanted[0, slots], wanted[1, slots] = key.float(), value.float()
     return _close(caches.flatten(1, 2), wanted)
+
+
+def _fit(native: Native) -> bool:
+    groups = torch.randn(70, 64)
+    found = fit_groups(groups, has_offsets=False)
+    if found is None:
+        return True
+    values, scales, offsets = found
+    steps = torch.stack((values & 15, values >> 4), dim=-1).flatten(1).float()
+    error = (steps * scales[:, None] + offsets[:, None] - groups).abs()
+    # All but what a narrower scale cuts off is within half a step.
+    return bool((error.median(1).values <= scales.abs() / 2).all() and error.max() < 2)
 
 
 if __name__ == "__main__":

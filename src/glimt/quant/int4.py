@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glimt.kernels.native import fit_groups
 from glimt.quant.base import (
     Parts,
     QuantFormat,
@@ -61,10 +62,9 @@ class Int4(QuantFormat):
         m, k = rows.shape
         filled = F.pad(rows, (0, padded(k, self.group) - k))
         groups = filled.view(-1, self.group)
-        fit = fit_asymmetric if self.has_offsets else fit_symmetric
-        scales, offsets = fit(groups)
-        steps = _steps(groups, scales, offsets)
-        return pack_nibbles(steps.view(m, -1)), scales.view(m, -1), offsets.view(m, -1)
+        fitted = fit_groups(groups, self.has_offsets) or plain_fit(groups, self.has_offsets)
+        values, scales, offsets = (part.view(m, -1) for part in fitted)
+        return values, scales, offsets
 
     def stored(self, n: int, k: int) -> Mapping[str, StoredTensor]:
         """Scales are bfloat16 by their making; symmetric offsets follow from them."""
@@ -93,7 +93,13 @@ class Int4(QuantFormat):
         return QuantisedWeight("int4", values, scales, offsets, self.group, n, k, self.quantises_x)
 
 
-# --- scales ----------------------------------------------------------------------------------
+# --- rounding in plain torch; the kernels' fit_groups does the same ---------------------------
+
+
+def plain_fit(groups: Tensor, has_offsets: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[m, group] float32 -> nibbles [m, group / 2], scales and offsets [m]."""
+    scales, offsets = (fit_asymmetric if has_offsets else fit_symmetric)(groups)
+    return pack_nibbles(_steps(groups, scales, offsets)), scales, offsets
 
 
 def fit_symmetric(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,5 +117,6 @@ EXPORT int glimt_decode(const DecodeCall* call) { return run(&Kernels::decode, c
 EXPORT int glimt_norm(const NormCall* call) { return run(&Kernels::norm, call); }
 EXPORT int glimt_rotate(const RotateCall* call) { return run(&Kernels::rotate, call); }
 EXPORT int glimt_write_kv(const WriteKvCall* call) { return run(&Kernels::write_kv, call); }
+EXPORT int glimt_fit(const FitCall* call) { return run(&Kernels::fit, call); }
 
 }  // extern "C"

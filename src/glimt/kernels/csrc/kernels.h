@@ -149,6 +149,19 @@ struct WriteKvCall {
     int32_t num_kv_heads, head_dim;
 };
 
+// Rounds groups of weights to four bits, each with the scale (and offset) that harms it least.
+//   weights: [num_groups, group] float, group 32, 64 or 128
+//   values: [num_groups, group / 2], as kInt4 of PlainWeight; scales, offsets: [num_groups], exact
+//   in bfloat16; offsets are -8 * scale unless has_offsets
+struct FitCall {
+    const float* weights;
+    uint8_t* values;
+    float* scales;
+    float* offsets;
+    int64_t num_groups;
+    int32_t group, has_offsets;
+};
+
 // What one instruction set offers. A null entry: the plain torch path is taken instead.
 struct Kernels {
     const char* name;
@@ -159,6 +172,7 @@ struct Kernels {
     void (*norm)(const NormCall&);
     void (*rotate)(const RotateCall&);
     void (*write_kv)(const WriteKvCall&);
+    void (*fit)(const FitCall&);
 };
 
 // Each in files of its own, compiled with its own flags; null where it was not built.

@@ -1,6 +1,7 @@
 // The tables of what each instruction set offers. A better set takes over the kernels of the one
 // before where it brings nothing of its own.
 #include "attention.h"
+#include "fit.h"
 #include "kernels.h"
 #include "linear.h"
 #include "rows.h"
@@ -17,6 +18,7 @@ const Kernels* portable_kernels() {
         norm_portable,
         rotate_portable,
         write_kv_portable,
+        fit_portable,
     };
     return &kernels;
 }
@@ -33,6 +35,7 @@ const Kernels* avx2_kernels() {
         norm_avx2,
         rotate_avx2,
         write_kv_avx2,
+        fit_avx2,
     };
     return &kernels;
 }
@@ -47,6 +50,7 @@ const Kernels* avx512_kernels() {
         norm_avx512,
         rotate_avx512,
         write_kv_avx512,
+        fit_avx512,
     };
     return &kernels;
 }
@@ -61,6 +65,7 @@ const Kernels* amx_kernels() {
         norm_avx512,
         rotate_avx512,
         write_kv_avx512,
+        fit_avx512,
     };
     return &kernels;
 }

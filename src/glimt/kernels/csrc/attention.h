@@ -33,6 +33,7 @@ struct TokenRows {
 void attention_portable(const AttentionCall& call);
 void attention_avx2(const AttentionCall& call);
 void attention_avx512(const AttentionCall& call);
+void attention_avx512_bf16(const AttentionCall& call);
 void attention_amx(const AttentionCall& call);
 
 void decode_portable(const DecodeCall& call);

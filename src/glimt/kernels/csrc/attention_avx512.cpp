@@ -1,10 +1,16 @@
 #if defined(__AVX512F__)
 #define GLIMT_LANES 16
 #include "attention_plain.inc"
+#include "processor.h"
 
 namespace glimt {
 
-void attention_avx512(const AttentionCall& call) { attend_all(call); }
+void attention_avx512(const AttentionCall& call) {
+    if (has_avx512_bf16())
+        attention_avx512_bf16(call);
+    else
+        attend_all(call);
+}
 
 void decode_avx512(const DecodeCall& call) { decode_all(call); }
 

@@ -77,6 +77,12 @@ EXPORT int glimt_use(const char* name) {
     return 1;
 }
 
+// For tests: as if the processor had no dot products of bfloat16.
+EXPORT void glimt_hide_avx512_bf16(int is_hidden) {
+    std::lock_guard<std::mutex> lock(one_call);
+    hide_avx512_bf16(is_hidden != 0);
+}
+
 EXPORT void glimt_set_threads(int count) {
     std::lock_guard<std::mutex> lock(one_call);
     set_num_workers(count);

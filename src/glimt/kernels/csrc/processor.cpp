@@ -10,6 +10,14 @@
 
 namespace glimt {
 
+namespace {
+
+bool is_bf16_hidden = false;
+
+}  // namespace
+
+void hide_avx512_bf16(bool is_hidden) { is_bf16_hidden = is_hidden; }
+
 #if defined(__x86_64__)
 namespace {
 
@@ -50,6 +58,8 @@ bool ask_for_tiles() {
 #endif
 }
 
+bool has_bf16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
+
 }  // namespace
 
 bool has_avx2() {
@@ -63,12 +73,15 @@ bool has_avx512() {
     return has_avx2() && saves(kAvx512State) && f_dq_bw_vl && bit(r.c, 11);
 }
 
-bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
+bool has_avx512_bf16() {
+    static const bool is_there = has_bf16();  // asking takes long in a virtual machine
+    return is_there && !is_bf16_hidden;
+}
 
 bool has_amx() {
     const Registers r = cpuid(7, 0);
     const bool tiles = bit(r.d, 22) && bit(r.d, 24) && bit(r.d, 25);
-    return has_avx512_bf16() && tiles && saves(kTileState) && ask_for_tiles();
+    return has_bf16() && tiles && saves(kTileState) && ask_for_tiles();
 }
 
 #else

@@ -384,6 +384,24 @@ def test_matrices_larger_than_a_block(native: Native, variant: Variant, m: int) 
     check(native.linear(x, packed, residual=residual), expected, bound)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(80, 136), (64, 9000)])
+def test_rows_do_not_depend_on_their_chunk(variant: Variant, n: int, k: int) -> None:
+    """Catches sums whose order changes with the number of rows, on processors without tiles."""
+    if LIBRARY is None or "avx512" not in available(LIBRARY):
+        pytest.skip("needs AVX-512")
+    native = Native(LIBRARY, "avx512", threads=2)
+    packed = pack(native, variant, make_plain(variant, n, k))
+    x = make_x(531, k)
+    whole = native.linear(x, packed)
+    assert whole is not None
+    # Not one or two rows of int4, whose sums are two chains for speed.
+    for begin, end in ((0, 13), (13, 257), (257, 262), (262, 531)):
+        part = native.linear(x[begin:end].contiguous(), packed)
+        assert part is not None
+        assert torch.equal(part, whole[begin:end])
+
+
 # --- mlp ---
 
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dots.inc"
 #include "epilogue.inc"
 #include "mlp.h"
 #include "processor.h"
@@ -20,7 +21,9 @@ namespace {
 
 constexpr int kAhead = 2048;      // bytes that the streams are fetched ahead
 constexpr int kRowGroup = 8;      // rows that share one pass over a weight
-constexpr int kRowsAtOnce = 128;  // rows laid out at a time: their floats stay in the caches
+// Rows laid out at a time: many, for they read the weight together, but they must stay cached.
+constexpr int kLeastRows = 128, kMostRows = 512;
+constexpr int64_t kLaidBytes = 4 << 20;
 constexpr int kCached = 1 << 19;  // bytes of blocks that stay cached while the next ones come
 constexpr int kSmall = 1 << 16;   // values of x below which one thread lays them out
 
@@ -47,7 +50,7 @@ struct Product {
     int64_t row_bytes;
     float* scales;       // [rows][max(1, num_groups)]: of a row or of its groups
     float* sums;         // [rows][num_groups]: of the rounded values times scale; of x itself
-    int32_t* whole_sums; // [rows][num_groups]: of the rounded values
+    int32_t* whole_sums; // [rows][num_groups]: of the rounded values, times -8
 };
 
 int64_t bytes_per_value(Rows layout) {
@@ -95,10 +98,12 @@ void lay_group_bytes(const Product& p, const uint16_t* x, int64_t row, int8_t* o
     for (int64_t g = 0; g < p.num_groups; ++g) {
         const int64_t at = row * p.num_groups + g;
         const int64_t begin = std::min(g * group, k), count = std::min(group, k - begin);
+        int32_t sum;
         const float scale =
-            quantise(x + begin, count, group, out + g * group, &p.whole_sums[at]);
+            quantise(x + begin, count, group, out + g * group, &sum);
         p.scales[at] = scale;
-        p.sums[at] = scale * float(p.whole_sums[at]);
+        p.sums[at] = scale * float(sum);
+        p.whole_sums[at] = -8 * sum;
     }
 }
 
@@ -184,10 +189,6 @@ inline __m512i quad_at(const void* at) {
     return _mm512_set1_epi32(bits);
 }
 
-inline __m512 half_at(const uint8_t* at) {
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
-}
-
 // bfloat16 by float: exact products, summed in float.
 struct Bf16Floats {
     static constexpr Rows kLayout = Rows::kFloats;
@@ -224,8 +225,7 @@ struct Bf16Floats {
 struct Bf16Pairs {
     static constexpr Rows kLayout = Rows::kPairs;
     template <int NB, int MR>
-    __attribute__((target("avx512bf16"))) static void run(const Product& p, const Streams& s,
-                                                          int64_t row, float* out) {
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
         __m512 sum[MR][NB];
         UNROLL for (int m = 0; m < MR; ++m)
             UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
@@ -242,7 +242,7 @@ struct Bf16Pairs {
             UNROLL for (int m = 0; m < MR; ++m) {
                 const __m512i pair = pair_at(x + m * stride + line * 2);
                 UNROLL for (int b = 0; b < NB; ++b)
-                    sum[m][b] = _mm512_dpbf16_ps(sum[m][b], (__m512bh)both[b], (__m512bh)pair);
+                    sum[m][b] = dot_pairs(sum[m][b], both[b], pair);
             }
         }
         UNROLL for (int m = 0; m < MR; ++m)
@@ -250,6 +250,19 @@ struct Bf16Pairs {
                 _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
     }
 };
+
+// Sums of bytes, which byte_as_float has made 2^24 times as large.
+template <int NB, int MR>
+inline void store_scaled(const Product& p, const Streams& s, const __m512 (&sum)[MR][NB],
+                         float* out) {
+    const float* scales = scales_of(*p.call->weight) + s.column;
+    UNROLL for (int b = 0; b < NB; ++b) {
+        const __m512 scale =
+            _mm512_mul_ps(_mm512_loadu_ps(scales + b * kBlock), _mm512_set1_ps(kPerByte));
+        UNROLL for (int m = 0; m < MR; ++m)
+            _mm512_storeu_ps(out + (m * NB + b) * kBlock, _mm512_mul_ps(sum[m][b], scale));
+    }
+}
 
 // int8 by float: every weight is widened, its scale comes last.
 struct Int8Floats {
@@ -267,26 +280,44 @@ struct Int8Floats {
                 const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
                 fetch(at + ahead);
                 const __m512i four = line_at(at);
-                const __m512i byte[4] = {
-                    _mm512_srai_epi32(_mm512_slli_epi32(four, 24), 24),
-                    _mm512_srai_epi32(_mm512_slli_epi32(four, 16), 24),
-                    _mm512_srai_epi32(_mm512_slli_epi32(four, 8), 24),
-                    _mm512_srai_epi32(four, 24),
-                };
+                const __m512 wide[4] = {byte_as_float<0>(four), byte_as_float<1>(four),
+                                        byte_as_float<2>(four), byte_as_float<3>(four)};
                 UNROLL for (int i = 0; i < 4; ++i) {
-                    const __m512 w = _mm512_cvtepi32_ps(byte[i]);
                     UNROLL for (int m = 0; m < MR; ++m)
                         sum[m][b] = _mm512_fmadd_ps(
-                            w, _mm512_set1_ps(x[m * stride + line * 4 + i]), sum[m][b]);
+                            wide[i], _mm512_set1_ps(x[m * stride + line * 4 + i]), sum[m][b]);
                 }
             }
         }
-        const float* scales = scales_of(*p.call->weight) + s.column;
+        store_scaled<NB, MR>(p, s, sum, out);
+    }
+};
+
+// The same with the instruction for pairs of bfloat16.
+struct Int8Pairs {
+    static constexpr Rows kLayout = Rows::kPairs;
+    template <int NB, int MR>
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
+        __m512 sum[MR][NB];
         UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b)
-                _mm512_storeu_ps(
-                    out + (m * NB + b) * kBlock,
-                    _mm512_mul_ps(sum[m][b], _mm512_loadu_ps(scales + b * kBlock)));
+            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        const uint16_t* x = row_of<uint16_t>(p, row);
+        const int64_t stride = p.row_bytes / sizeof(uint16_t);
+        for (int64_t line = 0; line < s.num_lines; ++line) {
+            const int64_t ahead = s.ahead<NB>(line);
+            UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
+                fetch(at + ahead);
+                const __m512i four = line_at(at);
+                const __m512i first = byte_pairs<0>(four), second = byte_pairs<2>(four);
+                UNROLL for (int m = 0; m < MR; ++m) {
+                    const uint16_t* of = x + m * stride + line * 4;
+                    sum[m][b] = dot_pairs(sum[m][b], first, pair_at(of));
+                    sum[m][b] = dot_pairs(sum[m][b], second, pair_at(of + 2));
+                }
+            }
+        }
+        store_scaled<NB, MR>(p, s, sum, out);
     }
 };
 
@@ -310,7 +341,7 @@ struct Int8Bytes {
             UNROLL for (int m = 0; m < MR; ++m) {
                 const __m512i quad = quad_at(x + m * p.row_bytes + line * 4);
                 UNROLL for (int b = 0; b < NB; ++b)
-                    sum[m][b] = _mm512_dpbusd_epi32(sum[m][b], quad, four[b]);
+                    sum[m][b] = dot_bytes(sum[m][b], quad, four[b]);
             }
         }
         const float* scales = scales_of(*p.call->weight) + s.column;
@@ -374,7 +405,7 @@ struct Int4Bytes {
                 const int32_t total = p.whole_sums[first + m * p.num_groups + g];
                 UNROLL for (int b = 0; b < NB; ++b) {
                     sum[m][b][kParts - 1] = _mm512_setzero_si512();
-                    sum[m][b][0] = _mm512_set1_epi32(-8 * total);
+                    sum[m][b][0] = _mm512_set1_epi32(total);
                 }
             }
             for (int64_t i = 0; i < groups.group_lines; ++i) {
@@ -392,9 +423,9 @@ struct Int4Bytes {
                     const int8_t* of = x + m * p.row_bytes + line * 8;
                     const __m512i even = quad_at(of), odd = quad_at(of + 4);
                     UNROLL for (int b = 0; b < NB; ++b) {
-                        sum[m][b][0] = _mm512_dpbusd_epi32(sum[m][b][0], low[b], even);
+                        sum[m][b][0] = dot_bytes(sum[m][b][0], low[b], even);
                         sum[m][b][kParts - 1] =
-                            _mm512_dpbusd_epi32(sum[m][b][kParts - 1], high[b], odd);
+                            dot_bytes(sum[m][b][kParts - 1], high[b], odd);
                     }
                 }
             }
@@ -423,16 +454,10 @@ struct Int4Bytes {
 struct Int4Pairs {
     static constexpr Rows kLayout = Rows::kHalfPairs;
     template <int NB, int MR>
-    __attribute__((target("avx512bf16"))) static void run(const Product& p, const Streams& s,
-                                                          int64_t row, float* out) {
+    static void run(const Product& p, const Streams& s, int64_t row, float* out) {
         constexpr int kParts = NB * MR <= 4 ? 2 : 1;
         const Groups groups(p, s);
-        alignas(64) static const uint16_t kTable[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 … -1
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,   // 0 … 7
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // bit 4 is not
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // masked
-        const __m512i table = _mm512_load_si512(kTable);
+        const __m512i table = nibbles_as_bf16();
         const uint16_t* x = row_of<uint16_t>(p, row);
         const int64_t stride = p.row_bytes / sizeof(uint16_t), first = row * p.num_groups;
         for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
@@ -457,8 +482,8 @@ struct Int4Pairs {
                     UNROLL for (int m = 0; m < MR; ++m) {
                         const __m512i pair = pair_at(x + m * stride + line * 8 + j * 2);
                         UNROLL for (int b = 0; b < NB; ++b)
-                            sum[m][b][j % kParts] = _mm512_dpbf16_ps(
-                                sum[m][b][j % kParts], (__m512bh)w[b], (__m512bh)pair);
+                            sum[m][b][j % kParts] = dot_pairs(
+                                sum[m][b][j % kParts], w[b], pair);
                     }
                 }
             }
@@ -613,7 +638,9 @@ Choice choose(const Weight& weight) {
     static const bool has_pairs = has_avx512_bf16();
     switch (weight.format) {
         case kBf16: return has_pairs ? choice<Bf16Pairs>() : choice<Bf16Floats>();
-        case kInt8: return weight.quantises_x ? choice<Int8Bytes>() : choice<Int8Floats>();
+        case kInt8:
+            if (weight.quantises_x) return choice<Int8Bytes>();
+            return has_pairs ? choice<Int8Pairs>() : choice<Int8Floats>();
         default:
             if (weight.quantises_x) return choice<Int4Bytes>();
             return has_pairs ? choice<Int4Pairs>() : choice<Int4Floats>();
@@ -623,8 +650,15 @@ Choice choose(const Weight& weight) {
 struct Work {
     Product product;
     Choice choice;
+    int64_t rows_at_once;
     bool is_laid_out;  // x was, by the caller
 };
+
+// Parts of equal size: were a row left over, it would read the whole weight for itself.
+int64_t equal_parts(int64_t count, int64_t most) {
+    const int64_t parts = (count + most - 1) / most;
+    return up_to((count + parts - 1) / parts, kRowGroup);
+}
 
 void work_part(void* context, int worker, int num_workers) {
     const FlushDenormals flush;
@@ -633,8 +667,8 @@ void work_part(void* context, int worker, int num_workers) {
     const int64_t pairs = header_of(*p.call->weight).num_blocks / 2;
     int64_t begin, end;
     part_of(pairs, worker, num_workers, &begin, &end);
-    for (; p.first_row < p.call->m; p.first_row += kRowsAtOnce) {
-        p.num_rows = std::min(p.call->m - p.first_row, int64_t(kRowsAtOnce));
+    for (; p.first_row < p.call->m; p.first_row += work.rows_at_once) {
+        p.num_rows = std::min(p.call->m - p.first_row, work.rows_at_once);
         if (!work.is_laid_out) {
             int64_t row, last;
             part_of(up_to(p.num_rows, kRowGroup), worker, num_workers, &row, &last);
@@ -642,7 +676,7 @@ void work_part(void* context, int worker, int num_workers) {
             wait_for_all();
         }
         work.choice.run(p, 2 * begin, 2 * end);
-        if (p.first_row + kRowsAtOnce < p.call->m) wait_for_all();
+        if (p.first_row + work.rows_at_once < p.call->m) wait_for_all();
     }
 }
 
@@ -660,9 +694,11 @@ void linear_avx512(const LinearCall& call) {
     p.call = &call;
     p.layout = work.choice.layout;
     p.num_groups = weight.format == kInt4 ? header.k_padded / weight.group : 0;
-    const int64_t rows = up_to(std::min(call.m, int64_t(kRowsAtOnce)), kRowGroup);
     // A line more than the row keeps rows of a power of two from meeting in the same cache sets.
     p.row_bytes = up_to(header.k_padded * bytes_per_value(p.layout), 64) + 64;
+    work.rows_at_once = equal_parts(
+        call.m, std::clamp(kLaidBytes / p.row_bytes, int64_t(kLeastRows), int64_t(kMostRows)));
+    const int64_t rows = work.rows_at_once;
     p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * p.row_bytes));
     const int64_t count = rows * std::max(p.num_groups, int64_t(1));
     p.scales = static_cast<float*>(scratch(kSlotScales, 3 * count * sizeof(float)));
@@ -679,10 +715,10 @@ void linear_avx512(const LinearCall& call) {
 
 void mlp_avx512(const MlpCall& call) {
     if (call.m <= 0) return;
-    const int64_t width = call.down->k;
+    const int64_t width = call.down->k, rows = equal_parts(call.m, kMostRows);
     auto* inner = static_cast<uint16_t*>(
-        scratch(kSlotInner, std::min(call.m, int64_t(kRowsAtOnce)) * width * sizeof(uint16_t)));
-    mlp_by_blocks(call, kRowsAtOnce, inner, linear_avx512);
+        scratch(kSlotInner, std::min(call.m, rows) * width * int64_t(sizeof(uint16_t))));
+    mlp_by_blocks(call, rows, inner, linear_avx512);
 }
 
 }  // namespace glimt

@@ -122,7 +122,7 @@ class Vision(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[1, 3, height, width], normalised -> [1, num_image_tokens, hidden_size]."""
         x = self.patch_embedding(pixels)
-        for layer in self.transformer["layers"]:
+        for layer in self.transformer["layers"].children():
             x = layer(x)
         x = x[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
         x = self.linear_proj(self.conv(x).flatten(2).transpose(1, 2))
@@ -289,7 +289,7 @@ class OriginalGlm4v(nn.Module):
         return self._forward(self._embed([token_id]), torch.tensor([len(ids) + index]), past)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
-        return self.transformer["embedding"]["word_embeddings"](torch.tensor([ids]))
+        return self.transformer["embedding"].get_submodule("word_embeddings")(torch.tensor([ids]))
 
     def _forward(self, x: Tensor, positions: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         # The whole table, in every step.

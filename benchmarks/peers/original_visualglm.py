@@ -141,13 +141,15 @@ class EvaTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[1, 3, height, width], normalised -> [1, 1 + num_patches, hidden_size]."""
-        patches = self.mixins["patch_embedding"]["proj"](pixels).flatten(2).transpose(1, 2)
+        patches = (
+            self.mixins["patch_embedding"].get_submodule("proj")(pixels).flatten(2).transpose(1, 2)
+        )
         first = self.transformer["word_embeddings"](torch.zeros(1, 1, dtype=torch.long))
         x = torch.cat((first, patches), dim=1)
         x = x + self.transformer["position_embeddings"](torch.arange(x.shape[1]).unsqueeze(0))
-        for block in self.transformer["layers"]:
+        for block in self.transformer["layers"].children():
             x = block(x)
-        return self.mixins["cls"]["ln_vision"](x)
+        return self.mixins["cls"].get_submodule("ln_vision")(x)
 
 
 class Qformer(nn.Module):
@@ -168,7 +170,7 @@ class Qformer(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """[1, num_patches, vision_size] -> [1, num_queries, hidden_size]."""
         x = self.transformer["word_embeddings"](torch.arange(self.num_queries).unsqueeze(0))
-        for block in self.transformer["layers"]:
+        for block in self.transformer["layers"].children():
             x = block(x, states)
         return self.transformer["final_layernorm"](x)
 
@@ -352,7 +354,7 @@ class OriginalVisualGlm(nn.Module):
         self, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None
     ) -> tuple[Tensor, Past]:
         x, presents = x.transpose(0, 1), []
-        for i, layer in enumerate(self.transformer["layers"]):
+        for i, layer in enumerate(self.transformer["layers"].children()):
             x, present = layer(x, positions, mask, past[i] if past else None)
             presents.append(present)
         x = self.transformer["final_layernorm"](x)

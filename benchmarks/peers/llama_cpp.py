@@ -29,7 +29,7 @@ import typer
 
 from benchmarks.peers.by_turns import Seconds, exactly, report, summarise, take_turns
 from glimt.config import EngineConfig
-from glimt.devices.base import usable_threads
+from glimt.devices.host import plan_threads
 from glimt.engine import Engine
 from glimt.errors import EngineError
 from glimt.synthetic import PUBLISHED
@@ -265,7 +265,7 @@ class Glimt:
 def both(name: str, layers: int, num_steps: int) -> Iterator[tuple[Glimt, Llama]]:
     """Both sides on models of the same shapes; the file is gone once it is read."""
     quant, blocks, head = FORMATS[name]
-    raw, threads = text_config(layers), usable_threads()
+    raw, threads = text_config(layers), plan_threads(None).count
     with tempfile.TemporaryDirectory() as folder:
         glimt = Glimt(Path(folder), raw, quant, threads)
         path = Path(folder) / "synthetic.gguf"

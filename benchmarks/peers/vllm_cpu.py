@@ -33,7 +33,7 @@ from benchmarks.peers.by_turns import (
     take_turns,
 )
 from glimt import LLM
-from glimt.devices.base import usable_threads
+from glimt.devices.host import plan_threads
 from glimt.models.glm4v_9b import TOKENIZER
 from glimt.synthetic import parse_name, published_config
 
@@ -77,7 +77,7 @@ def open_vllm(folder: Path, eager: bool) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Its own binding would pin glimt's threads too, and without the number it takes one alone.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = str(usable_threads())
+    os.environ["OMP_NUM_THREADS"] = str(plan_threads(None).count)
     import vllm
 
     return vllm.LLM(

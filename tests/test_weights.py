@@ -352,6 +352,25 @@ def test_at_most_one_source_is_alive_while_casting(tmp_path, monkeypatch, kind):
     assert peak == 1
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_largest_tensors_come_first(tmp_path, monkeypatch, shards):
+    """Catches a head's gigabyte read on top of a whole model, instead of beside nothing."""
+    tensors = state()
+    monkeypatch.setattr(weights, "_LARGE_BYTES", tensors["model.1.kv"].nbytes)
+    write(tmp_path, dict(sorted(tensors.items(), key=lambda item: item[1].nbytes)), shards=shards)
+    order: list[str] = []
+    fill = weights._Filler.__call__
+
+    def watched(self, step, sources):
+        order.append(step.targets[0])
+        fill(self, step, sources)
+
+    monkeypatch.setattr(weights._Filler, "__call__", watched)
+    assert_loaded(load(tmp_path), tensors, torch.float32)
+    large = {"layers.0.gate_up", "layers.0.key", "layers.1.gate_up", "layers.1.key"}
+    assert set(order[: len(large)]) == large
+
+
 def test_sources_in_two_files_are_held_no_longer_than_needed(tmp_path, monkeypatch):
     """Catches holding every tensor of a file until the next one, for the sake of one pair."""
     write(tmp_path, state(), shards=2)

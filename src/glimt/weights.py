@@ -32,6 +32,9 @@ from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised
 
 Formats = Mapping[str, QuantFormat]  # by parameter name
 
+_LARGE_BYTES = 256 * 2**20  # embeddings and heads in 16 bits; no other matrix is as large
+
+
 # --- what goes where -------------------------------------------------------------------------
 
 
@@ -221,14 +224,35 @@ def load_weights(
     plan = plan_weights(checkpoint, model, formats)
     if plan.problems:
         raise CheckpointError(str(checkpoint.folder), plan.problems)
+    steps = _largest_first(plan.steps, checkpoint.tensors)
     fill = _Filler(_places(model), formats.wanted, dtype, torch_device)
     held: dict[tuple[str, ...], dict[str, Tensor]] = {}  # by targets: sources that wait for others
-    for file in checkpoint.files:
-        for step, sources in _read_steps(file, plan.steps, checkpoint, held):
+    for file in _largest_files_first(checkpoint):
+        for step, sources in _read_steps(file, steps, checkpoint, held):
             fill(step, sources)
             if on_tensor:
                 _report(step, checkpoint.tensors, on_tensor)
     assert not held, f"sources never completed: {sorted(held)}"
+
+
+def _largest_first(steps: Sequence[LoadStep], tensors: Mapping[str, TensorInfo]) -> list[LoadStep]:
+    """Steps in their order, but for embeddings and heads, which come before all others.
+
+    The peak is what is loaded already plus the tensor in hand, and these are a gigabyte each.
+    """
+    return sorted(steps, key=lambda step: -(_step_bytes(step, tensors) // _LARGE_BYTES))
+
+
+def _largest_files_first(checkpoint: Checkpoint) -> list[Path]:
+    """Files in their order, those with an embedding or a head before the others."""
+    most: Counter[Path] = Counter()
+    for info in checkpoint.tensors.values():
+        most[info.file] = max(most[info.file], info.nbytes // _LARGE_BYTES)
+    return sorted(checkpoint.files, key=lambda file: -most[file])
+
+
+def _step_bytes(step: LoadStep, tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(tensors[name].nbytes for name in step.sources)
 
 
 def _report(

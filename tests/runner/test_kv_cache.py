@@ -14,7 +14,12 @@ from glimt.devices.base import AttentionBatch, KVCache, open_device
 from glimt.layers.attention import cached_attention
 from glimt.models.base import BuildContext, Model, find_family
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import allocate_kv, clear_blocks, kv_bytes_per_token
+from glimt.runner.kv_cache import (
+    _zeros_on_demand,
+    allocate_kv,
+    clear_blocks,
+    kv_bytes_per_token,
+)
 from glimt.runner.model_runner import ModelRunner
 from glimt.types import SamplingParams, StepPlan, StepRow
 
@@ -223,3 +228,21 @@ def test_clearing_nothing_changes_nothing():
     clear_blocks([cache], [])
     assert cache.key.all()
     assert cache.value.all()
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def test_blocks_take_memory_when_they_are_written():
+    """Would catch a cache of gigabytes being touched at start, most of it for nothing."""
+    before = _anonymous_bytes()
+    cache = KVCache(*(_zeros_on_demand((4096, 32, 2, 128), torch.bfloat16) for _ in range(2)))
+    assert _anonymous_bytes() - before < 16 * 2**20, "of 128 MiB"
+    cache.key[7] = 1
+    assert cache.key[7].min() == 1
+    assert not cache.key[8].any()
+    assert not cache.value[7].any()

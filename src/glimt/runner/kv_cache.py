@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,9 +30,24 @@ def allocate_kv(
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
 
     def zeros() -> torch.Tensor:
+        if torch_device.type == "cpu":
+            return _zeros_on_demand(shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=torch_device)
 
     return [KVCache(zeros(), zeros()) for _ in range(model.num_layers)]
+
+
+def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are written: few runs fill the whole cache.
+
+    In large pages where the system has them, for attention reads blocks from all over it.
+    """
+    num_values = math.prod(shape)
+    pages = mmap.mmap(-1, max(1, num_values * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=num_values).view(*shape)
 
 
 def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:

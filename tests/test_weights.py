@@ -368,7 +368,8 @@ def test_the_largest_tensors_come_first(tmp_path, monkeypatch, shards):
     monkeypatch.setattr(weights._Filler, "__call__", watched)
     assert_loaded(load(tmp_path), tensors, torch.float32)
     large = {"layers.0.gate_up", "layers.0.key", "layers.1.gate_up", "layers.1.key"}
-    assert set(order[: len(large)]) == large
+    first = order[: len(large)] if shards == 1 else order[:1]  # of two files, each has its own
+    assert large.issuperset(first)
 
 
 def test_sources_in_two_files_are_held_no_longer_than_needed(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@
 // The matrix unit and the vector units work at the same time only if their instructions lie near
 // each other. So the work on a window of 64 keys is spread over three times: its scores are made in
 // one window, weighed during the next, and one slice of an earlier block's values is added in each.
-#if defined(__AMX_BF16__)
+#if defined(__x86_64__)
 
 #include <cstring>
 

@@ -1,8 +1,7 @@
 // Tiles that the attention kernels for AMX share. Each file that includes it has a copy of its own.
 #pragma once
 
-#include <cstdint>
-
+#include "amx_tiles.h"
 #include "attention_vectors.h"
 
 namespace glimt {
@@ -10,32 +9,25 @@ namespace {
 
 constexpr int kTile = 512;  // bfloat16 values
 
-struct alignas(64) TileShapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
+constexpr TileShapes kShapes{};
 
-// Constant and whole operands: g++ takes the intrinsic for a read of eight bytes only, and may
-// drop the stores of the rest.
-const TileShapes kShapes = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+void set_shapes() { configure_tiles(kShapes); }
+void release_tiles() {
+    _tile_release();
+    memory_is_written();
+}
 
-void set_shapes() { __asm__ volatile("ldtilecfg %0" : : "m"(kShapes) : "memory"); }
-void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
-
-// Each clobbers memory: the compiler may not move vector loads and stores across.
-#define LOAD_TILE(tile, from) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(64)) : "memory")
+// The compiler may not move vector loads and stores across any of them.
 #define LOAD_TILE_ROWS(tile, from, stride) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t(stride)) \
-                     : "memory")
-#define STORE_TILE(tile, to) \
-    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" \
-                     : : "r"(to), "r"(int64_t(64)) : "memory")
-#define CLEAR_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
-#define MULTIPLY_TILES(sum, left, right) \
-    __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum : :)
+    do {                                   \
+        memory_is_written();               \
+        _tile_loadd(tile, from, stride);   \
+        memory_is_written();               \
+    } while (0)
+#define LOAD_TILE(tile, from) LOAD_TILE_ROWS(tile, from, 64)
+#define STORE_TILE(tile, to) _tile_stored(tile, to, 64)
+#define CLEAR_TILE(tile) _tile_zero(tile)
+#define MULTIPLY_TILES(sum, left, right) _tile_dpbf16ps(sum, left, right)
 
 }  // namespace
 }  // namespace glimt

@@ -8,7 +8,7 @@
 // and scores are tokens x heads. The weights, turned round, are the left tile of the second
 // product, and pairs of tokens' values the right one. Few query heads: dims lie in the lanes of a
 // vector. What fits neither goes the way of attention_plain.inc.
-#if defined(__AMX_BF16__)
+#if defined(__x86_64__)
 
 #include "attention_tiles.h"
 

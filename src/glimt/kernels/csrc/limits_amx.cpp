@@ -1,24 +1,12 @@
 #include "limits.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#include <immintrin.h>
+#if defined(__x86_64__)
+#include "amx_tiles.h"
 
 namespace glimt {
 namespace {
 
-struct TileConfig {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes_per_row[16];
-    uint8_t num_rows[16];
-};
-static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
-
-// Eight tiles of 16 rows of 64 bytes. Constant, because a compiler that is told too little about
-// what ldtilecfg reads has dropped the stores that fill one on the stack.
-alignas(64) constexpr TileConfig kTiles = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-void open_tiles() { __asm__ volatile("ldtilecfg %0" : : "m"(kTiles) : "memory"); }
+constexpr TileShapes kTiles{};
 
 constexpr int64_t kTileBytes = 1024, kNumSteps = 2;
 constexpr int64_t kOperands = 4 * kNumSteps * kTileBytes;  // two A and two B tiles a step: 8 KB
@@ -32,7 +20,7 @@ void fill(Operands& operands, const uint16_t value) {
         operands.bytes[i] = static_cast<uint8_t>(value);
         operands.bytes[i + 1] = static_cast<uint8_t>(value >> 8);
     }
-    __asm__ volatile("" : : : "memory");  // tile loads do not say that they read memory
+    memory_is_written();
 }
 
 // The block that large products are made of: 2 x 2 sums, 2 A and 2 B tiles a step, all in L1.
@@ -40,7 +28,7 @@ void fill(Operands& operands, const uint16_t value) {
     void name(int64_t rounds) {                                      \
         Operands operands;                                           \
         fill(operands, value);                                       \
-        open_tiles();                                                \
+        configure_tiles(kTiles);                                     \
         _tile_zero(0);                                               \
         _tile_zero(1);                                               \
         _tile_zero(2);                                               \

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "amx_tiles.h"
 #include "epilogue.inc"
 #include "mlp.h"
 #include "quantise.inc"
@@ -27,21 +28,6 @@ int64_t up_to(int64_t value, int64_t multiple) {
 }
 
 // --- tiles ---
-
-struct TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t num_rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "ldtilecfg reads 64 bytes");
-
-// The compiler's own intrinsic says that it reads 8 bytes, and the stores of the rest may go.
-inline void configure_tiles(const TileConfig& config) {
-    __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
-}
-
-// Between vector stores and tile loads of the same memory, which the compiler does not see.
-inline void memory_is_written() { __asm__ volatile("" : : : "memory"); }
 
 inline void fetch(const uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
@@ -982,8 +968,8 @@ void run_grouped(const Product& p, uint8_t* sums, uint8_t* wide, int64_t begin, 
 // --- the workers ---
 
 // Of a single row tile only the rows that there are: fewer take less time.
-TileConfig config_for(const Product& p) {
-    TileConfig config;
+TileShapes config_for(const Product& p) {
+    TileShapes config;
     if (p.num_row_tiles > 1) return config;
     const auto rows = uint8_t(p.call->m);
     for (int tile : {0, 1, 2, 3, 6}) config.num_rows[tile] = rows;
@@ -1018,7 +1004,7 @@ void work_part(void* context, int worker, int num_workers) {
     for (int64_t row = worker; row < p.num_row_tiles * 16; row += num_workers) pack_row(p, row);
     wait_for_all();
     memory_is_written();
-    const TileConfig config = config_for(p);
+    const TileShapes config = config_for(p);
     configure_tiles(config);
     uint8_t* sums = work.sums + worker * work.sums_bytes;
     uint8_t* wide = work.wide + worker * work.wide_bytes;

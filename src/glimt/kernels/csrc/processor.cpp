@@ -47,7 +47,7 @@ bool saves(unsigned state) { return (saved_state() & state) == state; }
 
 // Linux gives tile memory to processes that ask, before their threads start.
 // Source: the kernel's Documentation/arch/x86/xstate.rst.
-bool ask_for_tiles() {
+[[maybe_unused]] bool ask_for_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int kRequest = 0x1023, kGet = 0x1022, kTileData = 18;
     if (syscall(SYS_arch_prctl, kRequest, kTileData) != 0) return false;
@@ -79,9 +79,13 @@ bool has_avx512_bf16() {
 }
 
 bool has_amx() {
+#if defined(GLIMT_EMULATE_AMX)
+    return has_bf16();
+#else
     const Registers r = cpuid(7, 0);
     const bool tiles = bit(r.d, 22) && bit(r.d, 24) && bit(r.d, 25);
     return has_bf16() && tiles && saves(kTileState) && ask_for_tiles();
+#endif
 }
 
 #else

@@ -431,6 +431,29 @@ def test_mlp_is_two_products(native: Native, variant: Variant, m: int, activatio
     check(result, expected.double(), bound)
 
 
+@pytest.mark.parametrize("variant", VARIANTS[:6], ids=str)
+@pytest.mark.parametrize("m", [70, 1058])
+@pytest.mark.parametrize("width", [128, 2176])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu_mul"])
+def test_inner_values_lie_where_the_second_product_reads_them(
+    native: Native, variant: Variant, m: int, width: int, activation: str
+) -> None:
+    """Catches tiles of inner values that are misplaced where one product writes the other's x."""
+    k, n = 40, 40
+    is_paired = activation == "silu_mul"
+    up = pack(native, variant, make_plain(variant, width * (1 + is_paired), k), is_paired)
+    down = pack(native, variant, make_plain(variant, n, width, 5))
+    x, residual = make_x(m, k), make_x(m, n, 3)
+    result = native.mlp(x, up, down, activation=activation, residual=residual)
+    inner = native.linear(x, up, activation=activation)
+    assert inner is not None
+    expected = native.linear(inner, down, residual=residual)
+    assert expected is not None
+    size = float(expected.abs().max())
+    bound = ROUNDING * expected.double().abs() + 2.0**-7 * size
+    check(result, expected.double(), bound)
+
+
 def test_mlp_of_many_rows(native: Native) -> None:
     """Catches the seam between row blocks."""
     variant = Variant("bf16")

@@ -9,13 +9,10 @@
 
 #include "epilogue.inc"
 #include "linear.h"
-#include "mlp.h"
 #include "threads.h"
 
 namespace glimt {
 namespace {
-
-constexpr int kSlotRows = 0, kSlotScales = 1, kSlotInner = 2, kSlotSums = 3, kSlotWide = 4;
 
 int64_t up_to(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -31,15 +28,6 @@ TileShapes config_for(const Product& p) {
     return config;
 }
 
-struct Work {
-    Product product;
-    Cut cut;
-    int workers_over_rows;  // the others share the columns
-    bool is_streamed;
-    Space space;            // of all workers
-    SpaceBytes space_bytes; // of each
-};
-
 Share share_of(const Work& work, int worker, int num_workers) {
     const int over_columns = num_workers / work.workers_over_rows;
     Share share;
@@ -48,27 +36,6 @@ Share share_of(const Work& work, int worker, int num_workers) {
     part_of(work.product.num_panels, worker % over_columns, over_columns, &share.first_panel,
             &share.last_panel);
     return share;
-}
-
-void work_part(void* context, int worker, int num_workers) {
-    const FlushDenormals flush;
-    const Work& work = *static_cast<const Work*>(context);
-    const Product& p = work.product;
-    for (int64_t row = worker; row < p.num_row_tiles * 16; row += num_workers) pack_row(p, row);
-    wait_for_all();
-    memory_is_written();
-    const TileShapes config = config_for(p);
-    configure_tiles(config);
-    const Space space{work.space.sums + worker * work.space_bytes.sums,
-                      work.space.wide + worker * work.space_bytes.wide};
-    if (p.call->m > kFewRows) {
-        run_many(p, work.cut, share_of(work, worker, num_workers), space, work.is_streamed);
-    } else {
-        int64_t begin, end;
-        part_of(p.num_panels, worker, num_workers, &begin, &end);
-        (p.is_grouped ? run_groups : run_few)(p, space, begin, end);
-    }
-    _tile_release();
 }
 
 // Of the ways to give each worker rows and columns, the one whose largest share is smallest.
@@ -121,33 +88,17 @@ Product product_of(const LinearCall& call) {
     return p;
 }
 
-// Memory for x in tiles.
-void place_rows(Product& p) {
-    const int64_t rows = p.num_row_tiles * 16;
-    const int64_t row_bytes = (p.is_split ? kDigits : 1) * up_to(p.num_k, p.run) * 64;
-    p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * row_bytes));
-    const int64_t num_scales = rows * (1 + 2 * p.num_groups);
-    p.row_scales = static_cast<float*>(scratch(kSlotScales, num_scales * sizeof(float)));
-    p.group_scales = p.row_scales + rows;
-    p.group_sums = p.group_scales + rows * p.num_groups;
-}
-
-void place_space(Work& work, int workers) {
-    const Product& p = work.product;
-    work.space_bytes = p.call->m > kFewRows ? space_for_many(p, work.cut)
-                       : p.is_grouped       ? space_for_groups()
-                                            : space_for_few();
-    const SpaceBytes& bytes = work.space_bytes;
-    work.space.sums = static_cast<uint8_t*>(scratch(kSlotSums, workers * bytes.sums));
-    work.space.wide = static_cast<uint8_t*>(scratch(kSlotWide, workers * bytes.wide));
+void work_part(void* context, int worker, int num_workers) {
+    const FlushDenormals flush;
+    const Work& work = *static_cast<const Work*>(context);
+    pack_part(work.product, worker, num_workers);
+    wait_for_all();
+    multiply_part(work, worker, num_workers);
 }
 
 }  // namespace
 
-void linear_amx(const LinearCall& call) {
-    const Weight& weight = *call.weight;
-    if (call.m <= rows_for_vectors(weight)) return linear_avx512(call);
-    if (weight.n <= 0) return;
+Work work_of(const LinearCall& call) {
     Work work{};
     Product& p = work.product;
     p = product_of(call);
@@ -158,20 +109,66 @@ void linear_amx(const LinearCall& call) {
         work.workers_over_rows = workers_over_rows(p, num_workers());
         work.is_streamed = can_stream(call);
     }
-    place_rows(p);
-    place_space(work, num_workers());
-    run_parallel(work_part, &work);
+    return work;
 }
 
-void mlp_amx(const MlpCall& call) {
-    if (call.m <= 0) return;
-    // The inner values of this many rows stay in the last-level cache.
-    constexpr int64_t kRows = 1024;
-    const int64_t width = call.down->k, blocks = (call.m + kRows - 1) / kRows;
-    const int64_t rows_at_once = up_to((call.m + blocks - 1) / blocks, 32);
-    auto* inner = static_cast<uint16_t*>(
-        scratch(kSlotInner, std::min(rows_at_once, call.m) * width * int64_t(sizeof(uint16_t))));
-    mlp_by_blocks(call, rows_at_once, inner, linear_amx);
+void place_rows(Product& p, int slot) {
+    const int64_t rows = p.num_row_tiles * 16;
+    const int64_t row_bytes = (p.is_split ? kDigits : 1) * up_to(p.num_k, p.run) * 64;
+    p.rows = static_cast<uint8_t*>(scratch(slot, rows * row_bytes));
+    const int64_t num_scales = rows * (1 + 2 * p.num_groups);
+    p.row_scales = static_cast<float*>(scratch(kSlotScales, num_scales * sizeof(float)));
+    p.group_scales = p.row_scales + rows;
+    p.group_sums = p.group_scales + rows * p.num_groups;
+}
+
+void place_space(std::initializer_list<Work*> works) {
+    SpaceBytes bytes{};
+    for (const Work* work : works) {
+        const Product& p = work->product;
+        const SpaceBytes own = p.call->m > kFewRows ? space_for_many(p, work->cut)
+                               : p.is_grouped       ? space_for_groups()
+                                                    : space_for_few();
+        bytes.sums = std::max(bytes.sums, own.sums);
+        bytes.wide = std::max(bytes.wide, own.wide);
+    }
+    const int64_t workers = num_workers();
+    auto* sums = static_cast<uint8_t*>(scratch(kSlotSums, workers * bytes.sums));
+    auto* wide = static_cast<uint8_t*>(scratch(kSlotWide, workers * bytes.wide));
+    for (Work* work : works) {
+        work->space = {sums, wide};
+        work->space_bytes = bytes;
+    }
+}
+
+void pack_part(const Product& p, int worker, int num_workers) {
+    for (int64_t row = worker; row < p.num_row_tiles * 16; row += num_workers) pack_row(p, row);
+}
+
+void multiply_part(const Work& work, int worker, int num_workers) {
+    const Product& p = work.product;
+    memory_is_written();
+    const TileShapes config = config_for(p);
+    configure_tiles(config);
+    const Space space{work.space.sums + worker * work.space_bytes.sums,
+                      work.space.wide + worker * work.space_bytes.wide};
+    if (p.call->m > kFewRows) {
+        run_many(p, work.cut, share_of(work, worker, num_workers), space, work.is_streamed);
+    } else {
+        int64_t begin, end;
+        part_of(p.num_panels, worker, num_workers, &begin, &end);
+        (p.is_grouped ? run_groups : run_few)(p, space, begin, end);
+    }
+    _tile_release();
+}
+
+void linear_amx(const LinearCall& call) {
+    if (call.m <= rows_for_vectors(*call.weight)) return linear_avx512(call);
+    if (call.weight->n <= 0) return;
+    Work work = work_of(call);
+    place_rows(work.product, kSlotRows);
+    place_space({&work});
+    run_parallel(work_part, &work);
 }
 
 }  // namespace glimt

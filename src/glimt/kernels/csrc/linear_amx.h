@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "amx_tiles.h"
 #include "kernels.h"
@@ -33,6 +34,7 @@ struct Product {
     int64_t num_groups;  // is_grouped, as the next two: [num_row_tiles * 16][num_groups]
     float* group_scales; // 1/16 of the scales of rounded x
     float* group_sums;   // of x
+    const Product* next; // the product whose x the results are: they go into its tiles; or null
 };
 
 // pack_amx.cpp: a row of x, or zeros past the last one, into tiles.
@@ -44,8 +46,8 @@ void widen(const Product& p, int64_t block, int64_t first, int64_t last, uint8_t
 // How the matrices are cut so that what is used again stays in the second-level cache: for each
 // chunk of panels and block of rows, k in runs; sums between runs stay in memory.
 struct Cut {
-    int64_t row_pairs;  // of 32 rows in a block
-    int64_t panels;     // in a chunk
+    int64_t row_pairs;  // of 32 rows in a block, at most
+    int64_t panels;     // in a chunk, at most
     int64_t run;        // tiles of k in a run
 };
 
@@ -62,6 +64,25 @@ struct Space {
 struct SpaceBytes {
     int64_t sums, wide;
 };
+
+// A product and how the workers share it.
+struct Work {
+    Product product;
+    Cut cut;                // of many rows, as the next two
+    int workers_over_rows;  // the others share the columns
+    bool is_streamed;
+    Space space;            // of all workers
+    SpaceBytes space_bytes; // of each
+};
+
+// linear_amx.cpp: what comes before a product, on the calling thread, and each worker's part of it.
+Work work_of(const LinearCall& call);
+void place_rows(Product& p, int slot);  // memory for x in tiles
+void place_space(std::initializer_list<Work*> works);  // the same for all: one at a time
+void pack_part(const Product& p, int worker, int num_workers);
+void multiply_part(const Work& work, int worker, int num_workers);
+
+constexpr int kSlotRows = 0, kSlotScales = 1, kSlotInner = 2, kSlotSums = 3, kSlotWide = 4;
 
 // linear_many_amx.cpp: more than kFewRows rows.
 Cut cut_for(const Product& p);

@@ -142,7 +142,11 @@ void place_space(std::initializer_list<Work*> works) {
 }
 
 void pack_part(const Product& p, int worker, int num_workers) {
-    for (int64_t row = worker; row < p.num_row_tiles * 16; row += num_workers) pack_row(p, row);
+    // Whole tiles where there are enough: neighbouring lines that two workers write are slow.
+    const int64_t unit = p.num_row_tiles >= num_workers ? 16 : 1;
+    int64_t begin, end;
+    part_of(p.num_row_tiles * 16 / unit, worker, num_workers, &begin, &end);
+    for (int64_t row = begin * unit; row < end * unit; ++row) pack_row(p, row);
 }
 
 void multiply_part(const Work& work, int worker, int num_workers) {

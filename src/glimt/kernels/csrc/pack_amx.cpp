@@ -71,6 +71,15 @@ void pack_rounded_row(const Product& p, int64_t row, const uint16_t* x) {
     }
 }
 
+// 64 whole numbers as bytes, in order: packing mixes them by fours.
+inline __m512i bytes_of(const __m512i* whole) {
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_packs_epi32(whole[0], whole[1]);
+    const __m512i high = _mm512_packs_epi32(whole[2], whole[3]);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+}
+
 void pack_int8_row(const Product& p, int64_t row, const uint16_t* x) {
     const int64_t k = p.call->weight->k;
     const float largest = largest_of(x, k);
@@ -78,13 +87,13 @@ void pack_int8_row(const Product& p, int64_t row, const uint16_t* x) {
     const __m512 factor = _mm512_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
     RowOfTiles tiles(p, row);
     for (int64_t t = 0; t < p.num_k; ++t) {
-        uint8_t* to = tiles.next();
-        for (int i = 0; i < 64; i += 16) {
-            const int64_t at = t * 64 + i;
+        __m512i whole[4];
+        for (int i = 0; i < 4; ++i) {
+            const int64_t at = t * 64 + 16 * i;
             const __m512 value = load_bf16(x + at, first_lanes(k - at));
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(q));
+            whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
         }
+        _mm512_store_si512(tiles.next(), bytes_of(whole));
     }
 }
 

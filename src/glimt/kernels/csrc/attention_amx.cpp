@@ -7,7 +7,7 @@
 // the maximum has grown by much: FlashAttention-4.
 //
 // The matrix unit and the vector units work at the same time only if their instructions lie near
-// each other. So the work on a window of 64 keys is spread over three times: its scores are made in
+// each other. So the work on a window of 32 keys is spread over three times: its scores are made in
 // one window, weighed during the next, and one slice of an earlier block's values is added in each.
 #if defined(__x86_64__)
 
@@ -20,11 +20,12 @@
 namespace glimt {
 namespace {
 
-constexpr int kUnit = 32;    // queries side by side
-constexpr int kSub = 32;     // keys of one step of the second product
-constexpr int kWindow = 64;  // keys whose scores are made together
-constexpr int kBlock = 512;  // keys between two looks at the output tiles
-constexpr int kUnits = 16;   // that pass over a block while it lies in the L2 cache
+constexpr int kUnit = 32;     // queries side by side
+constexpr int kSub = 32;      // keys of one step of the second product
+constexpr int kWindow = 32;   // keys whose scores are made together
+constexpr int kBlock = 256;   // keys between two looks at the output tiles
+constexpr int kRange = 1024;  // keys that stay in the L2 cache while the units pass over them
+constexpr int kUnits = 16;    // of an item, at most
 constexpr int kKeySlot = 8, kUnitSlot = 9;
 
 // --- packing ---
@@ -55,12 +56,17 @@ struct Sizes {
     bool is_causal;
 
     int64_t key_sub() const { return 2 * dim_steps * kTile; }
-    int64_t value_sub() const { return dim_tiles * kTile; }
-    int64_t head_values() const { return num_subs * (key_sub() + value_sub()); }
+    int64_t value_block() const { return kBlock / kSub * dim_tiles * kTile; }
+    int64_t num_blocks() const { return (num_subs * kSub + kBlock - 1) / kBlock; }
+    int64_t head_values() const { return num_subs * key_sub() + num_blocks() * value_block(); }
+    // Of a block's values: where the tiles of dims begin that are added together, and their stride.
+    int64_t slice_at(int64_t tile) const { return kBlock / kSub * tile * kTile; }
+    int64_t slice_step(int64_t tile) const { return tile + 1 < dim_tiles ? 2 * kTile : kTile; }
 };
 
-// Keys: tiles [sub][2][dim_steps] of 16 keys x 32 dims. Values: tiles [sub][dim_tiles] of 16 dims x
-// 32 keys. Rows that are not there are zeros: zero weights times what lies there may be NaN.
+// Keys: tiles [sub][2][dim_steps] of 16 keys x 32 dims. Values: tiles of 16 dims x 32 keys in the
+// order [block][dim_tiles / 2][sub][2], so that what is added together is read in order. Rows that
+// are not there are zeros: zero weights times what lies there may be NaN.
 void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t sub,
               uint16_t* keys, uint16_t* values) {
     const TokenRows key_rows{call.key + kv_head * call.key_head_stride, call.block_table,
@@ -84,8 +90,11 @@ void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, in
                                 rows[2 * i + 1] ? rows[2 * i + 1] + tile * 16 : nullptr,
                                 sizes.dim - tile * 16);
         transpose(pairs);
+        const int64_t pair = tile / 2 * 2;
+        uint16_t* to = values + sizes.slice_at(pair) +
+                       sub % (kBlock / kSub) * sizes.slice_step(pair) + tile % 2 * kTile;
         for (int i = 0; i < 16; ++i)
-            _mm512_store_si512(values + tile * kTile + i * 32, pairs[i]);
+            _mm512_store_si512(to + i * 32, pairs[i]);
     }
 }
 
@@ -153,9 +162,33 @@ void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, in
 
 // --- the pipeline ---
 
+// Products of two left and two right tiles. What the next step needs is loaded as soon as a tile is
+// free, before the vector work: behind it, the loads would come too late for their products.
+#define LOAD_STEP(left, right, below, beside) \
+    LOAD_TILE(6, right);                      \
+    LOAD_TILE(4, left);                       \
+    LOAD_TILE(7, beside);                     \
+    LOAD_TILE(5, below)
+#define MULTIPLY_STEP()      \
+    MULTIPLY_TILES(0, 4, 6); \
+    MULTIPLY_TILES(1, 4, 7); \
+    MULTIPLY_TILES(2, 5, 6); \
+    MULTIPLY_TILES(3, 5, 7)
+#define MULTIPLY_AND_LOAD(left, right, below, beside, share) \
+    MULTIPLY_TILES(0, 4, 6);                                 \
+    meanwhile((share) / 2);                                  \
+    MULTIPLY_TILES(1, 4, 7);                                 \
+    LOAD_TILE(4, left);                                      \
+    MULTIPLY_TILES(2, 5, 6);                                 \
+    LOAD_TILE(6, right);                                     \
+    meanwhile((share) - (share) / 2);                        \
+    MULTIPLY_TILES(3, 5, 7);                                 \
+    LOAD_TILE(7, beside);                                    \
+    LOAD_TILE(5, below)
+
 // What a worker needs besides its units.
 struct alignas(64) Workspace {
-    float scores[2][2 * 1024];         // windows: [sub][query half][16 keys x 2][16]
+    float scores[2][kWindow * kUnit];     // windows: [sub][query half][16 keys x 2][16]
     uint16_t weights[2][kBlock * kUnit];  // blocks: tiles [sub][query half] of 16 key pairs
 };
 
@@ -167,6 +200,7 @@ struct Scored {
     const uint16_t* values;  // tiles of the whole block
     int64_t first_key;      // of the window
     int64_t sub;            // in the block, where the window begins
+    bool is_first;          // of the unit
     bool is_last;           // of the block
 };
 
@@ -183,10 +217,43 @@ struct Vectors {
     __m512 a, b;  // of the first and second 16 queries
 };
 
+// Turns the scores of two keys and a unit's queries into weights.
+struct Weigher {
+    const Powers powers;
+    const __m512 factor;
+    const Vectors offset;
+    Vectors total;
+    __m512 most;
+
+    INLINE Weigher(const Unit& unit, float score_factor)
+        : factor(_mm512_set1_ps(score_factor)),
+          offset{powers.offset_of(_mm512_load_ps(unit.peak)),
+                 powers.offset_of(_mm512_load_ps(unit.peak + 16))},
+          total{_mm512_load_ps(unit.total), _mm512_load_ps(unit.total + 16)},
+          most(powers.least()) {}
+
+    INLINE void weigh(const float* scores, uint16_t* weights) {
+        total.a = weigh_half(scores, weights, offset.a, total.a);
+        total.b = weigh_half(scores + 512, weights + 512, offset.b, total.b);
+    }
+    // Some weight is not what was written: its score is too far above the maximum.
+    INLINE bool is_beyond() const { return powers.is_beyond(most); }
+
+  private:
+    INLINE __m512 weigh_half(const float* scores, uint16_t* weights, __m512 from, __m512 sum) {
+        const __m512 even = _mm512_fmadd_ps(_mm512_load_ps(scores), factor, from);
+        const __m512 odd = _mm512_fmadd_ps(_mm512_load_ps(scores + 16), factor, from);
+        most = _mm512_max_ps(most, _mm512_max_ps(even, odd));
+        const __m512i pairs = powers.pairs_of(even, odd);
+        _mm512_store_si512(weights, pairs);
+        return add_pairs(sum, pairs);
+    }
+};
+
 class Pipeline {
   public:
     Pipeline(const Sizes& sizes, float scale, Workspace& space)
-        : sizes_(sizes), scale_(scale * kLog2E), space_(space) {}
+        : sizes_(sizes), scale_(scale * kLog2E), factor_(scale_ * kPowerSteps), space_(space) {}
 
     // The keys of a block that the unit sees. keys, values: the block's tiles
     void pass(Unit& unit, int64_t first_key, const uint16_t* keys, const uint16_t* values) {
@@ -195,7 +262,8 @@ class Pipeline {
         uint16_t* weights = space_.weights[num_blocks_++ & 1];
         for (int64_t start = 0; start < count; start += kWindow) {
             Scored next{&unit, space_.scores[num_windows_++ & 1], weights, values,
-                        first_key + start, start / kSub, start + kWindow >= count};
+                        first_key + start, start / kSub, first_key + start == 0,
+                        start + kWindow >= count};
             advance(&next, keys + start / kSub * sizes_.key_sub());
         }
     }
@@ -210,7 +278,7 @@ class Pipeline {
     void advance(const Scored* next, const uint16_t* keys) {
         const Scored now = scored_;
         if (!now.unit) {
-            if (next) make_scores(*next, keys, [](int) {});
+            if (next) make_scores(*next, keys, [](int) {}, [] {});
         } else {
             weigh_and_score(now, next, keys);
             if (now.is_last) {
@@ -223,59 +291,77 @@ class Pipeline {
 
     INLINE void weigh_and_score(const Scored& now, const Scored* next, const uint16_t* keys) {
         if (now.first_key + kWindow > now.unit->least_limit) hide(now);
-        settle(now);
+        if (now.is_first) settle(now);
+        Weigher weigher(*now.unit, factor_);
         constexpr int kPieces = kWindow / 2;  // of two keys x 32 queries
-        const __m512 scale = _mm512_set1_ps(scale_);
-        const Vectors peak = {_mm512_load_ps(now.unit->peak), _mm512_load_ps(now.unit->peak + 16)};
-        Vectors total = {_mm512_load_ps(now.unit->total), _mm512_load_ps(now.unit->total + 16)};
         const float* scores = now.scores;
         uint16_t* weights = now.weights + now.sub * 2 * kTile;
         int done = 0;
         const auto piece = [&](int num_pieces) __attribute__((always_inline)) {
             for (int i = 0; i < num_pieces && done < kPieces; ++i, ++done) {
                 const int64_t at = (done >> 4) * 1024 + (done & 15) * 32;
-                total.a = weigh_pair(scores + at, weights + at, scale, peak.a, total.a);
-                total.b = weigh_pair(scores + at + 512, weights + at + 512, scale, peak.b, total.b);
+                weigher.weigh(scores + at, weights + at);
             }
         };
-        if (next) make_scores(*next, keys, piece);
+        const auto load_first = [&]() __attribute__((always_inline)) {
+            if (weighed_.unit) load_values(weighed_, 0);
+        };
+        next ? make_scores(*next, keys, piece, load_first) : load_first();
         if (weighed_.unit) add_slice(piece);
         piece(kPieces);
-        _mm512_store_ps(now.unit->total, total.a);
-        _mm512_store_ps(now.unit->total + 16, total.b);
+        if (weigher.is_beyond()) return weigh_again(now);
+        _mm512_store_ps(now.unit->total, weigher.total.a);
+        _mm512_store_ps(now.unit->total + 16, weigher.total.b);
     }
 
-    // Two keys' scores of 16 queries become a row of weights.
-    static INLINE __m512 weigh_pair(const float* scores, uint16_t* weights, __m512 scale,
-                                    __m512 peak, __m512 total) {
-        const __m512 even = coarse_exp2(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, peak));
-        const __m512 odd = coarse_exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + 16), scale, peak));
-        const __m512i pairs = cut_pairs(even, odd);
-        _mm512_store_si512(weights, pairs);
-        return add_pairs(total, pairs);
+    // With maxima that the scores do not exceed by so much.
+    __attribute__((noinline)) void weigh_again(const Scored& now) {
+        settle(now);
+        Weigher weigher(*now.unit, factor_);
+        for (int64_t at = 0; at < kWindow * 32; at += at % 1024 == 480 ? 544 : 32)
+            weigher.weigh(now.scores + at, now.weights + now.sub * 2 * kTile + at);
+        _mm512_store_ps(now.unit->total, weigher.total.a);
+        _mm512_store_ps(now.unit->total + 16, weigher.total.b);
     }
 
-    template <typename Meanwhile>
-    INLINE void make_scores(const Scored& next, const uint16_t* keys, const Meanwhile& meanwhile) {
+    // Both before the sums of the step before are stored.
+    INLINE void load_scores(const Scored& next, const uint16_t* keys, int64_t step) {
+        const uint16_t* query = next.unit->query[step][0];
+        LOAD_STEP(keys + step * kTile, query, keys + (sizes_.dim_steps + step) * kTile,
+                  query + kTile);
+    }
+    INLINE void load_values(const Weighed& of, int64_t sub) {
+        const uint16_t* weights = of.weights + sub * 2 * kTile;
+        const uint16_t* values = of.values + sizes_.slice_at(of.next_tile) +
+                                 sub * sizes_.slice_step(of.next_tile);
+        LOAD_TILE(6, weights);
+        LOAD_TILE(4, values);
+        LOAD_TILE(7, weights + kTile);
+        if (of.next_tile + 1 < sizes_.dim_tiles) LOAD_TILE(5, values + kTile);
+    }
+
+    template <typename Meanwhile, typename LoadNext>
+    INLINE void make_scores(const Scored& next, const uint16_t* keys, const Meanwhile& meanwhile,
+                            const LoadNext& load_next) {
         const int64_t steps = sizes_.dim_steps;
+        load_scores(next, keys, 0);
         for (int sub = 0; sub < kWindow / kSub; ++sub, keys += sizes_.key_sub()) {
-            const uint16_t* query = &next.unit->query[0][0][0];
+            float* to = next.scores + sub * 1024;
             CLEAR_TILE(0);
             CLEAR_TILE(1);
             CLEAR_TILE(2);
             CLEAR_TILE(3);
-            for (int64_t step = 0; step < steps; ++step, query += 2 * kTile) {
-                LOAD_TILE(6, query);
-                LOAD_TILE(4, keys + step * kTile);
-                MULTIPLY_TILES(0, 4, 6);
-                LOAD_TILE(7, query + kTile);
-                MULTIPLY_TILES(1, 4, 7);
-                LOAD_TILE(5, keys + (steps + step) * kTile);
-                MULTIPLY_TILES(2, 5, 6);
-                MULTIPLY_TILES(3, 5, 7);
-                meanwhile(kShare);
+            for (int64_t step = 1; step < steps; ++step) {
+                const uint16_t* left = keys + step * kTile;
+                MULTIPLY_AND_LOAD(left, next.unit->query[step][0], left + steps * kTile,
+                                  next.unit->query[step][1], kScoreShare);
             }
-            float* to = next.scores + sub * 1024;
+            MULTIPLY_STEP();
+            if (sub + 1 < kWindow / kSub)
+                load_scores(next, keys + sizes_.key_sub(), 0);
+            else
+                load_next();
+            meanwhile(kScoreShare);
             STORE_TILE(0, to);
             STORE_TILE(2, to + 256);
             STORE_TILE(1, to + 512);
@@ -283,45 +369,41 @@ class Pipeline {
         }
     }
 
-    // Two tiles of dims of the block that waits.
+    // Two tiles of dims of the block that waits. The first values are loaded already.
     template <typename Meanwhile>
     INLINE void add_slice(const Meanwhile& meanwhile) {
-        const int64_t tile = weighed_.next_tile;
+        const int64_t tile = weighed_.next_tile, num_subs = weighed_.num_subs;
         float* out = &weighed_.unit->out[tile][0][0];
-        const uint16_t* weights = weighed_.weights;
-        const uint16_t* values = weighed_.values + tile * kTile;
-        const int64_t stride = sizes_.value_sub();
+        const uint16_t* weights = weighed_.weights + 2 * kTile;
+        const uint16_t* values =
+            weighed_.values + sizes_.slice_at(tile) + sizes_.slice_step(tile);
+        LOAD_TILE(0, out);
+        LOAD_TILE(1, out + 256);
         if (tile + 1 < sizes_.dim_tiles) {
-            LOAD_TILE(0, out);
-            LOAD_TILE(1, out + 256);
             LOAD_TILE(2, out + 512);
             LOAD_TILE(3, out + 768);
-            for (int64_t sub = 0; sub < weighed_.num_subs; ++sub) {
-                LOAD_TILE(6, weights + sub * 2 * kTile);
-                LOAD_TILE(4, values + sub * stride);
-                MULTIPLY_TILES(0, 4, 6);
-                LOAD_TILE(7, weights + sub * 2 * kTile + kTile);
-                MULTIPLY_TILES(1, 4, 7);
-                LOAD_TILE(5, values + sub * stride + kTile);
-                MULTIPLY_TILES(2, 5, 6);
-                MULTIPLY_TILES(3, 5, 7);
-                meanwhile(kShare);
+            for (int64_t sub = 1; sub < num_subs; ++sub) {
+                MULTIPLY_AND_LOAD(values, weights, values + kTile, weights + kTile, kValueShare);
+                weights += 2 * kTile, values += 2 * kTile;
             }
+            MULTIPLY_STEP();
+            meanwhile(kValueShare);
             STORE_TILE(0, out);
             STORE_TILE(1, out + 256);
             STORE_TILE(2, out + 512);
             STORE_TILE(3, out + 768);
         } else {
-            LOAD_TILE(0, out);
-            LOAD_TILE(1, out + 256);
-            for (int64_t sub = 0; sub < weighed_.num_subs; ++sub) {
-                LOAD_TILE(6, weights + sub * 2 * kTile);
-                LOAD_TILE(4, values + sub * stride);
+            for (int64_t sub = 1; sub < num_subs; ++sub, weights += 2 * kTile, values += kTile) {
                 MULTIPLY_TILES(0, 4, 6);
-                LOAD_TILE(7, weights + sub * 2 * kTile + kTile);
+                LOAD_TILE(6, weights);
                 MULTIPLY_TILES(1, 4, 7);
-                meanwhile(kShare);
+                LOAD_TILE(4, values);
+                LOAD_TILE(7, weights + kTile);
+                meanwhile(kValueShare);
             }
+            MULTIPLY_TILES(0, 4, 6);
+            MULTIPLY_TILES(1, 4, 7);
+            meanwhile(kValueShare);
             STORE_TILE(0, out);
             STORE_TILE(1, out + 256);
         }
@@ -330,7 +412,10 @@ class Pipeline {
     }
 
     void add_all() {
-        while (weighed_.unit) add_slice([](int) {});
+        while (weighed_.unit) {
+            load_values(weighed_, 0);
+            add_slice([](int) {});
+        }
     }
 
     void hide(const Scored& now) {
@@ -357,9 +442,9 @@ class Pipeline {
                 more.a = _mm512_max_ps(more.a, _mm512_load_ps(row + 16));
                 more.b = _mm512_max_ps(more.b, _mm512_load_ps(row + 528));
             }
-        const __m512 scale = _mm512_set1_ps(scale_), slack = _mm512_set1_ps(kSlack);
-        best.a = _mm512_mul_ps(_mm512_max_ps(best.a, more.a), scale);
-        best.b = _mm512_mul_ps(_mm512_max_ps(best.b, more.b), scale);
+        const __m512 scale = _mm512_set1_ps(scale_), slack = _mm512_set1_ps(kSlack - 1);
+        best.a = whole(_mm512_mul_ps(_mm512_max_ps(best.a, more.a), scale));
+        best.b = whole(_mm512_mul_ps(_mm512_max_ps(best.b, more.b), scale));
         const __m512 a = _mm512_load_ps(now.unit->peak), b = _mm512_load_ps(now.unit->peak + 16);
         if (_mm512_cmp_ps_mask(best.a, _mm512_add_ps(a, slack), _CMP_GT_OQ) |
             _mm512_cmp_ps_mask(best.b, _mm512_add_ps(b, slack), _CMP_GT_OQ))
@@ -372,7 +457,7 @@ class Pipeline {
         for (int half = 0; half < 2; ++half) {
             const __m512 best = half ? peak.b : peak.a;
             const __m512 old = _mm512_load_ps(unit.peak + half * 16);
-            const __m512 kept = coarse_exp2(_mm512_sub_ps(old, best));
+            const __m512 kept = _mm512_scalef_ps(_mm512_set1_ps(1), _mm512_sub_ps(old, best));
             _mm512_store_ps(unit.peak + half * 16, best);
             float* total = unit.total + half * 16;
             _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), kept));
@@ -386,6 +471,9 @@ class Pipeline {
                     scale_pairs(now.weights + (sub * 2 + half) * kTile + i * 32, kept);
         }
     }
+
+    // The next whole number: then the factor between two maxima is a power of two.
+    static INLINE __m512 whole(__m512 values) { return _mm512_roundscale_ps(values, 0x0a); }
 
     // Weights of the block's earlier windows, which have not met their values yet.
     static void scale_pairs(uint16_t* weights, __m512 by) {
@@ -401,10 +489,10 @@ class Pipeline {
         return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
     }
 
-    static constexpr int kShare = 2;  // pieces of vector work beside four tile products
+    static constexpr int kScoreShare = 2, kValueShare = 2;  // pieces beside four tile products
 
     const Sizes& sizes_;
-    const float scale_;
+    const float scale_, factor_;
     Workspace& space_;
     Scored scored_;
     Weighed weighed_;
@@ -438,11 +526,13 @@ void attend_item(const Attention& all, int64_t item, int worker) {
     const uint16_t* keys = all.packed + kv_head * sizes.head_values();
     const uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
     Pipeline pipeline(sizes, call.scale, all.spaces[worker]);
-    for (int64_t key = 0; key < units[count - 1].most_limit; key += kBlock)
-        for (int64_t u = 0; u < count; ++u)
-            if (key < units[u].most_limit)
+    for (int64_t start = 0; start < units[count - 1].most_limit; start += kRange)
+        for (int64_t u = 0; u < count; ++u) {
+            const int64_t most = units[u].most_limit, next = start + kRange;
+            for (int64_t key = start; key < (next < most ? next : most); key += kBlock)
                 pipeline.pass(units[u], key, keys + key / kSub * sizes.key_sub(),
-                              values + key / kSub * sizes.value_sub());
+                              values + key / kBlock * sizes.value_block());
+        }
     pipeline.drain();
     for (int64_t u = 0; u < count; ++u)
         finish_unit(call, sizes, head, (first + u) * kUnit, units[u]);
@@ -460,7 +550,7 @@ void attention_body(void* context, int worker, int num_workers) {
         uint16_t* keys = all.packed + kv_head * sizes.head_values();
         uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
         pack_sub(*all.call, sizes, kv_head, sub, keys + sub * sizes.key_sub(),
-                 values + sub * sizes.value_sub());
+                 values + sub / (kBlock / kSub) * sizes.value_block());
     }
     wait_for_all();
     set_shapes();

@@ -79,12 +79,13 @@ bool has_avx512_bf16() {
 }
 
 bool has_amx() {
-#if defined(GLIMT_EMULATE_AMX)
-    return has_bf16();
-#else
     const Registers r = cpuid(7, 0);
+    const bool vectors = has_bf16() && bit(r.c, 1);  // AVX512_VBMI
+#if defined(GLIMT_EMULATE_AMX)
+    return vectors;
+#else
     const bool tiles = bit(r.d, 22) && bit(r.d, 24) && bit(r.d, 25);
-    return has_bf16() && tiles && saves(kTileState) && ask_for_tiles();
+    return vectors && tiles && saves(kTileState) && ask_for_tiles();
 #endif
 }
 

@@ -4,10 +4,10 @@
 // order in which they lie in memory, and asks for what comes next all the while: tokens of the same
 // chunk, then those of the chunk that it has taken already.
 //
-// Many query heads of a KV head: sixteen tokens of the cache, as they lie there, are a left tile,
-// and scores are tokens x heads. The weights, turned round, are the left tile of the second
-// product, and pairs of tokens' values the right one. Few query heads: dims lie in the lanes of a
-// vector. What fits neither goes the way of attention_plain.inc.
+// Many query heads of a KV head: sixteen tokens of the cache, as they lie there, are a left tile of
+// the first product and a right tile of the second one; nothing is copied. Scores are tokens x
+// heads, and the weights are turned round. Few query heads: dims lie in the lanes of a vector. What
+// fits neither goes the way of attention_plain.inc.
 #if defined(__x86_64__)
 
 #include "attention_tiles.h"
@@ -19,8 +19,12 @@ namespace glimt {
 namespace {
 
 constexpr int kHeads = 16;
-constexpr int kSub = 32;          // tokens of one step of the second product
-constexpr int kBatch = 64;        // tokens of a KV head between two looks at its output tiles
+constexpr int kSub = 32;          // tokens that are weighed together
+constexpr int kBatch = 32;        // tokens of a KV head between two looks at its output tiles
+constexpr int kDistance = 64;     // tokens that are asked for ahead, with tiles
+// Beside a step of each kind of work, so many tokens' keys and values of a head are asked for: all
+// in all nearly twice as many as are read meanwhile, until the distance is reached.
+constexpr int kAskScores = 2, kAskWeights = 2, kAskValues = 4;
 constexpr int kGroup = 16;        // tokens of one block that are looked at together
 constexpr int kMinTileHeads = 5;  // fewer would leave most of a tile empty
 constexpr int kStateSlot = 9;
@@ -57,27 +61,25 @@ class Ahead {
     INLINE void ask(int64_t num_lines) {
         if (num_lines > left_) return;
         if (num_lines > run_) return ask_across(num_lines);
-        for (int64_t i = 0; i < num_lines; ++i) {
-            __builtin_prefetch(key_ + i * kLine);
-            __builtin_prefetch(value_ + i * kLine);
-        }
-        advance(num_lines);
+        ask_lines(num_lines);
     }
 
   private:
     static constexpr int kLine = 32;  // values
 
-    INLINE void advance(int64_t num_lines) {
-        key_ += num_lines * kLine, value_ += num_lines * kLine;
-        run_ -= num_lines, left_ -= num_lines;
+    INLINE void ask_lines(int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            __builtin_prefetch(key_ + i * kLine);
+            __builtin_prefetch(value_ + i * kLine);
+        }
+        key_ += count * kLine, value_ += count * kLine;
+        run_ -= count, left_ -= count;
     }
     __attribute__((noinline)) void ask_across(int64_t num_lines) {
         for (; num_lines > 0; --num_lines) {
             if (run_ == 0) token_ < end_ ? aim() : turn();
             if (is_done_) return;
-            __builtin_prefetch(key_);
-            __builtin_prefetch(value_);
-            advance(1);
+            ask_lines(1);
         }
     }
     void turn() {
@@ -113,29 +115,21 @@ class Ahead {
     Span next_{};
 };
 
-// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
-// four of every eight. In their order again:
-INLINE void in_order(__m512& low, __m512& high) {
-    const __m512i first =
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512 a = _mm512_permutex2var_ps(low, first, high);
-    high = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high);
-    low = a;
-}
-
 // --- many query heads of a KV head ---
 
 // Up to 16 query heads, and what they have gathered.
 struct alignas(64) TileHeads {
     uint16_t query[kMaxDim / 32][kTile];  // tiles of 16 pairs of dims x 16 heads
-    float out[kMaxDim / 16][256];         // tiles of 16 heads x 16 dims, in the order of values
-    float peak[kHeads], total[kHeads];
+    float out[kMaxDim / 32][2][256];      // tiles of 16 heads x the even, and the odd dims of 32
+    float peak[kHeads], total[kHeads];    // peak: in powers of two, a whole number
 };
 
 struct alignas(64) TileSpace {
-    float scores[2][kBatch][kHeads];         // of a pass, and of the next one
-    uint16_t weights[kBatch / kSub][kTile];  // tiles of 16 heads x 32 tokens
-    uint16_t values[kBatch / kSub][kMaxDim / 16][kTile];  // tiles of 16 pairs of tokens x 16 dims
+    float scores[2][kBatch][kHeads];  // of a pass, and of the next one
+    // Tiles of 16 heads x 16 tokens: the first 16 of a step of tokens, then the others; for even
+    // dims, then for odd ones.
+    uint16_t weights[kBatch / kSub][4][kTile];
+    uint16_t last_values[kGroup][kMaxDim];  // where fewer than kGroup tokens are left
 };
 
 void start_heads(TileHeads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
@@ -153,15 +147,17 @@ void start_heads(TileHeads& heads, const uint16_t* query, int64_t num_heads, int
 }
 
 void finish_heads(const TileHeads& heads, int64_t num_heads, int64_t dim, Part* parts) {
+    const __m512i first =
+        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int64_t h = 0; h < num_heads; ++h) {
         parts[h].peak = heads.peak[h];
         parts[h].total = heads.total[h];
         for (int64_t d = 0; d < dim; d += 32) {
-            __m512 low = _mm512_load_ps(heads.out[d / 16] + h * 16);
-            __m512 high = _mm512_load_ps(heads.out[d / 16 + 1] + h * 16);
-            in_order(low, high);
-            _mm512_storeu_ps(parts[h].out + d, low);
-            _mm512_storeu_ps(parts[h].out + d + 16, high);
+            const __m512 even = _mm512_load_ps(heads.out[d / 32][0] + h * 16);
+            const __m512 odd = _mm512_load_ps(heads.out[d / 32][1] + h * 16);
+            _mm512_storeu_ps(parts[h].out + d, _mm512_permutex2var_ps(even, first, odd));
+            _mm512_storeu_ps(parts[h].out + d + 16, _mm512_permutex2var_ps(even, second, odd));
         }
     }
 }
@@ -172,6 +168,7 @@ struct Pass {
     float (*scores)[kHeads];
     TokenRows keys, values;
     int64_t start, count;
+    bool is_first;  // of the heads' span
 };
 
 template <int kSteps>
@@ -184,153 +181,188 @@ INLINE void load_queries(const TileHeads& heads) {
 
 // Scores of 32 tokens; the queries are in their tiles.
 template <int kSteps>
-INLINE void make_scores(const Pass& pass, int64_t t) {
+INLINE void make_scores(const Pass& pass, int64_t t, Ahead& ahead) {
     const int64_t stride = pass.keys.token_stride * int64_t(sizeof(uint16_t));
     const uint16_t* rows = pass.keys.at(pass.start + t);
     const bool is_half = t + kGroup >= pass.count;  // then the others are never looked at
     const uint16_t* others = is_half ? rows : pass.keys.at(pass.start + t + kGroup);
     CLEAR_TILE(0);
     CLEAR_TILE(1);
-    LOAD_TILE_ROWS(2, rows, stride);
-    MULTIPLY_TILES(0, 2, 4);
-    LOAD_TILE_ROWS(3, others, stride);
-    MULTIPLY_TILES(1, 3, 4);
-    if (kSteps > 1) {
-        LOAD_TILE_ROWS(2, rows + 32, stride);
-        MULTIPLY_TILES(0, 2, 5);
-        LOAD_TILE_ROWS(3, others + 32, stride);
-        MULTIPLY_TILES(1, 3, 5);
+#define SCORE_STEP(step, query)                        \
+    if (kSteps > step) {                               \
+        LOAD_TILE_ROWS(2, rows + step * 32, stride);   \
+        MULTIPLY_TILES(0, 2, query);                   \
+        LOAD_TILE_ROWS(3, others + step * 32, stride); \
+        MULTIPLY_TILES(1, 3, query);                   \
+        ahead.ask(kAskScores * kSteps);                \
     }
-    if (kSteps > 2) {
-        LOAD_TILE_ROWS(2, rows + 64, stride);
-        MULTIPLY_TILES(0, 2, 6);
-        LOAD_TILE_ROWS(3, others + 64, stride);
-        MULTIPLY_TILES(1, 3, 6);
-    }
-    if (kSteps > 3) {
-        LOAD_TILE_ROWS(2, rows + 96, stride);
-        MULTIPLY_TILES(0, 2, 7);
-        LOAD_TILE_ROWS(3, others + 96, stride);
-        MULTIPLY_TILES(1, 3, 7);
-    }
+    SCORE_STEP(0, 4)
+    SCORE_STEP(1, 5)
+    SCORE_STEP(2, 6)
+    SCORE_STEP(3, 7)
+#undef SCORE_STEP
     STORE_TILE(0, pass.scores[t]);
     STORE_TILE(1, pass.scores[t + kGroup]);
 }
 
-__attribute__((noinline)) void raise_peak(TileHeads& heads, __m512 best, int64_t dim) {
-    const __m512 kept = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(heads.peak), best));
+// Tokens that the pass has not look as if they were hidden.
+void hide_rest(const Pass& pass) {
+    for (int64_t t = pass.count; t < rounded_up(pass.count, kSub); ++t)
+        _mm512_store_ps(pass.scores[t], _mm512_set1_ps(kHidden));
+}
+
+// Raises the maxima to those of the pass, and scales down what has been gathered.
+__attribute__((noinline)) void raise_peak(const Pass& pass, int64_t dim, float scale) {
+    TileHeads& heads = *pass.heads;
+    const __m512 old = _mm512_load_ps(heads.peak);
+    __m512 best = _mm512_set1_ps(kHidden);
+    for (int64_t t = 0; t < pass.count; ++t)
+        best = _mm512_max_ps(best, _mm512_load_ps(pass.scores[t]));
+    best = _mm512_roundscale_ps(_mm512_mul_ps(best, _mm512_set1_ps(scale)), 0x0a);
+    best = _mm512_max_ps(best, old);
+    const __m512 kept = _mm512_scalef_ps(_mm512_set1_ps(1), _mm512_sub_ps(old, best));
     _mm512_store_ps(heads.peak, best);
     _mm512_store_ps(heads.total, _mm512_mul_ps(_mm512_load_ps(heads.total), kept));
     alignas(64) float factors[kHeads];
     _mm512_store_ps(factors, kept);
-    for (int64_t tile = 0; tile < dim / 16; ++tile)
-        for (int h = 0; h < kHeads; ++h) {
-            float* row = heads.out[tile] + h * 16;
-            _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(factors[h])));
+    for (int64_t d = 0; d < dim / 32; ++d)
+        for (int h = 0; h < 2 * kHeads; ++h) {
+            float* row = heads.out[d][0] + h * 16;
+            _mm512_store_ps(
+                row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(factors[h % kHeads])));
         }
 }
 
-// One maximum for the batch; the output is scaled down only if it has grown by much.
-INLINE void settle(const Pass& pass, int64_t dim, __m512 scale) {
-    __m512 best[2] = {_mm512_set1_ps(kHidden), _mm512_set1_ps(kHidden)};
-    for (int64_t t = 0; t < pass.count; ++t) {
-        const __m512 score = _mm512_mul_ps(_mm512_load_ps(pass.scores[t]), scale);
-        _mm512_store_ps(pass.scores[t], score);
-        best[t % 2] = _mm512_max_ps(best[t % 2], score);
+// Turned round, the weights of 32 tokens are left tiles. A tile of values as they lie in the cache
+// has pairs of neighbouring dims where the product wants pairs of tokens: with a zero beside every
+// weight, it gives the even dims or the odd ones.
+INLINE void store_weights(__m512i* pairs, uint16_t (*to)[kTile]) {
+    transpose(pairs);
+    const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000));
+    for (int i = 0; i < 16; ++i) {
+        _mm512_store_si512(to[0] + i * 32, _mm512_andnot_si512(odd, pairs[i]));
+        _mm512_store_si512(to[1] + i * 32, _mm512_slli_epi32(pairs[i], 16));
+        _mm512_store_si512(to[2] + i * 32, _mm512_srli_epi32(pairs[i], 16));
+        _mm512_store_si512(to[3] + i * 32, _mm512_and_si512(odd, pairs[i]));
     }
-    for (int64_t t = pass.count; t < rounded_up(pass.count, kSub); ++t)
-        _mm512_store_ps(pass.scores[t], _mm512_set1_ps(kHidden));
-    const __m512 more = _mm512_max_ps(best[0], best[1]), old = _mm512_load_ps(pass.heads->peak);
-    if (_mm512_cmp_ps_mask(more, _mm512_add_ps(old, _mm512_set1_ps(kSlack)), _CMP_GT_OQ))
-        raise_peak(*pass.heads, _mm512_max_ps(more, old), dim);
 }
 
-// Weights of 32 tokens and, pair by pair, their values: zeros where there are none, for a weight
-// of zero times what lies there may be NaN. Meanwhile the next pass gets its scores.
+// Weights of 32 tokens; false if a score is too far above the maximum for them.
 template <int kSteps>
-INLINE void weigh(const Pass& pass, const Pass* next, TileSpace& space, int64_t sub,
+INLINE bool weigh(const Pass& pass, TileSpace& space, float scale, int64_t sub, __m512& total,
                   Ahead& ahead) {
-    const __m512i zero = _mm512_setzero_si512();
-    const __m512 peak = _mm512_load_ps(pass.heads->peak);
-    __m512 total = _mm512_load_ps(pass.heads->total);
+    const Powers powers;
+    const __m512 factor = _mm512_set1_ps(scale * kPowerSteps);
+    const __m512 from = powers.offset_of(_mm512_load_ps(pass.heads->peak));
+    __m512 most = powers.least();
     __m512i pairs[16];
-    const uint16_t* row = nullptr;
-    if (next && sub * kSub < next->count) make_scores<kSteps>(*next, sub * kSub);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-        const int64_t t = sub * kSub + 2 * i, left = pass.count - t;
-        if (i % 8 == 0 && left > 0) row = pass.values.at(pass.start + t);
-        const float* scores = pass.scores[t];
-        const __m512 even = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(scores), peak));
-        const __m512 odd = coarse_exp2(_mm512_sub_ps(_mm512_load_ps(scores + kHeads), peak));
-        pairs[i] = cut_pairs(even, odd);
+        const float* scores = pass.scores[sub * kSub + i];
+        const __m512 first = _mm512_fmadd_ps(_mm512_load_ps(scores), factor, from);
+        const __m512 second =
+            _mm512_fmadd_ps(_mm512_load_ps(scores + kGroup * kHeads), factor, from);
+        most = _mm512_max_ps(most, _mm512_max_ps(first, second));
+        pairs[i] = powers.pairs_of(first, second);
         total = add_pairs(total, pairs[i]);
-        uint16_t* to = space.values[sub][0] + i * 32;
-        const uint16_t* other = row + pass.values.token_stride;
-        for (int step = 0; step < kSteps; ++step, to += 2 * kTile) {
-            const __m512i a = left > 0 ? _mm512_loadu_si512(row + step * 32) : zero;
-            const __m512i b = left > 1 ? _mm512_loadu_si512(other + step * 32) : zero;
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-            _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
-        }
-        row = other + pass.values.token_stride;
-        ahead.ask(3 * kSteps);  // more than is read meanwhile, until the distance is reached
+        ahead.ask(kAskWeights * kSteps);
     }
-    transpose(pairs);
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(space.weights[sub] + i * 32, pairs[i]);
-    _mm512_store_ps(pass.heads->total, total);
+    store_weights(pairs, space.weights[sub]);
+    return !powers.is_beyond(most);
 }
 
-void add_values(TileHeads& heads, const TileSpace& space, int64_t num_tiles, int64_t num_subs) {
-    int64_t tile = 0;
-    for (; tile + 4 <= num_tiles; tile += 4) {
-        LOAD_TILE(0, heads.out[tile]);
-        LOAD_TILE(1, heads.out[tile + 1]);
-        LOAD_TILE(2, heads.out[tile + 2]);
-        LOAD_TILE(3, heads.out[tile + 3]);
-        for (int64_t sub = 0; sub < num_subs; ++sub) {
-            LOAD_TILE(4, space.weights[sub]);
-            LOAD_TILE(5, space.values[sub][tile]);
-            MULTIPLY_TILES(0, 4, 5);
-            LOAD_TILE(6, space.values[sub][tile + 1]);
-            MULTIPLY_TILES(1, 4, 6);
-            LOAD_TILE(7, space.values[sub][tile + 2]);
-            MULTIPLY_TILES(2, 4, 7);
-            LOAD_TILE(5, space.values[sub][tile + 3]);
-            MULTIPLY_TILES(3, 4, 5);
-        }
-        STORE_TILE(0, heads.out[tile]);
-        STORE_TILE(1, heads.out[tile + 1]);
-        STORE_TILE(2, heads.out[tile + 2]);
-        STORE_TILE(3, heads.out[tile + 3]);
+// What the values of 16 tokens add to 32 dims, and to 32 more.
+#define ADD_GROUP(both)                      \
+    LOAD_TILE(4, weights[0]);                \
+    LOAD_TILE_ROWS(6, rows, stride);         \
+    MULTIPLY_TILES(0, 4, 6);                 \
+    LOAD_TILE(5, weights[1]);                \
+    MULTIPLY_TILES(1, 5, 6);                 \
+    if (both) {                              \
+        LOAD_TILE_ROWS(7, rows + 32, stride); \
+        MULTIPLY_TILES(2, 4, 7);             \
+        MULTIPLY_TILES(3, 5, 7);             \
     }
-    for (; tile < num_tiles; ++tile) {
-        LOAD_TILE(0, heads.out[tile]);
-        for (int64_t sub = 0; sub < num_subs; ++sub) {
-            LOAD_TILE(4, space.weights[sub]);
-            LOAD_TILE(5, space.values[sub][tile]);
-            MULTIPLY_TILES(0, 4, 5);
+
+template <int kSteps>
+INLINE void add_values(const Pass& pass, TileSpace& space, Ahead& ahead) {
+    TileHeads& heads = *pass.heads;
+    const int64_t num_groups = (pass.count + kGroup - 1) / kGroup;
+    const uint16_t* groups[kBatch / kGroup];
+    int64_t strides[kBatch / kGroup];
+    for (int64_t g = 0; g < num_groups; ++g) {
+        groups[g] = pass.values.at(pass.start + g * kGroup);
+        strides[g] = pass.values.token_stride * int64_t(sizeof(uint16_t));
+    }
+    // A weight of zero times what lies beyond the last token may be NaN.
+    if (const int64_t left = pass.count % kGroup) {
+        std::memset(space.last_values, 0, sizeof(space.last_values));
+        for (int64_t t = 0; t < left; ++t)
+            std::memcpy(space.last_values[t], groups[num_groups - 1] + t * pass.values.token_stride,
+                        kSteps * 64);
+        groups[num_groups - 1] = space.last_values[0];
+        strides[num_groups - 1] = sizeof(space.last_values[0]);
+    }
+#pragma GCC unroll 2
+    for (int step = 0; step < kSteps; step += 2) {
+        float(*out)[2][256] = &heads.out[step];
+        const bool both = step + 1 < kSteps;
+        LOAD_TILE(0, out[0][0]);
+        LOAD_TILE(1, out[0][1]);
+        if (both) {
+            LOAD_TILE(2, out[1][0]);
+            LOAD_TILE(3, out[1][1]);
         }
-        STORE_TILE(0, heads.out[tile]);
+        for (int64_t g = 0; g < num_groups; ++g) {
+            const uint16_t* rows = groups[g] + step * 32;
+            const int64_t stride = strides[g];
+            const uint16_t(*weights)[kTile] = &space.weights[g / 2][g % 2 * 2];
+            ADD_GROUP(both)
+            ahead.ask(kAskValues * kSteps);
+        }
+        STORE_TILE(0, out[0][0]);
+        STORE_TILE(1, out[0][1]);
+        if (both) {
+            STORE_TILE(2, out[1][0]);
+            STORE_TILE(3, out[1][1]);
+        }
     }
 }
+#undef ADD_GROUP
 
 TokenRows rows_of(const DecodeCall& call, const uint16_t* cache, int64_t row, int64_t kv_head) {
     return {cache + kv_head * call.head_stride, call.block_tables + row * call.table_stride,
             call.block_size, call.block_stride, call.token_stride};
 }
 
+// False if a maximum has to be raised first.
+template <int kSteps>
+INLINE bool weigh_all(const Pass& pass, const Pass* next, TileSpace& space, float scale,
+                      Ahead& ahead) {
+    bool is_right = true;
+    __m512 total = _mm512_load_ps(pass.heads->total);
+    for (int64_t t = 0; t < pass.count; t += kSub) {
+        if (next && t < next->count) make_scores<kSteps>(*next, t, ahead);
+        is_right &= weigh<kSteps>(pass, space, scale, t / kSub, total, ahead);
+    }
+    if (is_right) _mm512_store_ps(pass.heads->total, total);
+    return is_right;
+}
+
 // Goes on while the next pass gets its scores.
 template <int kSteps>
-void finish_pass(const Pass& pass, const Pass* next, TileSpace& space, __m512 scale,
+void finish_pass(const Pass& pass, const Pass* next, TileSpace& space, float scale,
                  Ahead& ahead) {
-    settle(pass, kSteps * 32, scale);
+    if (pass.count % kSub) hide_rest(pass);
+    if (pass.is_first) raise_peak(pass, kSteps * 32, scale);
     if (next) load_queries<kSteps>(*next->heads);
-    const int64_t num_subs = (pass.count + kSub - 1) / kSub;
-    for (int64_t sub = 0; sub < num_subs; ++sub) weigh<kSteps>(pass, next, space, sub, ahead);
-    for (int64_t t = num_subs * kSub; next && t < next->count; t += kSub)
-        make_scores<kSteps>(*next, t);
-    add_values(*pass.heads, space, kSteps * 2, num_subs);
+    if (!weigh_all<kSteps>(pass, next, space, scale, ahead)) {
+        raise_peak(pass, kSteps * 32, scale);
+        weigh_all<kSteps>(pass, nullptr, space, scale, ahead);
+    }
+    for (int64_t t = rounded_up(pass.count, kSub); next && t < next->count; t += kSub)
+        make_scores<kSteps>(*next, t, ahead);
+    add_values<kSteps>(pass, space, ahead);
 }
 
 // The passes over a span: batch by batch, all units of query heads.
@@ -352,7 +384,8 @@ struct Passes {
                 rows_of(call, call.key, span.row, kv_head),
                 rows_of(call, call.value, span.row, kv_head),
                 start,
-                left < kBatch ? left : kBatch};
+                left < kBatch ? left : kBatch,
+                i < num_units};
     }
 };
 
@@ -364,7 +397,7 @@ void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ah
     const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t of_group = (group + kHeads - 1) / kHeads;
     const uint16_t* query = call.query + span.row * call.query_stride;
-    const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
+    const float scale = call.scale * kLog2E;
     alignas(64) TileSpace space;
     const Passes passes{call, span, units, space, of_group, call.num_kv_heads * of_group};
     const auto first_of = [&](int64_t u) { return u / of_group * group + u % of_group * kHeads; };
@@ -377,7 +410,7 @@ void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ah
     set_shapes();
     Pass pass = passes.at(0);
     load_queries<kSteps>(*pass.heads);
-    for (int64_t t = 0; t < pass.count; t += kSub) make_scores<kSteps>(pass, t);
+    for (int64_t t = 0; t < pass.count; t += kSub) make_scores<kSteps>(pass, t, ahead);
     for (int64_t i = 0; i < passes.count(); ++i) {
         if (i % passes.num_units == 0) ahead.allow(pass.count);
         const bool goes_on = i + 1 < passes.count();
@@ -391,6 +424,16 @@ void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ah
 }
 
 // --- few query heads of a KV head ---
+
+// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
+// four of every eight. In their order again:
+INLINE void in_order(__m512& low, __m512& high) {
+    const __m512i first =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512 a = _mm512_permutex2var_ps(low, first, high);
+    high = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high);
+    low = a;
+}
 
 // The sums of 16 vectors, in their order.
 INLINE __m512 sums_of(const __m512* v) {
@@ -529,7 +572,7 @@ struct TileDecode {
     void (*decode_span)(const TileDecode&, const Span&, TileHeads* units, Ahead&);
 
     bool has_few_heads() const { return call->num_heads / call->num_kv_heads < kMinTileHeads; }
-    int64_t distance() const { return has_few_heads() ? 2 * kGroup : 2 * kBatch; }
+    int64_t distance() const { return has_few_heads() ? 2 * kGroup : kDistance; }
     int64_t chunks_of(int64_t num_tokens) const {
         return (num_tokens + chunk_tokens - 1) / chunk_tokens;
     }

@@ -39,6 +39,7 @@ void attention_amx(const AttentionCall& call);
 void decode_portable(const DecodeCall& call);
 void decode_avx2(const DecodeCall& call);
 void decode_avx512(const DecodeCall& call);
+void decode_avx512_bf16(const DecodeCall& call);
 void decode_amx(const DecodeCall& call);
 
 }  // namespace glimt

@@ -12,7 +12,12 @@ void attention_avx512(const AttentionCall& call) {
         attend_all(call);
 }
 
-void decode_avx512(const DecodeCall& call) { decode_all(call); }
+void decode_avx512(const DecodeCall& call) {
+    if (has_avx512_bf16())
+        decode_avx512_bf16(call);
+    else
+        decode_all(call);
+}
 
 }  // namespace glimt
 

@@ -1,0 +1,468 @@
+// Decoding over a paged context by dot products of pairs of bfloat16: for processors with
+// AVX512_BF16 and no tiles.
+//
+// Reading the cache is what takes the time. So one worker reads all KV heads of its tokens, in the
+// order in which they lie in memory, and beside every step of work asks for as much of what comes
+// next: tokens of the same chunk, then those of the chunk that is likely its next one.
+//
+// Many query heads of a KV head lie in the lanes for the scores: pairs of a key's dims are
+// broadcast as they lie in the cache. For the second product dims lie in the lanes, pairs of
+// tokens side by side, and the weights are broadcast. Few query heads: dims in the lanes for both.
+#if defined(__AVX512BF16__)
+
+#include "attention_vectors.h"
+
+#define GLIMT_LANES 16
+#include "attention_plain.inc"
+
+namespace glimt {
+namespace {
+
+constexpr int kHeads = 16;
+constexpr int kPanel = 8;         // tokens of one block that are looked at together
+constexpr int kMinHeads = 5;      // fewer would leave most lanes empty
+constexpr int kStep = 64;         // tokens of a KV head between two looks at its outputs
+constexpr int kLine = 32;         // values of a cache line
+constexpr int kUnitSlot = 9;
+constexpr int64_t kLeastBytes = 128 << 10;  // of the cache: smaller chunks are not worth it
+
+// --- what is read, and what next ---
+
+struct Span {
+    int64_t row, chunk, begin, end;  // tokens; nothing where they are equal
+};
+
+Span span_of(const Decode& all, int64_t item) {
+    const int64_t row = item / all.num_chunks, chunk = item % all.num_chunks;
+    if (row >= all.call->num_rows) return {};
+    const int64_t tokens = all.chunk_tokens(row), length = all.call->context_lens[row];
+    const int64_t begin = chunk * tokens, end = begin + tokens;
+    if (begin >= length) return {row, chunk, 0, 0};
+    return {row, chunk, begin, end < length ? end : length};
+}
+
+int64_t num_items(const Decode& all) { return all.call->num_rows * all.num_chunks; }
+
+// The keys and values of kPanel tokens, all KV heads: they lie together.
+struct Panel {
+    const uint16_t *keys = nullptr, *values = nullptr;
+
+    Panel() = default;
+    Panel(const DecodeCall& call, int64_t row, int64_t token) {
+        const int64_t block = call.block_tables[row * call.table_stride + token / call.block_size];
+        const int64_t at =
+            block * call.block_stride + token % call.block_size * call.token_stride;
+        keys = call.key + at, values = call.value + at;
+    }
+};
+
+// What to ask for beside the work on the panel `distance` tokens before.
+Panel panel_ahead(const Decode& all, const Span& span, int64_t token) {
+    if (token < span.end) return {*all.call, span.row, token};
+    int64_t item = __atomic_load_n(&all.next, __ATOMIC_RELAXED);
+    const int64_t past = rounded_up(span.end - span.begin, kPanel);
+    const Span next = span_of(all, item);
+    const int64_t at = next.begin + token - span.begin - past;
+    return at < next.end ? Panel(*all.call, next.row, at) : Panel();
+}
+
+INLINE void ask(const uint16_t* from, int64_t line) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + line * kLine), _MM_HINT_T1);
+}
+
+INLINE __m512i word_at(const uint16_t* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof(word));
+    return _mm512_set1_epi32(word);
+}
+
+INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
+// four of every eight. In their order again:
+void put_in_order(float* out, int64_t dim) {
+    const __m512i first =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t d = 0; d < dim; d += 32, out += 32) {
+        const __m512 low = _mm512_loadu_ps(out), high = _mm512_loadu_ps(out + 16);
+        _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, first, high));
+        _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
+    }
+}
+
+// --- many query heads of a KV head ---
+
+// Up to 16 query heads, and what they have gathered.
+struct alignas(64) Heads {
+    uint32_t query[kMaxDim / 2][kHeads];  // pairs of dims
+    float out[kHeads][kMaxDim];           // in the order of unpacked values
+    float peak[kHeads], total[kHeads];    // peak: in powers of two
+};
+
+struct alignas(64) Space {
+    float scores[kStep][kHeads];
+    uint32_t weights[kStep / 2][kHeads];  // pairs of tokens
+};
+
+// A step of tokens, and what to ask for beside it: of the KV head's share of every panel.
+struct Step {
+    Panel panels[kStep / kPanel], ahead[kStep / kPanel];
+    int64_t count, stride;
+};
+
+void start_heads(Heads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
+    std::memset(heads.out, 0, sizeof(heads.out));
+    for (int64_t d = 0; d < dim; d += 32) {
+        __m512i pairs[16];
+        for (int64_t h = 0; h < kHeads; ++h)
+            pairs[h] = h < num_heads ? _mm512_loadu_si512(query + h * dim + d)
+                                     : _mm512_setzero_si512();
+        transpose(pairs);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.query[d / 2 + i], pairs[i]);
+    }
+    _mm512_store_ps(heads.peak, _mm512_set1_ps(kLowest));
+    _mm512_store_ps(heads.total, _mm512_setzero_ps());
+}
+
+void finish_heads(const Heads& heads, int64_t num_heads, int64_t dim, Part* parts) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+        parts[h].peak = heads.peak[h];
+        parts[h].total = heads.total[h];
+        std::memcpy(parts[h].out, heads.out[h], sizeof(float) * dim);
+        put_in_order(parts[h].out, dim);
+    }
+}
+
+template <int kSteps>
+INLINE void score_panel(const Heads& heads, const uint16_t* keys, int64_t stride,
+                        const uint16_t* ahead, float (*scores)[kHeads]) {
+    __m512 sums[kPanel];
+#pragma GCC unroll 8
+    for (int t = 0; t < kPanel; ++t) sums[t] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < kSteps * 16; pair += 2) {
+        if (ahead) ask(ahead, pair / 2);
+#pragma GCC unroll 2
+        for (int64_t i = pair; i < pair + 2; ++i) {
+            const __m512i query = _mm512_load_si512(heads.query[i]);
+#pragma GCC unroll 8
+            for (int t = 0; t < kPanel; ++t)
+                sums[t] = dot(sums[t], query, word_at(keys + t * stride + 2 * i));
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kPanel; ++t) _mm512_store_ps(scores[t], sums[t]);
+}
+
+__attribute__((noinline)) void raise_peak(Heads& heads, __m512 best, int64_t dim) {
+    alignas(64) float kept[kHeads];
+    _mm512_store_ps(kept, coarse_exp2(_mm512_sub_ps(_mm512_load_ps(heads.peak), best)));
+    _mm512_store_ps(heads.peak, best);
+    _mm512_store_ps(heads.total, _mm512_mul_ps(_mm512_load_ps(heads.total), _mm512_load_ps(kept)));
+    for (int h = 0; h < kHeads; ++h)
+        for (int64_t d = 0; d < dim; d += 16) {
+            float* at = heads.out[h] + d;
+            _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(kept[h])));
+        }
+}
+
+// Weights of the step; the outputs are scaled down only if the maximum has grown by much.
+void weigh(Heads& heads, Space& space, int64_t count, int64_t dim, float scale_) {
+    const __m512 scale = _mm512_set1_ps(scale_), old = _mm512_load_ps(heads.peak);
+    for (int64_t t = count; t < rounded_up(count, kPanel); ++t)
+        _mm512_store_ps(space.scores[t], _mm512_set1_ps(kHidden));
+    __m512 best[2] = {_mm512_set1_ps(kHidden), _mm512_set1_ps(kHidden)};
+    for (int64_t t = 0; t < count; t += 2) {
+        best[0] = _mm512_max_ps(best[0], _mm512_load_ps(space.scores[t]));
+        best[1] = _mm512_max_ps(best[1], _mm512_load_ps(space.scores[t + 1]));
+    }
+    const __m512 more = _mm512_mul_ps(_mm512_max_ps(best[0], best[1]), scale);
+    if (_mm512_cmp_ps_mask(more, _mm512_add_ps(old, _mm512_set1_ps(kSlack)), _CMP_GT_OQ))
+        raise_peak(heads, _mm512_max_ps(more, old), dim);
+    const __m512 peak = _mm512_load_ps(heads.peak);
+    __m512 total = _mm512_load_ps(heads.total);
+    for (int64_t t = 0; t < count; t += 2) {
+        const __m512 even = _mm512_fmsub_ps(_mm512_load_ps(space.scores[t]), scale, peak);
+        const __m512 odd = _mm512_fmsub_ps(_mm512_load_ps(space.scores[t + 1]), scale, peak);
+        const __m512i pairs = cut_pairs(coarse_exp2(even), coarse_exp2(odd));
+        _mm512_store_si512(space.weights[t / 2], pairs);
+        total = add_pairs(total, pairs);
+    }
+    _mm512_store_ps(heads.total, total);
+}
+
+// Two tokens' values of 32 dims, token by token in pairs; a second one that is not there is zero.
+INLINE void unpack(const uint16_t* row, int64_t stride, bool has_second, __m512i* pairs) {
+    const __m512i a = _mm512_loadu_si512(row);
+    const __m512i b = _mm512_maskz_loadu_epi16(has_second ? 0xffffffff : 0, row + stride);
+    pairs[0] = _mm512_unpacklo_epi16(a, b);
+    pairs[1] = _mm512_unpackhi_epi16(a, b);
+}
+
+// Half of the heads, from `first` on, and 32 dims. offset: of the values in a panel
+INLINE void add_values(Heads& heads, const Space& space, const Step& step, int first, int64_t dim,
+                       int64_t offset, int64_t ahead) {
+    constexpr int kHalf = kHeads / 2;
+    __m512 sums[kHalf][2];
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalf; ++h) {
+        sums[h][0] = _mm512_load_ps(heads.out[first + h] + dim);
+        sums[h][1] = _mm512_load_ps(heads.out[first + h] + dim + 16);
+    }
+    const uint32_t* weights = space.weights[0] + first;
+    for (int64_t t = 0; t < step.count; t += kPanel) {
+        const uint16_t* row = step.panels[t / kPanel].values + offset + dim;
+        const uint16_t* next = step.ahead[t / kPanel].values;
+        const int64_t left = step.count - t, count = left < kPanel ? left : kPanel;
+        for (int64_t i = 0; i < count; i += 2, row += 2 * step.stride, weights += kHeads) {
+            if (next) ask(next + ahead, i / 2);
+            __m512i pairs[2];
+            unpack(row, step.stride, i + 1 < count, pairs);
+#pragma GCC unroll 8
+            for (int h = 0; h < kHalf; ++h) {
+                const __m512i weight = _mm512_set1_epi32(int32_t(weights[h]));
+                sums[h][0] = dot(sums[h][0], pairs[0], weight);
+                sums[h][1] = dot(sums[h][1], pairs[1], weight);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalf; ++h) {
+        _mm512_store_ps(heads.out[first + h] + dim, sums[h][0]);
+        _mm512_store_ps(heads.out[first + h] + dim + 16, sums[h][1]);
+    }
+}
+
+// offset: of the KV head among a token's values; ahead: of the share of a panel to ask for
+template <int kSteps>
+void attend_heads(Heads& heads, int64_t num_heads, Space& space, const Step& step, int64_t offset,
+                  int64_t ahead, float scale) {
+    for (int64_t t = 0; t < step.count; t += kPanel) {
+        const Panel &panel = step.panels[t / kPanel], &next = step.ahead[t / kPanel];
+        score_panel<kSteps>(heads, panel.keys + offset, step.stride,
+                            next.keys ? next.keys + ahead : nullptr, space.scores + t);
+    }
+    weigh(heads, space, step.count, kSteps * 32, scale);
+    for (int s = 0; s < kSteps; ++s)
+        for (int half = 0; half < 2; ++half) {
+            if (half * kHeads / 2 >= num_heads) break;
+            add_values(heads, space, step, half * kHeads / 2, s * 32, offset,
+                       ahead + (s * 2 + half) * kPanel / 2 * kLine);
+        }
+}
+
+// units: of every 16 query heads
+template <int kSteps>
+void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
+    constexpr int64_t kDim = kSteps * 32;
+    const DecodeCall& call = *all.call;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t per_group = (group + kHeads - 1) / kHeads;
+    const auto heads_of = [&](int64_t i) {
+        const int64_t left = group - i * kHeads;
+        return left < kHeads ? left : kHeads;
+    };
+    const auto each_unit = [&](const auto& visit) {
+        for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
+            for (int64_t i = 0; i < per_group; ++i)
+                visit(units[kv_head * per_group + i], kv_head, i);
+    };
+    each_unit([&](Heads& heads, int64_t kv_head, int64_t i) {
+        const Chunk one(all, span.row, kv_head, span.chunk);
+        start_heads(heads, one.query + i * kHeads * kDim, heads_of(i), kDim);
+    });
+    Space space;
+    Step step;
+    step.stride = call.token_stride;
+    for (int64_t start = span.begin; start < span.end; start += kStep) {
+        step.count = span.end - start < kStep ? span.end - start : kStep;
+        for (int64_t t = 0; t < step.count; t += kPanel) {
+            step.panels[t / kPanel] = Panel(call, span.row, start + t);
+            step.ahead[t / kPanel] = panel_ahead(all, span, start + t + kStep);
+        }
+        each_unit([&](Heads& heads, int64_t kv_head, int64_t i) {
+            attend_heads<kSteps>(heads, heads_of(i), space, step, kv_head * kDim,
+                                 kv_head * kPanel * kDim, call.scale * kLog2E);
+        });
+    }
+    each_unit([&](const Heads& heads, int64_t kv_head, int64_t i) {
+        const Chunk one(all, span.row, kv_head, span.chunk);
+        finish_heads(heads, heads_of(i), kDim, one.parts + i * kHeads);
+    });
+}
+
+// --- few query heads of a KV head ---
+
+constexpr int kFewAhead = 2 * kPanel;  // tokens
+
+// The sums of 8 vectors, in their order, then zeros.
+INLINE __m512 sums_of(const __m512* vectors) {
+    __m256 halves[8];
+    for (int i = 0; i < 8; ++i)
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256(vectors[i]),
+                                  _mm512_extractf32x8_ps(vectors[i], 1));
+    const auto fours = [&](const __m256* from) {
+        return _mm256_hadd_ps(_mm256_hadd_ps(from[0], from[1]), _mm256_hadd_ps(from[2], from[3]));
+    };
+    const __m256 a = fours(halves), b = fours(halves + 4);
+    return _mm512_zextps256_ps512(_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                                _mm256_permute2f128_ps(a, b, 0x31)));
+}
+
+template <int kSteps>
+INLINE __m512 scores_of(const uint16_t* query, const uint16_t* keys, int64_t stride) {
+    __m512 sums[kPanel];
+#pragma GCC unroll 8
+    for (int t = 0; t < kPanel; ++t) {
+        sums[t] = _mm512_setzero_ps();
+        for (int s = 0; s < kSteps; ++s)
+            sums[t] = dot(sums[t], _mm512_loadu_si512(query + s * 32),
+                          _mm512_loadu_si512(keys + t * stride + s * 32));
+    }
+    return sums_of(sums);
+}
+
+template <int kSteps>
+INLINE void scale_part(Part& part, float peak) {
+    const __m512 kept = coarse_exp2(_mm512_set1_ps(part.peak - peak));
+    part.peak = peak;
+    part.total *= _mm512_cvtss_f32(kept);
+    for (int i = 0; i < 2 * kSteps; ++i)
+        _mm512_storeu_ps(part.out + i * 16, _mm512_mul_ps(_mm512_loadu_ps(part.out + i * 16), kept));
+}
+
+// One query head and the first `count` tokens of a panel.
+template <int kSteps>
+INLINE void attend_panel(Part& part, const uint16_t* query, const Panel& panel, int64_t offset,
+                         int64_t stride, int64_t count, __m512 scale) {
+    const __mmask16 is_there = uint16_t((1u << count) - 1);
+    const __m512 scores =
+        _mm512_mask_mul_ps(_mm512_set1_ps(kHidden), is_there,
+                           scores_of<kSteps>(query, panel.keys + offset, stride), scale);
+    const float best = _mm512_reduce_max_ps(scores);
+    if (best > part.peak + kSlack) scale_part<kSteps>(part, best);
+    const __m512 exact = coarse_exp2(_mm512_sub_ps(scores, _mm512_set1_ps(part.peak)));
+    alignas(64) uint16_t weights[16];
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(exact);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights), narrow);
+    part.total += _mm512_reduce_add_ps(
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16)));
+    __m512 sums[2 * kSteps];
+    for (int i = 0; i < 2 * kSteps; ++i) sums[i] = _mm512_loadu_ps(part.out + i * 16);
+    for (int64_t t = 0; t < count; t += 2) {
+        const uint16_t* row = panel.values + offset + t * stride;
+        const __m512i weight = word_at(weights + t);
+        for (int s = 0; s < kSteps; ++s) {
+            __m512i pairs[2];
+            unpack(row + s * 32, stride, t + 1 < count, pairs);
+            sums[2 * s] = dot(sums[2 * s], pairs[0], weight);
+            sums[2 * s + 1] = dot(sums[2 * s + 1], pairs[1], weight);
+        }
+    }
+    for (int i = 0; i < 2 * kSteps; ++i) _mm512_storeu_ps(part.out + i * 16, sums[i]);
+}
+
+// units: none are needed
+template <int kSteps>
+void decode_few_heads(const Decode& all, const Span& span, Heads*) {
+    constexpr int64_t kDim = kSteps * 32;
+    const DecodeCall& call = *all.call;
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
+    const auto each_head = [&](const auto& visit) {
+        for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head) {
+            const Chunk one(all, span.row, kv_head, span.chunk);
+            visit(one, kv_head);
+        }
+    };
+    each_head([&](const Chunk& one, int64_t) {
+        for (int64_t h = 0; h < group; ++h) {
+            one.parts[h].peak = kLowest, one.parts[h].total = 0;
+            std::memset(one.parts[h].out, 0, sizeof(one.parts[h].out));
+        }
+    });
+    for (int64_t start = span.begin; start < span.end; start += kPanel) {
+        const int64_t rest = span.end - start, count = rest < kPanel ? rest : kPanel;
+        const Panel panel(call, span.row, start);
+        const Panel next = panel_ahead(all, span, start + kFewAhead);
+        each_head([&](const Chunk& one, int64_t kv_head) {
+            for (int64_t i = 0; next.keys && i < kPanel * kSteps; ++i) {
+                ask(next.keys + kv_head * kPanel * kDim, i);
+                ask(next.values + kv_head * kPanel * kDim, i);
+            }
+            for (int64_t h = 0; h < group; ++h)
+                attend_panel<kSteps>(one.parts[h], one.query + h * kDim, panel, kv_head * kDim,
+                                     call.token_stride, count, scale);
+        });
+    }
+    each_head([&](const Chunk& one, int64_t) {
+        for (int64_t h = 0; h < group; ++h) put_in_order(one.parts[h].out, kDim);
+    });
+}
+
+// --- the call ---
+
+struct PairDecode {
+    Decode all;
+    Heads* units;  // of every worker
+    int64_t units_per_worker;
+    void (*decode_span)(const Decode&, const Span&, Heads* units);
+};
+
+void pair_decode_body(void* context, int worker, int num_workers) {
+    PairDecode& pairs = *static_cast<PairDecode*>(context);
+    Decode& all = pairs.all;
+    const DecodeCall& call = *all.call;
+    const unsigned control = _mm_getcsr();
+    _mm_setcsr(control | kFlushDenormals);
+    for (;;) {
+        const int64_t item = __atomic_fetch_add(&all.next, 1, __ATOMIC_RELAXED);
+        if (item >= num_items(all)) break;
+        const Span span = span_of(all, item);
+        if (span.begin < span.end)
+            pairs.decode_span(all, span, pairs.units + worker * pairs.units_per_worker);
+    }
+    wait_for_all();
+    for (int64_t i = worker; i < call.num_rows * call.num_heads; i += num_workers)
+        merge_chunks(all, i / call.num_heads, i % call.num_heads);
+    _mm_setcsr(control);
+}
+
+template <int kSteps>
+void decode_pairs(const DecodeCall& call) {
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const int64_t token_bytes = 2 * call.token_stride * int64_t(sizeof(uint16_t));
+    PairDecode pairs{};
+    pairs.all = start_decode(call, nullptr, 1, rounded_up(kLeastBytes / token_bytes, kTokens));
+    if (group < kMinHeads) {
+        pairs.decode_span = decode_few_heads<kSteps>;
+    } else {
+        pairs.decode_span = decode_many_heads<kSteps>;
+        pairs.units_per_worker = call.num_kv_heads * ((group + kHeads - 1) / kHeads);
+        pairs.units = static_cast<Heads*>(scratch(
+            kUnitSlot, num_workers() * pairs.units_per_worker * int64_t(sizeof(Heads))));
+    }
+    run_parallel(pair_decode_body, &pairs);
+}
+
+}  // namespace
+
+// A panel must lie in one block, 32 dims in a vector, and tokens and their KV heads side by side.
+void decode_avx512_bf16(const DecodeCall& call) {
+    const bool is_dense = call.head_stride == call.head_dim &&
+                          call.token_stride == call.head_stride * call.num_kv_heads;
+    if (!is_dense || call.block_size % kPanel) return decode_all(call);
+    switch (call.head_dim) {
+        case 32: return decode_pairs<1>(call);
+        case 64: return decode_pairs<2>(call);
+        case 96: return decode_pairs<3>(call);
+        case 128: return decode_pairs<4>(call);
+        default: return decode_all(call);
+    }
+}
+
+}  // namespace glimt
+
+#endif

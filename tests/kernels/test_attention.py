@@ -333,6 +333,37 @@ def test_decode_merges_the_chunks_of_a_long_context(kernels: native.Native, grou
     check_decode(kernels, [2050, 3], group=group, kv_heads=1, dim=32, block_size=16)
 
 
+@pytest.mark.parametrize(("group", "kv_heads"), [(16, 2), (1, 4)])
+def test_a_row_decodes_alike_beside_others(
+    isa: str, kernels: native.Native, group: int, kv_heads: int
+) -> None:
+    """Would catch chunks that hang on other rows: a text would change with its neighbours."""
+    if isa == "amx":
+        pytest.skip("its chunks are of all rows together")
+    lengths = torch.tensor([1500, 3, 2100])
+    caches = [random(230 * 16, kv_heads, 128, seed=i).unflatten(0, (230, 16)) for i in (1, 2)]
+    tables = torch.randperm(230, generator=torch.Generator().manual_seed(3))[:198].view(3, 66)
+    tables = torch.cat((tables, tables), dim=1)
+    query = random(3, group * kv_heads, 128)
+    together = kernels.decode(query, *caches, tables, lengths, 0.1)
+    assert together is not None
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = kernels.decode(query[one], *caches, tables[one], lengths[one], 0.1)
+        assert alone is not None
+        assert torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize(("dim", "block_size"), [(32, 16), (96, 8), (128, 24), (128, 12)])
+@pytest.mark.parametrize("group", [1, 7, 16, 33])
+def test_decode_of_any_block_size(
+    kernels: native.Native, group: int, dim: int, block_size: int
+) -> None:
+    """Would catch tokens taken to lie together where a block ends between them."""
+    lengths = [1, 9, 63, 65, 250]
+    check_decode(kernels, lengths, group=group, kv_heads=3, dim=dim, block_size=block_size)
+
+
 @pytest.mark.parametrize("group", [1, 16])
 def test_decode_of_scores_that_keep_growing(kernels: native.Native, group: int) -> None:
     """Would catch a maximum that lags behind, within a chunk or between chunks."""

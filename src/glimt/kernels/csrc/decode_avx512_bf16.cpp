@@ -59,15 +59,15 @@ struct Panel {
 // What to ask for beside the work on the panel `distance` tokens before.
 Panel panel_ahead(const Decode& all, const Span& span, int64_t token) {
     if (token < span.end) return {*all.call, span.row, token};
-    int64_t item = __atomic_load_n(&all.next, __ATOMIC_RELAXED);
+    const Span next = span_of(all, __atomic_load_n(&all.next, __ATOMIC_RELAXED));
     const int64_t past = rounded_up(span.end - span.begin, kPanel);
-    const Span next = span_of(all, item);
     const int64_t at = next.begin + token - span.begin - past;
     return at < next.end ? Panel(*all.call, next.row, at) : Panel();
 }
 
+template <_mm_hint kCache>
 INLINE void ask(const uint16_t* from, int64_t line) {
-    _mm_prefetch(reinterpret_cast<const char*>(from + line * kLine), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(from + line * kLine), kCache);
 }
 
 INLINE __m512i word_at(const uint16_t* from) {
@@ -143,7 +143,7 @@ INLINE void score_panel(const Heads& heads, const uint16_t* keys, int64_t stride
 #pragma GCC unroll 8
     for (int t = 0; t < kPanel; ++t) sums[t] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < kSteps * 16; pair += 2) {
-        if (ahead) ask(ahead, pair / 2);
+        if (ahead) ask<_MM_HINT_T0>(ahead, pair / 2);
 #pragma GCC unroll 2
         for (int64_t i = pair; i < pair + 2; ++i) {
             const __m512i query = _mm512_load_si512(heads.query[i]);
@@ -217,7 +217,7 @@ INLINE void add_values(Heads& heads, const Space& space, const Step& step, int f
         const uint16_t* next = step.ahead[t / kPanel].values;
         const int64_t left = step.count - t, count = left < kPanel ? left : kPanel;
         for (int64_t i = 0; i < count; i += 2, row += 2 * step.stride, weights += kHeads) {
-            if (next) ask(next + ahead, i / 2);
+            if (next) ask<_MM_HINT_T0>(next + ahead, i / 2);
             __m512i pairs[2];
             unpack(row, step.stride, i + 1 < count, pairs);
 #pragma GCC unroll 8
@@ -389,8 +389,9 @@ void decode_few_heads(const Decode& all, const Span& span, Heads*) {
         const Panel next = panel_ahead(all, span, start + kFewAhead);
         each_head([&](const Chunk& one, int64_t kv_head) {
             for (int64_t i = 0; next.keys && i < kPanel * kSteps; ++i) {
-                ask(next.keys + kv_head * kPanel * kDim, i);
-                ask(next.values + kv_head * kPanel * kDim, i);
+                // The rows of a head lie so far apart that they would drive each other out of L1.
+                ask<_MM_HINT_T1>(next.keys + kv_head * kPanel * kDim, i);
+                ask<_MM_HINT_T1>(next.values + kv_head * kPanel * kDim, i);
             }
             for (int64_t h = 0; h < group; ++h)
                 attend_panel<kSteps>(one.parts[h], one.query + h * kDim, panel, kv_head * kDim,

@@ -22,13 +22,15 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native kernels are 
 ROWS = (0, 1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 100, 257)
 SHAPES = ((48, 40), (100, 64), (192, 100), (272, 192), (1000, 520), (16, 8), (33, 1024))
 
-# One rounding to bfloat16, which has 8 bits: half a unit is at most 2^-8 of the value. A little is
-# left for sums that lie at the edge between two numbers.
-ROUNDING = 1.02 * 2.0**-8
+# One rounding to bfloat16, which has 8 bits: half a unit is at most 2^-8 of the value; to float16,
+# which has 11, and steps of 2^-24 below 2^-14. A little is left for sums that lie at the edge
+# between two numbers.
+ROUNDING = {torch.bfloat16: 1.02 * 2.0**-8, torch.float16: 1.02 * 2.0**-11}
+SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 1.02 * 2.0**-25}
 # Sums in float32: 2^-24 of what is summed for each addition, which seldom point the same way.
 SUMMING = 2.0**-18
-# Kernels for many rows may round dequantised int4 weights, and x after its own rounding, to
-# bfloat16: independent errors of up to 2^-8 of each product. Six standard deviations.
+# Kernels of bfloat16 for many rows may round dequantised int4 weights, and x after its own
+# rounding, to bfloat16: independent errors of up to 2^-8 of each product. Six standard deviations.
 WEIGHT_ROUNDING = 6 * 2.0**-8 / 3**0.5
 
 
@@ -40,9 +42,17 @@ class Variant:
     group: int = 0
     has_offsets: bool = False
     quantises_x: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of activations
 
     def __str__(self) -> str:
-        parts = (self.format, self.group or "", "asym" * self.has_offsets, "q" * self.quantises_x)
+        is_half = self.dtype == torch.float16 and self.format != "fp16"
+        parts = (
+            self.format,
+            self.group or "",
+            "asym" * self.has_offsets,
+            "q" * self.quantises_x,
+            "half" * is_half,
+        )
         return "-".join(str(part) for part in parts if part)
 
 
@@ -59,7 +69,15 @@ VARIANTS = (
     Variant("int4", 64, has_offsets=True, quantises_x=True),
     Variant("int4", 128, has_offsets=True, quantises_x=True),
     Variant("int4", 128, quantises_x=True),
+    Variant("fp16", dtype=torch.float16),
+    Variant("int8", dtype=torch.float16),
+    Variant("int8", quantises_x=True, dtype=torch.float16),
+    Variant("int4", 32, has_offsets=True, dtype=torch.float16),
+    Variant("int4", 64, dtype=torch.float16),
+    Variant("int4", 64, quantises_x=True, dtype=torch.float16),
+    Variant("int4", 128, has_offsets=True, quantises_x=True, dtype=torch.float16),
 )
+BF16, FP16 = Variant("bf16"), Variant("fp16", dtype=torch.float16)
 
 
 @dataclass(frozen=True)
@@ -83,8 +101,8 @@ def make_plain(variant: Variant, n: int, k: int, seed: int = 0) -> Plain:
     """Random weights of the variant, of size about 1 / sqrt(k); rows differ in scale."""
     random = torch.Generator().manual_seed(seed)
     spread = torch.rand(n, 1, generator=random) + 0.5
-    if variant.format == "bf16":
-        values = (torch.randn(n, k, generator=random) * spread / k**0.5).bfloat16()
+    if variant.format in ("bf16", "fp16"):
+        values = (torch.randn(n, k, generator=random) * spread / k**0.5).to(variant.dtype)
         return Plain(values, None, None, values.double())
     if variant.format == "int8":
         values = torch.randint(-127, 128, (n, k), generator=random, dtype=torch.int8)
@@ -114,12 +132,11 @@ def pack(native: Native, variant: Variant, plain: Plain, is_paired: bool = False
     )
 
 
-def make_x(m: int, k: int, seed: int = 1) -> Tensor:
-    """Random rows of different sizes, bfloat16."""
+def make_x(m: int, k: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random rows of different sizes."""
     random = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(m, k, generator=random) * (torch.rand(m, 1, generator=random) * 3)
-    ).bfloat16()
+    x = torch.randn(m, k, generator=random) * (torch.rand(m, 1, generator=random) * 3)
+    return x.to(dtype)
 
 
 def rounded(x: Tensor, variant: Variant) -> Tensor:
@@ -136,10 +153,15 @@ def rounded(x: Tensor, variant: Variant) -> Tensor:
     return (q.double() * (largest / 127.0).double()).reshape(padded.shape)[:, : x.shape[1]]
 
 
+def rounding(values: Tensor, variant: Variant) -> Tensor:
+    """What one rounding to the variant's dtype may change."""
+    return ROUNDING[variant.dtype] * values.abs() + SMALLEST[variant.dtype]
+
+
 def allowed(x: Tensor, w: Tensor, expected: Tensor, variant: Variant) -> Tensor:
     """How far from the expected values a kernel may be, by the constants above."""
-    bound = ROUNDING * expected.abs() + SUMMING * (x.abs() @ w.abs().T) + 1e-30
-    if variant.format == "int4":
+    bound = rounding(expected, variant) + SUMMING * (x.abs() @ w.abs().T)
+    if variant.format == "int4" and variant.dtype == torch.bfloat16:
         bound = bound + WEIGHT_ROUNDING * (x.square() @ w.square().T).sqrt()
     return bound
 
@@ -162,6 +184,9 @@ def unpacked(packed: PackedWeight, group: int) -> NDArray[np.float64]:
     blocks, k_padded, scales_at, _, blocks_at, block_bytes, nibbles_at = data[:56].view(np.int64)
     has_offsets = bool(data[56:60].view(np.int32)[0])
     body = data[blocks_at:].reshape(blocks, block_bytes)
+    if packed.format == "fp16":
+        halves = body.copy().view(np.float16).reshape(blocks, k_padded, 16)
+        return in_order(halves.transpose(0, 2, 1).astype(np.float64), packed)
     if packed.format == "bf16":
         words = body.copy().view(np.uint16).reshape(blocks, k_padded // 2, 16, 2)
         rows = (words.astype(np.uint32) << 16).view(np.float32).transpose(0, 2, 1, 3)
@@ -241,7 +266,7 @@ def test_products_equal_float64(native: Native, variant: Variant, n: int, k: int
     """Catches wrong tails of m, n or k in any of the kernels that a number of rows selects."""
     plain = make_plain(variant, n, k)
     packed = pack(native, variant, plain)
-    x = make_x(max(ROWS), k)
+    x = make_x(max(ROWS), k, dtype=variant.dtype)
     seen = rounded(x, variant)
     expected = seen @ plain.dequantised.T
     bound = allowed(seen, plain.dequantised, expected, variant)
@@ -254,10 +279,11 @@ def test_products_equal_float64(native: Native, variant: Variant, n: int, k: int
 def test_float_results_are_not_rounded(native: Native, variant: Variant, m: int) -> None:
     """Catches logits that pass through bfloat16, and sums that lose bits."""
     plain = make_plain(variant, 272, 200)
-    x = make_x(m, 200)
+    x = make_x(m, 200, dtype=variant.dtype)
     seen = rounded(x, variant)
     expected = seen @ plain.dequantised.T
-    bound = allowed(seen, plain.dequantised, expected, variant) - ROUNDING * expected.abs()
+    bound = allowed(seen, plain.dequantised, expected, variant) - rounding(expected, variant)
+    bound = bound + 1e-30
     out = torch.full((m, 300), 7.0)
     result = native.linear(x, pack(native, variant, plain), out=out[:, :272])
     check(result, expected, bound)
@@ -274,13 +300,15 @@ def test_epilogue_is_bias_activation_residual(
     """Catches a wrong order of the steps, reordered columns, and strides that are ignored."""
     n, k = 96, 136
     plain = make_plain(variant, n, k)
-    x = make_x(2 * m, 2 * k)[::2, :k]
-    bias, residual = make_x(1, n, 2)[0], make_x(m, 3 * n, 3)[:, n : 2 * n]
+    x = make_x(2 * m, 2 * k, dtype=variant.dtype)[::2, :k]
+    bias = make_x(1, n, 2, variant.dtype)[0]
+    residual = make_x(m, 3 * n, 3, variant.dtype)[:, n : 2 * n]
     seen = rounded(x, variant)
     inner = seen @ plain.dequantised.T + bias.double()
     expected = activated(inner, activation) + 0.75 * residual.double()
-    bound = allowed(seen, plain.dequantised, inner, variant) + ROUNDING * expected.abs()
-    out = torch.full((m, n + 8), 7.0).bfloat16()
+    bound = allowed(seen, plain.dequantised, inner, variant)
+    bound = bound + rounding(expected, variant)
+    out = torch.full((m, n + 8), 7.0).to(variant.dtype)
     result = native.linear(
         x,
         pack(native, variant, plain, is_paired),
@@ -300,13 +328,13 @@ def test_silu_multiplies_the_halves(native: Native, variant: Variant, m: int) ->
     """Catches gate and up exchanged, and halves of a wrong width."""
     n, k = 160, 104
     plain = make_plain(variant, n, k)
-    x, bias = make_x(m, k), make_x(1, n, 2)[0]
+    x, bias = make_x(m, k, dtype=variant.dtype), make_x(1, n, 2, variant.dtype)[0]
     seen = rounded(x, variant)
     inner = seen @ plain.dequantised.T + bias.double()
     gate, up = inner.chunk(2, 1)
     expected = torch.nn.functional.silu(gate) * up
     error = allowed(seen, plain.dequantised, 0 * inner, variant).chunk(2, 1)
-    bound = ROUNDING * expected.abs() + 1.1 * error[0] * up.abs() + error[1] * gate.abs()
+    bound = rounding(expected, variant) + 1.1 * error[0] * up.abs() + error[1] * gate.abs()
     packed = pack(native, variant, plain, is_paired=True)
     check(native.linear(x, packed, bias, activation="silu_mul"), expected, bound + 1e-6)
 
@@ -321,20 +349,54 @@ def activated(x: Tensor, activation: str) -> Tensor:
 
 @pytest.mark.parametrize("activation", ["gelu_erf", "gelu_tanh", "silu_mul"])
 @pytest.mark.parametrize("m", [2, 64])
-def test_activations_far_from_zero(native: Native, activation: str, m: int) -> None:
+@pytest.mark.parametrize("variant", [BF16, FP16], ids=str)
+def test_activations_far_from_zero(
+    native: Native, variant: Variant, activation: str, m: int
+) -> None:
     """Catches exponentials that overflow, and tails that turn into noise."""
-    n = 64
-    values = torch.linspace(-90, 90, m * n).reshape(m, n).bfloat16()
-    eye = torch.eye(n).bfloat16()
+    n, dtype = 64, variant.dtype
+    values = torch.linspace(-90, 90, m * n).reshape(m, n).to(dtype)
+    eye = torch.eye(n).to(dtype)
     if activation == "silu_mul":
-        plain = torch.cat([eye, torch.zeros(n, n).bfloat16()])
-        bias = torch.cat([torch.zeros(n), torch.ones(n)]).bfloat16()
+        plain = torch.cat([eye, torch.zeros(n, n, dtype=dtype)])
+        bias = torch.cat([torch.zeros(n), torch.ones(n)]).to(dtype)
         expected = torch.nn.functional.silu(values.double())
     else:
         plain, bias, expected = eye, None, activated(values.double(), activation)
-    packed = native.pack(plain, is_paired=activation == "silu_mul")
+    packed = native.pack(plain, variant.format, is_paired=activation == "silu_mul")
     result = native.linear(values, packed, bias, activation=activation)
-    check(result, expected, ROUNDING * expected.abs() + 2e-7)
+    check(result, expected, rounding(expected, variant) + 2e-7)
+
+
+@pytest.mark.parametrize("m", [4, 992])
+def test_every_float16_is_read_and_rounded_as_ieee_says(native: Native, m: int) -> None:
+    """Catches subnormals that vanish, ties rounded upwards, and overflow that stays a number.
+
+    Half of another float16 is added to each, so that the sums fall between two numbers, often right
+    in the middle, and beyond the largest.
+    """
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    x = every[every.isfinite()].view(-1, 64)
+    eye = native.pack(torch.eye(64).half(), "fp16")
+    for residual in (x, x.roll(1, 1), x.flip(0, 1)):
+        parts = zip(x.split(m), residual.split(m), strict=True)
+        out = [native.linear(a, eye, residual=b, residual_scale=0.5) for a, b in parts]
+        expected = (x.float() + 0.5 * residual.float()).half()
+        assert torch.equal(torch.cat(out), expected)
+    assert (x.float() + 0.5 * x.float()).half().isinf().any()
+    assert native.linear(x[:m] * torch.nan, eye).isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_weights_and_activations_of_two_16_bit_dtypes(native: Native, m: int) -> None:
+    """Catches x read as what the weight is: a float16 layer may follow a bfloat16 one."""
+    for variant, dtype in ((BF16, torch.float16), (FP16, torch.bfloat16)):
+        plain = make_plain(variant, 80, 136)
+        x = make_x(m, 136, dtype=dtype)
+        seen = x.double()
+        expected = seen @ plain.dequantised.T
+        bound = allowed(seen, plain.dequantised, expected, BF16)
+        check(native.linear(x, pack(native, variant, plain)), expected, bound)
 
 
 def test_zeros_and_wild_rows_stay_apart(native: Native) -> None:
@@ -343,7 +405,7 @@ def test_zeros_and_wild_rows_stay_apart(native: Native) -> None:
         plain = make_plain(variant, 64, 128)
         packed = pack(native, variant, plain)
         for m in (4, 40):
-            x = make_x(m, 128)
+            x = make_x(m, 128, dtype=variant.dtype)
             x[1], x[2] = 0, float("nan")
             out = native.linear(x, packed)
             if out is None:
@@ -370,13 +432,13 @@ def test_long_rows_of_int8_do_not_overflow(native: Native) -> None:
         )
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:4] + VARIANTS[-2:-1], ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS[:4], VARIANTS[10], FP16], ids=str)
 @pytest.mark.parametrize("m", [40, 400])
 def test_matrices_larger_than_a_block(native: Native, variant: Variant, m: int) -> None:
     """Catches sums that are lost between runs of k, and seams between blocks."""
     n, k = 720, 4200
     plain = make_plain(variant, n, k)
-    x, residual = make_x(m, k), make_x(m, n, 3)
+    x, residual = (make_x(m, size, seed, variant.dtype) for size, seed in ((k, 1), (n, 3)))
     seen = rounded(x, variant)
     expected = seen @ plain.dequantised.T + residual.double()
     bound = allowed(seen, plain.dequantised, expected, variant)
@@ -392,7 +454,7 @@ def test_rows_do_not_depend_on_their_chunk(variant: Variant, n: int, k: int) -> 
         pytest.skip("needs AVX-512")
     native = Native(LIBRARY, "avx512", threads=2)
     packed = pack(native, variant, make_plain(variant, n, k))
-    x = make_x(531, k)
+    x = make_x(531, k, dtype=variant.dtype)
     whole = native.linear(x, packed)
     assert whole is not None
     # Not one or two rows of int4, whose sums are two chains for speed.
@@ -414,8 +476,9 @@ def test_mlp_is_two_products(native: Native, variant: Variant, m: int, activatio
     is_paired = activation == "silu_mul"
     up = pack(native, variant, make_plain(variant, width * (1 + is_paired), k), is_paired)
     down = pack(native, variant, make_plain(variant, n, width, 5))
-    x, residual = make_x(m, 2 * k)[:, k:], make_x(m, 2 * n, 3)[:, :n]
-    biases = make_x(1, up.n, 2)[0], make_x(1, n, 4)[0]
+    x = make_x(m, 2 * k, dtype=variant.dtype)[:, k:]
+    residual = make_x(m, 2 * n, 3, variant.dtype)[:, :n]
+    biases = make_x(1, up.n, 2, variant.dtype)[0], make_x(1, n, 4, variant.dtype)[0]
     result = native.mlp(
         x, up, down, *biases, activation=activation, residual=residual, residual_scale=0.5
     )
@@ -427,7 +490,7 @@ def test_mlp_is_two_products(native: Native, variant: Variant, m: int, activatio
     assert expected is not None
     # The inner values may differ in their last bit, where another kernel summed them.
     size = float(expected.abs().max()) if m else 0.0
-    bound = ROUNDING * expected.double().abs() + 2.0**-7 * size
+    bound = rounding(expected.double(), variant) + 2 * ROUNDING[variant.dtype] * size
     check(result, expected.double(), bound)
 
 
@@ -450,17 +513,18 @@ def test_inner_values_lie_where_the_second_product_reads_them(
     expected = native.linear(inner, down, residual=residual)
     assert expected is not None
     size = float(expected.abs().max())
-    bound = ROUNDING * expected.double().abs() + 2.0**-7 * size
+    bound = rounding(expected.double(), variant) + 2 * ROUNDING[variant.dtype] * size
     check(result, expected.double(), bound)
 
 
-def test_mlp_of_many_rows(native: Native) -> None:
+@pytest.mark.parametrize("variant", [BF16, FP16], ids=str)
+def test_mlp_of_many_rows(native: Native, variant: Variant) -> None:
     """Catches the seam between row blocks."""
-    variant = Variant("bf16")
     plain = make_plain(variant, 64, 32), make_plain(variant, 32, 64, 5)
-    x = make_x(3000, 32)
+    x = make_x(3000, 32, dtype=variant.dtype)
     up, down = (pack(native, variant, one) for one in plain)
     inner = activated(x.double() @ plain[0].dequantised.T, "gelu_erf")
     expected = inner @ plain[1].dequantised.T
-    bound = ROUNDING * (expected.abs() + inner.abs() @ plain[1].dequantised.abs().T)
+    spread = inner.abs() @ plain[1].dequantised.abs().T
+    bound = rounding(expected, variant) + rounding(spread, variant)
     check(native.mlp(x, up, down, activation="gelu_erf"), expected, bound)

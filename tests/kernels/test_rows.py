@@ -14,9 +14,10 @@ pytestmark = pytest.mark.skipif(PATH is None, reason="the native kernels are not
 
 # One rounding to bfloat16 is half a step of 2^-7; float32 sums may tip a value across a half-way
 # point, never further than the neighbour: a whole step. The absolute part is for sums near zero.
-ONE_STEP = {"rtol": 2**-7, "atol": 1e-5}
+STEP = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
+ONE_STEP = {dtype: {"rtol": step, "atol": 1e-5} for dtype, step in STEP.items()}
 # The plain device rounds products and sums of a rotation one by one: one more step of the larger.
-TWO_STEPS = {"rtol": 2**-6, "atol": 2**-5}
+TWO_STEPS = {dtype: {"rtol": 2 * step, "atol": 4 * step} for dtype, step in STEP.items()}
 # Below, at and above the vectors of every instruction set, and the models' own widths.
 SIZES = (1, 3, 7, 8, 15, 16, 17, 63, 100, 129, 1792, 4096)
 # Enough rows of any size that all threads share them, and few enough that one does them.
@@ -29,9 +30,16 @@ def native(request: pytest.FixtureRequest) -> Native:
     return Native(PATH, request.param, threads=3)
 
 
-def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+@pytest.fixture(params=STEP, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def normal(
+    *shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
 def strided(x: Tensor, gap: int = 5) -> Tensor:
@@ -50,7 +58,7 @@ def exact_norm(
         wide = wide - wide.mean(-1, keepdim=True)
     out = wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
     out = out if bias is None else out + bias.double()
-    return (out if residual is None else out + residual.double()).bfloat16()
+    return (out if residual is None else out + residual.double()).to(x.dtype)
 
 
 # --- norms ---
@@ -59,27 +67,37 @@ def exact_norm(
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, FEW_ROWS, MANY_ROWS])
-def test_norm_equals_float64(native: Native, rows: int, has_bias: bool, has_residual: bool) -> None:
+def test_norm_equals_float64(
+    native: Native, dtype: torch.dtype, rows: int, has_bias: bool, has_residual: bool
+) -> None:
     """Catches lost tails, a row of another thread, and a residual or bias put before the scale."""
     for size in SIZES:
-        x = strided(normal(rows, size, seed=size, scale=3.0) + 1)
-        weight = normal(size, seed=1)
-        bias = normal(size, seed=2) if has_bias else None
-        residual = strided(normal(rows, size, seed=3), gap=2) if has_residual else None
+        x = strided(normal(rows, size, seed=size, scale=3.0, dtype=dtype) + 1)
+        weight = normal(size, seed=1, dtype=dtype)
+        bias = normal(size, seed=2, dtype=dtype) if has_bias else None
+        residual = strided(normal(rows, size, seed=3, dtype=dtype), 2) if has_residual else None
         out = native.norm(x, weight, bias, 1e-5, residual)
-        torch.testing.assert_close(out, exact_norm(x, weight, bias, 1e-5, residual), **ONE_STEP)
+        exact = exact_norm(x, weight, bias, 1e-5, residual)
+        torch.testing.assert_close(out, exact, **ONE_STEP[dtype])
 
 
-def test_norm_equals_the_plain_device(native: Native) -> None:
+def test_norm_equals_the_plain_device(native: Native, dtype: torch.dtype) -> None:
     """Catches another formula (eps outside the root, a cast before the weight)."""
-    x, weight, bias = normal(17, 1792, scale=0.01), normal(1792, seed=1), normal(1792, seed=2)
-    plain = Device()
-    torch.testing.assert_close(
-        native.norm(x, weight, None, 1e-5), plain.rms_norm(x, weight, 1e-5), **ONE_STEP
-    )
-    torch.testing.assert_close(
-        native.norm(x, weight, bias, 1e-5), plain.layer_norm(x, weight, bias, 1e-5), **ONE_STEP
-    )
+    x = normal(17, 1792, scale=0.01, dtype=dtype)
+    weight, bias = normal(1792, seed=1, dtype=dtype), normal(1792, seed=2, dtype=dtype)
+    rms, layer = Device().rms_norm(x, weight, 1e-5), Device().layer_norm(x, weight, bias, 1e-5)
+    torch.testing.assert_close(native.norm(x, weight, None, 1e-5), rms, **ONE_STEP[dtype])
+    torch.testing.assert_close(native.norm(x, weight, bias, 1e-5), layer, **ONE_STEP[dtype])
+
+
+def test_norm_of_large_float16_does_not_overflow(native: Native) -> None:
+    """Catches squares or sums in float16, which end at 65504."""
+    x = normal(5, 291, scale=2000.0, dtype=torch.float16)
+    weight, bias = normal(291, seed=1, dtype=x.dtype), normal(291, seed=2, dtype=x.dtype)
+    for used in (None, bias):
+        exact = exact_norm(x, weight, used, 1e-5, None)
+        out = native.norm(x, weight, used, 1e-5)
+        torch.testing.assert_close(out, exact, **ONE_STEP[x.dtype])
 
 
 def test_norm_rounds_the_residual_sum_once(native: Native) -> None:
@@ -158,7 +176,7 @@ def exact_rotate(
             i, j = 2 * pair, 2 * pair + 1
         a, b = x[..., i].double(), x[..., j].double()
         c, s = cos[:, None, pair].double(), sin[:, None, pair].double()
-        out[..., i], out[..., j] = (a * c - b * s).bfloat16(), (b * c + a * s).bfloat16()
+        out[..., i], out[..., j] = (a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype)
     return out
 
 
@@ -179,6 +197,7 @@ ROTATIONS = [
 @pytest.mark.parametrize(("tokens", "heads", "dim", "pairs", "segments"), ROTATIONS)
 def test_rotate_equals_float64_and_the_plain_device(
     native: Native,
+    dtype: torch.dtype,
     style: RotaryStyle,
     tokens: int,
     heads: int,
@@ -187,27 +206,31 @@ def test_rotate_equals_float64_and_the_plain_device(
     segments: int,
 ) -> None:
     """Catches dims paired wrongly, another token's angles, a wrong sign, untouched dims lost."""
-    fused = normal(tokens, heads + 2, dim + 6)  # heads of a fused projection: both strides are odd
+    fused = normal(
+        tokens, heads + 2, dim + 6, dtype=dtype
+    )  # heads of a fused projection: both strides are odd
     x = fused[:, 1:-1, 3:-3]
     angles = torch.rand(tokens, pairs, generator=torch.Generator().manual_seed(1)) * 7
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     out = native.rotate(x, cos, sin, style == "interleaved", segments)
-    torch.testing.assert_close(
-        out, exact_rotate(x, cos, sin, style, segments), rtol=2**-7, atol=1e-5
-    )
+    exact = exact_rotate(x, cos, sin, style, segments)
+    torch.testing.assert_close(out, exact, **ONE_STEP[dtype])
     if tokens:
-        torch.testing.assert_close(out, Device().rotate(x, cos, sin, style, segments), **TWO_STEPS)
+        plain = Device().rotate(x, cos, sin, style, segments)
+        torch.testing.assert_close(out, plain, **TWO_STEPS[dtype])
 
 
 @pytest.mark.parametrize("style", ["interleaved", "half"])
 @pytest.mark.parametrize("tokens", [FEW_ROWS, MANY_ROWS])
-def test_rotate_in_place(native: Native, style: RotaryStyle, tokens: int) -> None:
+def test_rotate_in_place(
+    native: Native, dtype: torch.dtype, style: RotaryStyle, tokens: int
+) -> None:
     """Catches the first half of a pair overwritten before the second is computed from it."""
-    fused = normal(tokens, 9, 40)
+    fused = normal(tokens, 9, 40, dtype=dtype)
     before = fused.clone()
     x = fused[:, 2:8, :]
     angles = torch.rand(tokens, 17)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected = native.rotate(x, cos, sin, style == "interleaved", 1)
     assert native.rotate(x, cos, sin, style == "interleaved", 1, out=x) is not None
     assert torch.equal(x, expected)
@@ -220,15 +243,15 @@ def test_rotate_in_place(native: Native, style: RotaryStyle, tokens: int) -> Non
 
 
 @pytest.mark.parametrize("tokens", [0, 1, FEW_ROWS, MANY_ROWS])
-def test_write_kv_equals_the_plain_device(native: Native, tokens: int) -> None:
+def test_write_kv_equals_the_plain_device(native: Native, dtype: torch.dtype, tokens: int) -> None:
     """Catches keys in another slot, a head's stride taken for a token's, values beside the slot."""
     heads, dim, block_size, num_blocks = 3, 96, 16, 12
-    fused = normal(tokens, 2 * heads, dim)
+    fused = normal(tokens, 2 * heads, dim, dtype=dtype)
     key, value = fused[:, :heads], fused[:, heads:]
     slots = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(3))
     slots = slots[:tokens]
     plain, ours = (
-        KVCache(*(torch.zeros(num_blocks, block_size, heads, dim).bfloat16() for _ in range(2)))
+        KVCache(*(torch.zeros(num_blocks, block_size, heads, dim).to(dtype) for _ in range(2)))
         for _ in range(2)
     )
     Device().write_kv(key, value, plain, slots)

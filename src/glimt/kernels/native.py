@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3  # csrc/exports.cpp says the same
+ABI = 4  # csrc/exports.cpp says the same
 ISAS = ("amx", "avx512", "avx2", "portable")  # best first
-FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+FORMATS = {"bf16": 0, "int8": 1, "int4": 2, "fp16": 3}
+ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
 ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
 
 
@@ -67,6 +68,7 @@ class LinearStruct(ctypes.Structure):
         ("residual_scale", c_float),
         ("activation", c_int32),
         ("is_out_float", c_int32),
+        ("element", c_int32),
     )
 
 
@@ -87,6 +89,7 @@ class MlpStruct(ctypes.Structure):
         ("out_stride", c_int64),
         ("residual_scale", c_float),
         ("activation", c_int32),
+        ("element", c_int32),
     )
 
 
@@ -160,6 +163,7 @@ class NormStruct(ctypes.Structure):
         ("residual_stride", c_int64),
         ("out_stride", c_int64),
         ("eps", c_float),
+        ("element", c_int32),
     )
 
 
@@ -181,6 +185,7 @@ class RotateStruct(ctypes.Structure):
         ("num_pairs", c_int32),
         ("num_segments", c_int32),
         ("is_interleaved", c_int32),
+        ("element", c_int32),
     )
 
 
@@ -345,15 +350,16 @@ class Native:
         residual_scale: float = 1.0,
         out: Tensor | None = None,
     ) -> Tensor | None:
-        """[m, k] bfloat16 -> [m, n], as LinearCall in csrc/kernels.h says; None without a kernel.
+        """[m, k] -> [m, n], as LinearCall in csrc/kernels.h says; None without a kernel.
 
-        out: bfloat16 or float32, rows contiguous; made if not given
+        x: bfloat16 or float16, which bias and residual then are too
+        out: as x or float32, rows contiguous; made if not given
         Raises ValueError for silu_mul over a matrix that is not paired.
         """
         _check_paired(weight, activation)
         width = weight.n // 2 if activation == "silu_mul" else weight.n
         if out is None:
-            out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
+            out = torch.empty((x.shape[0], width), dtype=x.dtype)
         call = LinearStruct(
             ctypes.pointer(weight.struct),
             x.data_ptr(),
@@ -367,6 +373,7 @@ class Native:
             residual_scale,
             ACTIVATIONS[activation],
             int(out.dtype == torch.float32),
+            ELEMENTS[x.dtype],
         )
         return None if self.library.glimt_linear(byref(call)) else out
 
@@ -382,12 +389,12 @@ class Native:
         residual: Tensor | None = None,
         residual_scale: float = 1.0,
     ) -> Tensor | None:
-        """[m, k] bfloat16 -> [m, down.n], as MlpCall in csrc/kernels.h says.
+        """[m, k] bfloat16 or float16 -> [m, down.n], as MlpCall in csrc/kernels.h says.
 
         Raises ValueError for silu_mul over a matrix that is not paired.
         """
         _check_paired(up, activation)
-        out = torch.empty((x.shape[0], down.n), dtype=torch.bfloat16)
+        out = torch.empty((x.shape[0], down.n), dtype=x.dtype)
         call = MlpStruct(
             ctypes.pointer(up.struct),
             ctypes.pointer(down.struct),
@@ -402,6 +409,7 @@ class Native:
             out.stride(0),
             residual_scale,
             ACTIVATIONS[activation],
+            ELEMENTS[x.dtype],
         )
         return None if self.library.glimt_mlp(byref(call)) else out
 
@@ -505,10 +513,11 @@ class Native:
     ) -> Tensor | None:
         """Rows [num_rows, size]: root mean square without a bias, else layer normalisation.
 
+        x: bfloat16 or float16, and so is all else
         out: rows contiguous, may be x or the residual; made if not given
         """
         if out is None:
-            out = torch.empty(x.shape, dtype=torch.bfloat16)
+            out = torch.empty(x.shape, dtype=x.dtype)
         call = NormStruct(
             x.data_ptr(),
             weight.data_ptr(),
@@ -520,6 +529,7 @@ class Native:
             0 if residual is None else residual.stride(0),
             out.stride(0),
             eps,
+            ELEMENTS[x.dtype],
         )
         return None if self.library.glimt_norm(byref(call)) else out
 
@@ -534,10 +544,11 @@ class Native:
     ) -> Tensor | None:
         """Heads [num_tokens, num_heads, head_dim], turned by cos, sin [num_tokens, num_pairs].
 
-        cos, sin: contiguous; out: dims contiguous, may be x; made if not given
+        x, cos, sin: bfloat16 or float16; cos, sin contiguous
+        out: dims contiguous, may be x; made if not given
         """
         if out is None:
-            out = torch.empty(x.shape, dtype=torch.bfloat16)
+            out = torch.empty(x.shape, dtype=x.dtype)
         call = RotateStruct(
             x.data_ptr(),
             cos.data_ptr(),
@@ -550,6 +561,7 @@ class Native:
             cos.shape[1],
             num_segments,
             int(is_interleaved),
+            ELEMENTS[x.dtype],
         )
         return None if self.library.glimt_rotate(byref(call)) else out
 
@@ -559,7 +571,8 @@ class Native:
         """Copy a step's keys and values into their slots, in place; False without a kernel.
 
         key, value: [num_tokens, num_kv_heads, head_dim], dims contiguous; slots: [num_tokens]
-        int64; caches: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides
+        int64; caches: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides.
+        All of one dtype of 16 bits.
         """
         call = WriteKvStruct(
             key.data_ptr(),

@@ -41,16 +41,20 @@ def _close(got: Tensor | None, expected: Tensor) -> bool:
     return bool(error <= _TOLERANCE * expected.abs().max())
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype)
 
 
 def _linear(native: Native) -> bool:
-    weight, bias = _random(83, 120) * 0.1, _random(83)
-    packed = native.pack(weight)
+    return _products(native, "bf16", torch.bfloat16) and _products(native, "fp16", torch.float16)
+
+
+def _products(native: Native, format: str, dtype: torch.dtype) -> bool:
+    weight, bias = _random(83, 120, dtype=dtype) * 0.1, _random(83, dtype=dtype)
+    packed = native.pack(weight, format)
     return all(
         _close(native.linear(x, packed, bias), x.float() @ weight.float().T + bias.float())
-        for x in (_random(1, 120), _random(7, 120), _random(20, 120), _random(150, 120))
+        for x in (_random(m, 120, dtype=dtype) for m in (1, 7, 20, 150))
     )
 
 
@@ -67,7 +71,8 @@ def _low_bits(native: Native) -> bool:
         int4 = native.pack(
             nibbles, "int4", scales=group, offsets=-8 * group, group=64, quantises_x=rounds_x
         )
-        for x in (_random(1, 128), _random(20, 128), _random(70, 128)):
+        rows = [_random(1, 128), _random(20, 128), _random(70, 128)]
+        for x in (*rows, rows[0].half(), rows[1].half()):
             if not _close(native.linear(x, int8), x.float() @ wide.T):
                 return False
             if not _close(native.linear(x, int4), x.float() @ narrow.T):
@@ -116,7 +121,11 @@ def _decode(native: Native) -> bool:
 
 
 def _norm(native: Native) -> bool:
-    x, weight, bias = _random(5, 100), _random(100), _random(100)
+    return _norms(native, torch.bfloat16) and _norms(native, torch.float16)
+
+
+def _norms(native: Native, dtype: torch.dtype) -> bool:
+    x, weight, bias = (_random(*shape, dtype=dtype) for shape in ((5, 100), (100,), (100,)))
     wide = x.float()
     layer = torch.nn.functional.layer_norm(wide, (100,), weight.float(), bias.float(), 1e-5)
     rms = wide * torch.rsqrt(wide.pow(2).mean(-1, True) + 1e-5) * weight.float()
@@ -125,8 +134,12 @@ def _norm(native: Native) -> bool:
 
 
 def _rotate(native: Native) -> bool:
-    x, angles = _random(5, 3, 40), torch.rand(5, 8) * 6
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    return _rotations(native, torch.bfloat16) and _rotations(native, torch.float16)
+
+
+def _rotations(native: Native, dtype: torch.dtype) -> bool:
+    x, angles = _random(5, 3, 40, dtype=dtype), torch.rand(5, 8) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     a, b = x[..., 0:16:2].float(), x[..., 1:16:2].float()
     c, s = cos[:, None].float(), sin[:, None].float()
     turned = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)

@@ -4,18 +4,21 @@
 // and raw pointers only: nothing here is compiled into code, so that files built for different
 // instruction sets share no functions (a linker keeps one copy, and it may be the wrong one).
 //
-// Values are bfloat16 (as uint16_t) unless a name says otherwise; strides count elements.
+// Values are 16-bit numbers as uint16_t: bfloat16 unless a call's `element` or a name says otherwise.
+// Strides count elements.
 #pragma once
 
 #include <cstdint>
 
 namespace glimt {
 
-enum Format : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+enum Format : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFp16 = 3 };
+enum Element : int32_t { kBfloat16 = 0, kFloat16 = 1 };
 enum Activation : int32_t { kNone = 0, kGeluErf = 1, kGeluTanh = 2, kSiluMul = 3 };
 
 // A matrix as a checkpoint or a quantiser has it: rows are output channels.
 //   kBf16: values [n, k] bfloat16
+//   kFp16: values [n, k] float16
 //   kInt8: values [n, k] int8, scales [n] float: w = q * scale
 //   kInt4: values [n, k / 2] bytes, the even column in the low half, unsigned 0 … 15;
 //          scales, offsets [n, ceil(k / group)] float: w = q * scale + offset; k even
@@ -47,6 +50,7 @@ struct Weight {
 //   x:   [m, k]; out: [m, n], of kSiluMul [m, n / 2]: silu(first half) * second half,
 //        and the weight is paired
 //   bias, residual may be null
+//   element: an Element, of x, bias, residual and out, over a weight of any format
 struct LinearCall {
     const Weight* weight;
     const uint16_t* x;
@@ -56,10 +60,12 @@ struct LinearCall {
     int64_t m, x_stride, residual_stride, out_stride;
     float residual_scale;
     int32_t activation;
-    int32_t is_out_float;  // out is float32 rather than bfloat16
+    int32_t is_out_float;  // out is float32, whatever the element
+    int32_t element;
 };
 
-// out = down(act(up(x))) + residual: the inner values never leave the caches whole.
+// out = down(act(up(x))) + residual: the inner values, of the call's element as all others, never
+// leave the caches whole.
 struct MlpCall {
     const Weight* up;
     const Weight* down;
@@ -71,6 +77,7 @@ struct MlpCall {
     int64_t m, x_stride, residual_stride, out_stride;
     float residual_scale;
     int32_t activation;
+    int32_t element;
 };
 
 // Several queries of one sequence over its keys: the tower, and prefill.
@@ -119,6 +126,7 @@ struct NormCall {
     uint16_t* out;
     int64_t num_rows, size, x_stride, residual_stride, out_stride;
     float eps;
+    int32_t element;  // of all
 };
 
 // Rotates heads in place of a copy: out may be x.
@@ -132,9 +140,11 @@ struct RotateCall {
     int64_t num_tokens, x_token_stride, x_head_stride, out_token_stride, out_head_stride;
     int32_t num_heads, head_dim, num_pairs, num_segments;
     int32_t is_interleaved;
+    int32_t element;  // of all
 };
 
-// Copies keys and values [num_tokens, num_kv_heads, head_dim] into their slots of the caches.
+// Copies keys and values [num_tokens, num_kv_heads, head_dim], of any 16-bit element, into their
+// slots of the caches.
 //   slots: [num_tokens], block * block_size + offset, each in the caches
 struct WriteKvCall {
     const uint16_t* key;

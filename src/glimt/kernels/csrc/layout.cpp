@@ -13,9 +13,9 @@ int64_t up_to(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-// Of every format a 32-bit word of a row stays together: 2 bfloat16, 4 int8, 8 nibbles.
+// Values in 32 bits of a row. A word stays together, but for kFp16.
 int64_t values_per_word(int32_t format) {
-    return format == kBf16 ? 2 : format == kInt8 ? 4 : 8;
+    return is_wide(format) ? 2 : format == kInt8 ? 4 : 8;
 }
 
 int64_t num_groups(const PlainWeight& weight) {
@@ -34,10 +34,10 @@ PackedHeader header_for(const PlainWeight& weight, bool is_paired) {
     PackedHeader header{};
     const int64_t columns = up_to(weight.n, 2 * kBlock);
     header.num_blocks = columns / kBlock;
-    header.k_padded = up_to(weight.k, weight.format == kBf16 ? 32 : 64);
+    header.k_padded = up_to(weight.k, is_wide(weight.format) ? 32 : 64);
     header.is_paired = is_paired;
     int64_t end = sizeof(PackedHeader);
-    if (weight.format != kBf16) {
+    if (!is_wide(weight.format)) {
         header.scales_offset = end;
         end += columns * int64_t(sizeof(float));
     }
@@ -90,6 +90,21 @@ struct Packing {
 // One step of the transposition: 16 rows of 16 words.
 constexpr int kStep = 16;
 
+// A word of every row, kStep apart -> 64 bytes.
+void pack_line(int32_t format, const uint32_t* words, uint32_t* out) {
+    if (format == kFp16) {
+        uint16_t halves[2][kBlock];
+        for (int r = 0; r < kBlock; ++r) {
+            halves[0][r] = uint16_t(words[r * kStep]);
+            halves[1][r] = uint16_t(words[r * kStep] >> 16);
+        }
+        std::memcpy(out, halves, sizeof(halves));
+        return;
+    }
+    for (int r = 0; r < kBlock; ++r)
+        out[r] = format == kInt4 ? kernel_nibbles(words[r * kStep]) : words[r * kStep];
+}
+
 void pack_values(const PlainWeight& weight, int64_t first, int num_rows, int64_t num_words,
                  uint32_t* out) {
     const int64_t per_word = values_per_word(weight.format);
@@ -104,9 +119,7 @@ void pack_values(const PlainWeight& weight, int64_t first, int num_rows, int64_t
             std::memcpy(words[r], rows + r * row_bytes + 4 * w, bytes);
         }
         for (int64_t i = 0; i < end; ++i)
-            for (int r = 0; r < kBlock; ++r)
-                out[(w + i) * kBlock + r] =
-                    weight.format == kInt4 ? kernel_nibbles(words[r][i]) : words[r][i];
+            pack_line(weight.format, &words[0][i], out + (w + i) * kBlock);
     }
 }
 
@@ -156,7 +169,7 @@ void pack_block(const Packing& packing, int64_t block) {
     std::memset(out, 0, header.nibbles_offset);
     pack_values(weight, first, num_rows, words,
                 reinterpret_cast<uint32_t*>(out + header.nibbles_offset));
-    if (weight.format == kBf16) return;
+    if (is_wide(weight.format)) return;
     auto* scales = reinterpret_cast<float*>(packing.out + header.scales_offset) + block * kBlock;
     std::fill(scales, scales + kBlock, 0.0f);
     if (weight.format == kInt4) {

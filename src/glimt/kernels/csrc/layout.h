@@ -12,8 +12,8 @@
 //
 // A *block* is 16 output channels ("columns" below: rows of W, columns of Wᵀ) over all of k. n is
 // padded to a multiple of 32, so num_blocks is even; padded columns are all zero (q, scales, sums,
-// offsets). k is padded to k_padded: a multiple of 32 (kBf16) or of 64 and of the group (kInt8,
-// kInt4); padded entries are q = 0. Where x is padded, pad it with zeros: with an offset a padded
+// offsets). k is padded to k_padded: a multiple of 32 (kBf16, kFp16) or of 64 and of the group
+// (kInt8, kInt4); padded entries are q = 0. Where x is padded, pad it with zeros: with an offset a padded
 // q = 0 of kInt4 is not a padded w = 0.
 //
 // Which 16 rows of W block b holds: rows first_row(b) … first_row(b) + 15, see below. With
@@ -23,6 +23,7 @@
 // In a block, c = 0 … 15 is the column, and the fastest index stands last:
 //
 //   kBf16:  uint16 [k_padded / 2][16 c][2]      w(c, k) at [k / 2][c][k % 2]
+//   kFp16:  uint16 [k_padded][16 c]             w(c, k) at [k][c]: widened 16 at a time
 //   kInt8:  int8   [k_padded / 4][16 c][4]      w(c, k) = scales[16b + c] * q, at [k / 4][c][k % 4]
 //   kInt4:  scales and offsets first, then nibbles:
 //     group_scales  [k_padded / group][1 or 2][16 c] float16: scale, then (has_offsets) offset;
@@ -59,6 +60,9 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 
 constexpr int kBlock = 16;
+
+// Are the values numbers by themselves, without scales?
+static inline bool is_wide(int32_t format) { return format == kBf16 || format == kFp16; }
 
 // Bytes of a packed matrix, a multiple of 64.
 int64_t packed_bytes(const PlainWeight& weight);

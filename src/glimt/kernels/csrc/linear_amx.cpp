@@ -167,6 +167,7 @@ void multiply_part(const Work& work, int worker, int num_workers) {
 }
 
 void linear_amx(const LinearCall& call) {
+    if (has_float16(*call.weight, call.element)) return linear_avx512(call);
     if (call.m <= rows_for_vectors(*call.weight)) return linear_avx512(call);
     if (call.weight->n <= 0) return;
     Work work = work_of(call);

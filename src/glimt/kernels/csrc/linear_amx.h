@@ -105,6 +105,11 @@ namespace {
         else _tile_dpbf16ps(sums, a, b);                        \
     } while (0)
 
+// Tiles take bfloat16 and int8: float16 goes to the vectors.
+inline bool has_float16(const Weight& weight, int32_t element) {
+    return element == kFloat16 || weight.format == kFp16;
+}
+
 inline void fetch(const uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
 }

@@ -27,10 +27,6 @@ constexpr int kRegisterRows = 6;  // 12 registers of sums, 2 of weights, 1 of x
 constexpr int kStreamRows = 4;    // 8 registers of sums
 constexpr int64_t kMostStreamed = 8;
 
-inline Floats floats_of_halves(const uint16_t* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-
 // Denormals cost hundreds of cycles each and are worth nothing here.
 class FlushDenormals {
   public:

@@ -65,9 +65,9 @@ int64_t bytes_per_value(Rows layout) {
 
 // --- laying x out ---
 
-void lay_floats(const uint16_t* x, int64_t k, int64_t padded, float* out) {
+void lay_floats(int32_t element, const uint16_t* x, int64_t k, int64_t padded, float* out) {
     for (int64_t i = 0; i < padded; i += 16)
-        _mm512_storeu_ps(out + i, load_bf16(x + i, first_lanes(k - i)));
+        _mm512_storeu_ps(out + i, load_as(element, x + i, first_lanes(k - i)));
 }
 
 void lay_pairs(const uint16_t* x, int64_t k, int64_t padded, uint16_t* out) {
@@ -84,11 +84,12 @@ void lay_half_pairs(uint16_t* values, int64_t padded) {
     }
 }
 
-void sum_groups(const uint16_t* x, int64_t k, int64_t group, int64_t num_groups, float* sums) {
-    for (int64_t g = 0; g < num_groups; ++g) {
+void sum_groups(const Product& p, const uint16_t* x, float* sums) {
+    const int64_t k = p.call->weight->k, group = p.call->weight->group;
+    for (int64_t g = 0; g < p.num_groups; ++g) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t i = g * group; i < (g + 1) * group; i += 16)
-            sum = _mm512_add_ps(sum, load_bf16(x + i, first_lanes(k - i)));
+            sum = _mm512_add_ps(sum, load_as(p.call->element, x + i, first_lanes(k - i)));
         sums[g] = _mm512_reduce_add_ps(sum);
     }
 }
@@ -100,7 +101,7 @@ void lay_group_bytes(const Product& p, const uint16_t* x, int64_t row, int8_t* o
         const int64_t begin = std::min(g * group, k), count = std::min(group, k - begin);
         int32_t sum;
         const float scale =
-            quantise(x + begin, count, group, out + g * group, &sum);
+            quantise(x + begin, count, group, out + g * group, &sum, p.call->element);
         p.scales[at] = scale;
         p.sums[at] = scale * float(sum);
         p.whole_sums[at] = -8 * sum;
@@ -123,13 +124,13 @@ void lay_row(const Product& p, int64_t row) {
     float* sums = p.sums + row * p.num_groups;
     switch (p.layout) {
         case Rows::kGroupFloats:
-            sum_groups(x, weight.k, weight.group, p.num_groups, sums);
+            sum_groups(p, x, sums);
             [[fallthrough]];
         case Rows::kFloats:
-            lay_floats(x, weight.k, padded, reinterpret_cast<float*>(out));
+            lay_floats(p.call->element, x, weight.k, padded, reinterpret_cast<float*>(out));
             break;
         case Rows::kHalfPairs:
-            sum_groups(x, weight.k, weight.group, p.num_groups, sums);
+            sum_groups(p, x, sums);
             lay_pairs(x, weight.k, padded, reinterpret_cast<uint16_t*>(out));
             lay_half_pairs(reinterpret_cast<uint16_t*>(out), padded);
             break;
@@ -138,7 +139,8 @@ void lay_row(const Product& p, int64_t row) {
             break;
         case Rows::kBytes: {
             int32_t sum;
-            p.scales[row] = quantise(x, weight.k, padded, reinterpret_cast<int8_t*>(out), &sum);
+            p.scales[row] = quantise(x, weight.k, padded, reinterpret_cast<int8_t*>(out), &sum,
+                                     p.call->element);
             for (int64_t i = 0; i < padded; ++i) out[i] ^= 0x80;
             break;
         }
@@ -189,15 +191,30 @@ inline __m512i quad_at(const void* at) {
     return _mm512_set1_epi32(bits);
 }
 
-// bfloat16 by float: exact products, summed in float.
-struct Bf16Floats {
+// How a line of 64 bytes holds two k of 16 columns.
+struct Bf16Line {
+    __m512 even, odd;
+    explicit Bf16Line(const uint8_t* at) {
+        const __m512i both = line_at(at), upper = _mm512_set1_epi32(int32_t(0xffff0000));
+        even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+    }
+};
+
+struct Fp16Line {
+    __m512 even, odd;
+    explicit Fp16Line(const uint8_t* at) : even(half_at(at)), odd(half_at(at + 32)) {}
+};
+
+// 16-bit weights by float: exact products, summed in float.
+template <typename Line>
+struct WideFloats {
     static constexpr Rows kLayout = Rows::kFloats;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
         __m512 sum[MR][NB];
         UNROLL for (int m = 0; m < MR; ++m)
             UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
-        const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
         const float* x = row_of<float>(p, row);
         const int64_t stride = p.row_bytes / sizeof(float);
         for (int64_t line = 0; line < s.num_lines; ++line) {
@@ -205,13 +222,11 @@ struct Bf16Floats {
             UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
                 fetch(at + ahead);
-                const __m512i both = line_at(at);
-                const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-                const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+                const Line both(at);
                 UNROLL for (int m = 0; m < MR; ++m) {
                     const float* of = x + m * stride + line * 2;
-                    sum[m][b] = _mm512_fmadd_ps(even, _mm512_set1_ps(of[0]), sum[m][b]);
-                    sum[m][b] = _mm512_fmadd_ps(odd, _mm512_set1_ps(of[1]), sum[m][b]);
+                    sum[m][b] = _mm512_fmadd_ps(both.even, _mm512_set1_ps(of[0]), sum[m][b]);
+                    sum[m][b] = _mm512_fmadd_ps(both.odd, _mm512_set1_ps(of[1]), sum[m][b]);
                 }
             }
         }
@@ -221,7 +236,7 @@ struct Bf16Floats {
     }
 };
 
-// The same with the instruction for pairs of bfloat16.
+// bfloat16 with the instruction for pairs.
 struct Bf16Pairs {
     static constexpr Rows kLayout = Rows::kPairs;
     template <int NB, int MR>
@@ -634,10 +649,12 @@ constexpr Choice choice() {
     return {Formula::kLayout, run_blocks<Formula>};
 }
 
-Choice choose(const Weight& weight) {
-    static const bool has_pairs = has_avx512_bf16();
+Choice choose(const Weight& weight, int32_t element) {
+    // A pair's x must be exact in bfloat16, which float16 is not.
+    const bool has_pairs = has_avx512_bf16() && element == kBfloat16;
     switch (weight.format) {
-        case kBf16: return has_pairs ? choice<Bf16Pairs>() : choice<Bf16Floats>();
+        case kFp16: return choice<WideFloats<Fp16Line>>();
+        case kBf16: return has_pairs ? choice<Bf16Pairs>() : choice<WideFloats<Bf16Line>>();
         case kInt8:
             if (weight.quantises_x) return choice<Int8Bytes>();
             return has_pairs ? choice<Int8Pairs>() : choice<Int8Floats>();
@@ -690,7 +707,7 @@ void linear_avx512(const LinearCall& call) {
     const PackedHeader& header = header_of(weight);
     Work work{};
     Product& p = work.product;
-    work.choice = choose(weight);
+    work.choice = choose(weight, call.element);
     p.call = &call;
     p.layout = work.choice.layout;
     p.num_groups = weight.format == kInt4 ? header.k_padded / weight.group : 0;

@@ -12,6 +12,7 @@ LinearCall first_product(const MlpCall& call, int64_t begin, int64_t count, uint
     up.x_stride = call.x_stride;
     up.out_stride = call.down->k;
     up.activation = call.activation;
+    up.element = call.element;
     return up;
 }
 
@@ -28,6 +29,7 @@ LinearCall second_product(const MlpCall& call, int64_t begin, int64_t count,
     down.residual_stride = call.residual_stride;
     down.out_stride = call.out_stride;
     down.residual_scale = call.residual_scale;
+    down.element = call.element;
     return down;
 }
 

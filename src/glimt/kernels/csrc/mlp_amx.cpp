@@ -59,6 +59,8 @@ void run_apart(const MlpCall& call, int64_t row, int64_t rows) {
 
 void mlp_amx(const MlpCall& call) {
     if (call.m <= 0) return;
+    if (has_float16(*call.up, call.element) || has_float16(*call.down, call.element))
+        return mlp_avx512(call);
     const int64_t blocks = (call.m + kRows - 1) / kRows;
     const int64_t most = ((call.m + blocks - 1) / blocks + 31) / 32 * 32;
     for (int64_t row = 0; row < call.m; row += most) {

@@ -154,6 +154,7 @@ ROWS = {
 # form: (format of the weight, whether activations are rounded to int8 too)
 FORMS = {
     "bf16": ("bf16", False),
+    "fp16": ("fp16", False),
     "int8": ("int8", False),
     "w8a8": ("int8", True),
     "int4": ("int4", False),
@@ -178,12 +179,13 @@ def linear(shape: tuple[int, int, str], form: str, m: int) -> Callable[[Native],
 
     def build(native: Native) -> Work:
         format, quantises_x = FORMS[form]
-        width = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[format]
+        width = {"bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}[format]
         copies = max(1, min(32, int(COLD_BYTES / (n * k * width)))) if reads else 1
         matrix = noise(n, k) * k**-0.5
         packed = [pack(native, matrix, format, activation, quantises_x) for _ in range(copies)]
-        plain = [matrix.bfloat16().clone() for _ in range(max(1, copies // 4 if reads else 1))]
-        x = noise(m, k).bfloat16()
+        dtype = dtype_of(form)
+        plain = [matrix.to(dtype, copy=True) for _ in range(max(1, copies // 4 if reads else 1))]
+        x = noise(m, k).to(dtype)
         return Work(
             native=lambda turn: native.linear(x, packed[turn % copies], activation=activation),
             plain=lambda turn: act(F.linear(x, plain[turn % len(plain)]), activation),
@@ -194,13 +196,18 @@ def linear(shape: tuple[int, int, str], form: str, m: int) -> Callable[[Native],
     return build
 
 
+def dtype_of(form: str) -> torch.dtype:
+    """Of the activations, and of the plain weight beside it."""
+    return torch.float16 if form == "fp16" else torch.bfloat16
+
+
 def pack(
     native: Native, matrix: Tensor, format: str, activation: str, quantises_x: bool
 ) -> PackedWeight:
     """Round a float32 matrix [n, k] to a format and lay it out."""
     paired = activation == "silu_mul"
-    if format == "bf16":
-        return native.pack(matrix.bfloat16(), is_paired=paired)
+    if format in ("bf16", "fp16"):
+        return native.pack(matrix.to(dtype_of(format)), format, is_paired=paired)
     if format == "int8":
         scales = matrix.abs().amax(1) / 127
         values = (matrix / scales[:, None]).round().to(torch.int8)
@@ -255,7 +262,7 @@ def mlp(shape: tuple[int, int, int, str], form: str) -> Callable[[Native], Work]
         up, down = noise(inner, hidden) * hidden**-0.5, noise(hidden, narrow) * narrow**-0.5
         packed_up = pack(native, up, format, activation, quantises_x)
         packed_down = pack(native, down, format, "none", quantises_x)
-        x, up, down = noise(m, hidden).bfloat16(), up.bfloat16(), down.bfloat16()
+        x, up, down = (t.to(dtype_of(form)) for t in (noise(m, hidden), up, down))
         return Work(
             native=lambda turn: native.mlp(x, packed_up, packed_down, activation=activation),
             plain=lambda turn: F.linear(act(F.linear(x, up), activation), down),

@@ -495,7 +495,7 @@ def exact_linear(x, weight, bias, activation, residual, residual_scale):
 
 @pytest.mark.parametrize("form", ["plain", *LOW_BITS])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_device_multiplies_and_ends_as_the_base_says(device, activation, form, dtype):
     """Would catch a wrong end of a product: another GELU, gate and up swapped, a lost bias.
 
@@ -522,9 +522,9 @@ def test_every_device_multiplies_and_ends_as_the_base_says(device, activation, f
 
 @pytest.mark.parametrize("form", ["plain", "int8", "w8a8", "int4"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_device_computes_an_mlp_as_two_products(device, activation, form):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_device_computes_an_mlp_as_two_products(device, activation, form, dtype):
     """Would catch a fused MLP that loses rows, a bias, or what is added at the end."""
-    dtype = torch.bfloat16
     for num_rows, scale in ((1, None), (5, 1.0), (70, 0.5)):
         x = normal(num_rows, 80, seed=1, dtype=dtype)
         up, down = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from glimt.engine import Engine
@@ -138,21 +139,24 @@ def test_patches_share_one_position_and_text_goes_on_after_it(glm4v_oracle: Any)
     assert prompt.positions_between(n, n + 1)[0, 0] == len(prompt.original_token_ids)
 
 
-def test_half_precision_stays_close_to_float32(oracle: Any) -> None:
-    """Catches a reduction or a norm that runs in half precision by mistake."""
-    assert_close_to_float32(oracle, torch.float16)
-
-
-def test_bfloat16_stays_close_to_float32_with_all_kernels(oracle: Any, isa: str) -> None:
-    """Catches kernels that are right each alone and are given the wrong things by a model."""
-    engine = assert_close_to_float32(oracle, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_stay_close_to_float32_with_all_kernels(
+    oracle: Any, dtype: torch.dtype, isa: str
+) -> None:
+    """Catches kernels that are right each alone and are given the wrong things by a model, and a
+    reduction or a norm that runs in half precision by mistake.
+    """
+    engine = assert_close_to_float32(oracle, dtype)
     held = [m for m in engine.runner.model.modules() if getattr(m, "held", None) is not None]
     assert bool(held) == (isa in ISAS), "the kernels were not what computed"
 
 
-def test_pictures_in_bfloat16_stay_close_to_float32_with_all_kernels(oracle: Any, isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pictures_in_16_bits_stay_close_to_float32_with_all_kernels(
+    oracle: Any, dtype: torch.dtype, isa: str
+) -> None:
     """Catches a tower whose errors the few rows of a prompt's logits would hide."""
-    model = oracle.open(torch.bfloat16).model
+    model = oracle.open(dtype).model
     with torch.inference_mode():
         batch = model.image_features([oracle.image()] * 2)
     theirs = oracle.arrays["image_features"]
@@ -163,7 +167,7 @@ def test_pictures_in_bfloat16_stay_close_to_float32_with_all_kernels(oracle: Any
 
 
 def test_float32_takes_plain_torch_whatever_the_kernels(tiny_oracle: Any, isa: str) -> None:
-    """Catches float32 weights or activations handed to kernels that read bfloat16."""
+    """Catches float32 weights or activations handed to kernels that read 16 bits."""
     engine = tiny_oracle.engine(enable_prefix_cache=False)
     capture = Capture(engine)
     picked = tiny_oracle.arrays["picked_token_ids"]

@@ -1,4 +1,4 @@
-"""The CPU: native kernels for bfloat16 where they were built, plain torch for everything else."""
+"""The CPU: native kernels for 16-bit numbers where they were built, plain torch for all else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from glimt.devices.base import (
 )
 from glimt.devices.host import plan_threads
 from glimt.kernels.choose import open_native
-from glimt.kernels.native import Native, PackedWeight, keep_freed_memory
+from glimt.kernels.native import ELEMENTS, Native, PackedWeight, keep_freed_memory
 
+_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of packed weights
 _LARGEST_HEAD = 128  # dims that the attention kernels hold
 
 
@@ -49,7 +50,7 @@ class CpuDevice(Device):
 
 
 class NativeCpuDevice(CpuDevice):
-    """The host's processor, with native kernels for bfloat16.
+    """The host's processor, with native kernels for bfloat16, and but for attention for float16.
 
     Each method is the base's, with one rounding at the end where the base has several. What no
     kernel takes (another dtype, a larger head) goes the base's way.
@@ -71,12 +72,14 @@ class NativeCpuDevice(CpuDevice):
     def prepare_weight(
         self, weight: Tensor | LowBitWeight, dtype: torch.dtype, is_paired: bool = False
     ) -> MatrixWeight:
-        """Packed for the kernels, if the activations are bfloat16."""
-        if dtype != torch.bfloat16:
+        """Packed for the kernels, if the activations are bfloat16 or float16."""
+        if dtype not in _FORMATS:
             return weight
         if isinstance(weight, Tensor):
             return self.native.pack(
-                weight.detach().to(dtype), is_paired=_can_pair(weight.shape[0], is_paired)
+                weight.detach().to(dtype),
+                _FORMATS[dtype],
+                is_paired=_can_pair(weight.shape[0], is_paired),
             )
         return self.native.pack(
             weight.values,
@@ -152,7 +155,7 @@ class NativeCpuDevice(CpuDevice):
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor:
         """As the base."""
-        if x.dtype == weight.dtype == torch.bfloat16:
+        if x.dtype == weight.dtype and x.dtype in ELEMENTS:
             added = None if residual is None else _rows(residual)
             out = self.native.norm(_rows(x), weight, bias, eps, added)
             if out is not None:
@@ -161,7 +164,7 @@ class NativeCpuDevice(CpuDevice):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the base."""
-        if x.dtype == weight.dtype == torch.bfloat16:
+        if x.dtype == weight.dtype and x.dtype in ELEMENTS:
             out = self.native.norm(_rows(x), weight, None, eps)
             if out is not None:
                 return out.view(x.shape)
@@ -171,7 +174,7 @@ class NativeCpuDevice(CpuDevice):
         self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
     ) -> Tensor:
         """As the base."""
-        if x.dtype == cos.dtype == torch.bfloat16 and x.stride(-1) == 1:
+        if x.dtype == cos.dtype and x.dtype in ELEMENTS and x.stride(-1) == 1:
             is_interleaved = style == "interleaved"
             out = self.native.rotate(
                 x, cos.contiguous(), sin.contiguous(), is_interleaved, num_segments
@@ -214,9 +217,11 @@ class NativeCpuDevice(CpuDevice):
 
     def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
         """As the base."""
-        is_done = _can_attend(key, value, cache.key, cache.value) and self.native.write_kv(
-            key, value, cache.key, cache.value, slots
+        is_copied = all(
+            x.dtype == key.dtype in ELEMENTS and x.stride(-1) == 1
+            for x in (key, value, cache.key, cache.value)
         )
+        is_done = is_copied and self.native.write_kv(key, value, cache.key, cache.value, slots)
         if not is_done:
             super().write_kv(key, value, cache, slots)
 

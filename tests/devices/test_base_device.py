@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,7 @@ from glimt.devices.base import (
     _rounded_to_int8,
     all_devices,
     open_device,
+    rounded_heads,
 )
 from glimt.devices.cpu import NativeCpuDevice
 from glimt.devices.host import Memory, plan_threads
@@ -154,7 +156,7 @@ class Step:
         """Write, then attend, on a device. Returns the result on the CPU."""
         at = device.torch_device
         batch = flatten(StepPlan(tuple(self.rows)), BLOCK_SIZE, at).attention
-        cache = KVCache(self.cache.key.to(at, copy=True), self.cache.value.to(at, copy=True))
+        cache = KVCache(*(part.to(at, copy=True) for part in self.cache.tensors()))
         query, key, value = self.query.to(at), self.key.to(at), self.value.to(at)
         device.write_kv(key, value, cache, batch.slots)
         return device.paged_attention(query, key, value, cache, batch, self.scale).cpu()
@@ -173,6 +175,26 @@ class Step:
                 out.append(naive_attend(self.query[at + k], *args))
             at += count
         return torch.stack(out)
+
+    def rounded(self) -> Step:
+        """The same with its cache in int8."""
+        step = copy(self)
+        key, key_scales = rounded_heads(self.cache.key)
+        value, value_scales = rounded_heads(self.cache.value)
+        step.cache = KVCache(key, value, key_scales, value_scales)
+        return step
+
+    def widened(self) -> Step:
+        """The same over keys and values that are what int8 leaves of them."""
+        step = copy(self)
+        step.key, step.value = widened(self.key), widened(self.value)
+        step.cache = KVCache(widened(self.cache.key), widened(self.cache.value))
+        return step
+
+
+def widened(x: Tensor) -> Tensor:
+    values, scales = rounded_heads(x)
+    return (values * scales[..., None]).to(x.dtype)
 
 
 STEPS = {
@@ -241,6 +263,45 @@ def test_a_sequence_that_is_not_finite_stays_alone():
     step.cache.key[0] = step.cache.value[0] = math.nan
     result = step.run(Device())
     assert [bool(row.isnan().any()) for row in result] == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("heads", [(16, 1), (3, 3)], ids=["16:1", "1:1"])
+def test_attention_over_int8_is_attention_over_what_int8_leaves(heads, rows):
+    """Would catch a scale of another token or head, and a first chunk that reads its own keys
+    unrounded: a prompt would differ from the same in chunks.
+    """
+    step = Step(rows, heads)
+    torch.testing.assert_close(
+        step.rounded().run(Device()).double(), step.widened().naive(), **FLOAT32
+    )
+
+
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+def test_int8_costs_attention_no_more_than_its_steps(rows):
+    """Would catch steps that are too coarse: half of one is largest / 254 for every value.
+
+    Scores are off by the query's sum times that, weights by the exponential of twice as much.
+    """
+    step = Step(rows, dim=64)
+    exact, rounded = step.naive(), step.rounded().run(Device()).double()
+    everything = torch.cat([step.key, step.cache.key.flatten(0, 1)])
+    values = torch.cat([step.value, step.cache.value.flatten(0, 1)]).abs().max()
+    scores = step.query.abs().sum(-1).max() * everything.abs().max() / 254 * step.scale
+    bound = values / 254 + values * ((2 * scores).exp() - 1)
+    assert (rounded - exact).abs().max() <= bound
+    assert (rounded - exact).norm() < 0.02 * exact.norm(), "in practice it is far less"
+
+
+def test_rounding_a_head_to_int8():
+    """Would catch steps of a neighbour's size, ties that go up, and what is not finite lost."""
+    x = torch.tensor([[254.0, 1, 3, -254], [0, 0, 0, 0], [1e-35, 0, 0, 0], [1e-3, 0, -5e-4, 2e-4]])
+    values, scales = rounded_heads(x)
+    assert values.tolist() == [[127, 0, 2, -127], [0] * 4, [0] * 4, [127, 0, -64, 25]]
+    torch.testing.assert_close(scales, x.abs().amax(-1) / 127)
+    for bad in (math.nan, math.inf, -math.inf):
+        values, scales = rounded_heads(torch.tensor([1.0, bad]))
+        assert not (values * scales).isfinite().any()
 
 
 def test_write_kv_touches_only_its_slots():
@@ -582,6 +643,15 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
 def test_every_device_attends_as_the_base_attends(device, heads, rows, dtype):
     """Would catch a fused attention with another mask, head order or block walk."""
     step = Step(rows, heads=heads, dtype=dtype)
+    torch.testing.assert_close(step.run(device), step.run(Device()), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("heads", [(16, 1), (3, 3)], ids=["16:1", "1:1"])
+def test_every_device_attends_over_int8_as_the_base_does(device, heads, rows, dtype):
+    """Would catch a device that takes a cache in int8 for one of its own dtype."""
+    step = Step(rows, heads=heads, dtype=dtype).rounded()
     torch.testing.assert_close(step.run(device), step.run(Device()), **tolerance(dtype))
 
 

@@ -66,15 +66,41 @@ class KVCache:
     """One layer's keys and values: two tensors [num_blocks, block_size, num_kv_heads, head_dim].
 
     A token's slot is block * block_size + offset. Source: PagedAttention, arXiv 2309.06180.
+    key_scales, value_scales: of a cache in int8, float32 [num_blocks, block_size, num_kv_heads];
+        a value is q * scale, as `rounded_heads` makes them
     """
 
     key: Tensor
     value: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     @property
     def block_size(self) -> int:
         """Tokens per block."""
         return self.key.shape[1]
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """Of keys and of values; None where what is read is what was written."""
+        if self.key_scales is None or self.value_scales is None:
+            return None
+        return self.key_scales, self.value_scales
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, each [num_blocks, block_size, …]."""
+        parts = self.key, self.value, self.key_scales, self.value_scales
+        return tuple(part for part in parts if part is not None)
+
+    def read(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks, [*blocks.shape, block_size, num_kv_heads, head_dim].
+
+        dtype: to widen int8 to; else they come in their own
+        """
+        return (
+            _read_blocks(self.key, self.key_scales, blocks, dtype),
+            _read_blocks(self.value, self.value_scales, blocks, dtype),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -302,8 +328,8 @@ class Device:
 
         key, value: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64.
         """
-        cache.key.flatten(0, 1).index_copy_(0, slots, key)
-        cache.value.flatten(0, 1).index_copy_(0, slots, value)
+        _write_slots(key, cache.key, cache.key_scales, slots)
+        _write_slots(value, cache.value, cache.value_scales, slots)
 
     def paged_attention(
         self,
@@ -317,7 +343,8 @@ class Device:
         """Attention of one step's tokens over their cached contexts, which hold them already.
 
         query: [num_tokens, num_heads, head_dim]; key, value: this step's own, as written to the
-        cache, so that a first chunk need not read them back. Query head j uses KV head
+        cache, so that a first chunk need not read them back; where the cache rounds, it does, or
+        a prompt would differ from the same in chunks. Query head j uses KV head
         j // (num_heads / num_kv_heads). Returns the shape of query.
         """
         out = torch.empty_like(query)
@@ -326,8 +353,12 @@ class Device:
         for row in range(batch.num_decodes, len(batch.context_lens)):
             start, stop = batch.query_starts[row], batch.query_starts[row + 1]
             keys, values = key[start:stop], value[start:stop]
-            if batch.context_lens[row] > stop - start:
-                keys, values = _gather(cache, batch.block_tables[row], batch.context_lens[row])
+            if cache.scales is not None or batch.context_lens[row] > stop - start:
+                blocks = batch.block_tables[row, : -(-batch.context_lens[row] // cache.block_size)]
+                keys, values = (
+                    part.flatten(0, 1)[: batch.context_lens[row]]
+                    for part in cache.read(blocks, query.dtype)
+                )
             mask = batch.prefill_mask(row, query.dtype)
             out[start:stop] = _attend(query[start:stop], keys, values, scale, mask, mask is None)
         return out
@@ -344,8 +375,9 @@ class Device:
         # The mask is as wide as the decodes need; a prefill row may have a longer table.
         tables = batch.block_tables[:rows, : mask.shape[-1] // cache.block_size]
         kv_heads = cache.key.shape[2]
-        keys = cache.key[tables].flatten(1, 2).transpose(1, 2)
-        values = cache.value[tables].flatten(1, 2).transpose(1, 2)
+        keys, values = (
+            part.flatten(1, 2).transpose(1, 2) for part in cache.read(tables, query.dtype)
+        )
         grouped = query[:rows].reshape(rows, kv_heads, heads // kv_heads, dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(rows, heads, dim)
@@ -376,13 +408,33 @@ def _rounded_to_int8(x: Tensor, group: int) -> Tensor:
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
-def _gather(cache: KVCache, table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """A row's keys and values in order, each [context_len, num_kv_heads, head_dim]."""
-    blocks = table[: -(-context_len // cache.block_size)]
-    return (
-        cache.key[blocks].flatten(0, 1)[:context_len],
-        cache.value[blocks].flatten(0, 1)[:context_len],
-    )
+def rounded_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[…, head_dim] as int8 and float32 scales […]: q = round(x * (127 / largest)), ties to even.
+
+    scale: largest / 127, of the magnitudes of one head. A head that is not finite gets a scale that
+    is not: what is wrong stays wrong when it is read.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    has_values = largest.isfinite() & (largest > 1e-30)  # below, 127 / largest would overflow
+    factor = torch.full_like(largest, 127.0) / largest
+    values = (wide * factor[..., None]).round()
+    return torch.where(has_values[..., None], values, 0.0).to(torch.int8), largest / 127
+
+
+def _write_slots(x: Tensor, cache: Tensor, scales: Tensor | None, slots: Tensor) -> None:
+    if scales is not None:
+        x, scale = rounded_heads(x)
+        scales.flatten(0, 1).index_copy_(0, slots, scale)
+    cache.flatten(0, 1).index_copy_(0, slots, x)
+
+
+def _read_blocks(
+    cache: Tensor, scales: Tensor | None, blocks: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if scales is None:
+        return cache[blocks]
+    return (cache[blocks] * scales[blocks][..., None]).to(dtype)
 
 
 def _attend(

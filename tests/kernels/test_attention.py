@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glimt.devices.base import rounded_heads
 from glimt.kernels import native
 
 PATH = native.library_path()
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not bui
 # With AMX the power's exponent is rounded to bfloat16's fraction too, before the weight is.
 WEIGHT_ERROR, OUT_ERROR, SCORE_ERROR = 2**-8, 2**-8, 2**-21
 WEIGHT_ERRORS = {"amx": 2**-7}
+# Keys and values in int8 may be rounded to bfloat16 once they are widened.
+WIDENED_ERROR = 2**-9
 
 
 @pytest.fixture(params=FORMS)
@@ -377,3 +380,190 @@ def test_decode_of_scores_that_keep_growing(kernels: native.Native, group: int) 
     out = kernels.decode(query, *caches, table[None], torch.tensor([num_tokens]), 1.0)
     assert out is not None
     assert_close(out, *expected(query, key, value, 1.0, num_tokens, 0, kernels.isa))
+
+
+# --- a cache in int8 ---
+
+
+class Rounded:
+    """Keys or values of one sequence in int8, and what they are once widened: float64."""
+
+    def __init__(self, num_tokens: int, kv_heads: int, dim: int, seed: int) -> None:
+        tokens = random(num_tokens, kv_heads, dim, seed=seed).float()
+        sizes = torch.logspace(-1, 1, kv_heads)[:, None]  # each head has its own scale
+        self.values, self.scales = rounded_heads((tokens * sizes / sizes.mean()).bfloat16())
+        self.wide = self.values.double() * self.scales[..., None].double()
+
+    def paged(self, table: Tensor, block_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """In the blocks of a table; every other slot is as far off as can be."""
+        shape = num_blocks, block_size, *self.values.shape[1:]
+        values, scales = torch.full(shape, 127).char(), torch.full(shape[:-1], torch.nan)
+        tokens = torch.arange(len(self.values))
+        at = table[tokens // block_size], tokens % block_size
+        values[at], scales[at] = self.values, self.scales
+        return values, scales
+
+
+def expected_of_rounded(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, first: int, num_shared: int
+) -> tuple[Tensor, Tensor]:
+    """As `expected`, of float64 keys and values that a kernel may round to bfloat16."""
+    out, allowed = expected(query, key, value, scale, first, num_shared)
+    group = query.shape[1] // key.shape[1]
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1).abs() for x in (key, value))
+    # A score that is off by e makes its weight, and the total, wrong by e in parts of themselves.
+    scores = (query.double().abs().transpose(0, 1) @ k.transpose(1, 2)).amax(-1) * scale
+    error = WIDENED_ERROR * (1 + 2 * scores.transpose(0, 1)[..., None])
+    return out, allowed + error * v.amax(1)
+
+
+def check_rounded(
+    kernels: native.Native,
+    num_queries: int,
+    before: int,
+    *,
+    num_shared: int = 0,
+    group: int = 1,
+    kv_heads: int = 2,
+    dim: int = 128,
+    block_size: int = 16,
+) -> None:
+    num_keys = num_queries + before
+    key, value = (Rounded(num_keys, kv_heads, dim, seed) for seed in (1, 2))
+    count = -(-num_keys // block_size) + 3
+    table = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+    keys, values = (part.paged(table, block_size, count) for part in (key, value))
+    query = random(num_queries, group * kv_heads, dim)
+    out = kernels.attention(
+        query,
+        keys[0],
+        values[0],
+        dim**-0.5,
+        num_keys=num_keys,
+        first_position=before,
+        num_shared=num_shared,
+        block_table=table,
+        scales=(keys[1], values[1]),
+    )
+    assert out is not None
+    right = expected_of_rounded(query, key.wide, value.wide, dim**-0.5, before, num_shared)
+    assert_close(out, *right)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 24])
+@pytest.mark.parametrize(("num_queries", "before"), [(1, 0), (16, 0), (17, 300), (45, 3), (70, 26)])
+def test_int8_keys_in_any_order(
+    kernels: native.Native, num_queries: int, before: int, block_size: int
+) -> None:
+    """Would catch a scale of another token, and what lies in unused slots leaking out."""
+    check_rounded(kernels, num_queries, before, block_size=block_size)
+
+
+@pytest.mark.parametrize("dim", [16, 20, 88, 100, 112, 127, 128])
+@pytest.mark.parametrize("group", [1, 16])
+def test_int8_keys_of_any_head_dim(kernels: native.Native, group: int, dim: int) -> None:
+    """Would catch bytes read beyond a head, which are its neighbour's, or one scale for all."""
+    check_rounded(kernels, 19, 20, group=group, dim=dim)
+
+
+@pytest.mark.parametrize("num_shared", [1, 31, 64])
+def test_int8_keys_of_a_shared_prefix(kernels: native.Native, num_shared: int) -> None:
+    """Would catch a bidirectional prompt that is cut causally where the cache is int8."""
+    check_rounded(kernels, 64, 0, num_shared=num_shared, kv_heads=3, dim=88)
+
+
+@pytest.mark.parametrize("first", [1, 16, 33, 250])
+def test_int8_chunks_give_the_bits_of_the_whole(kernels: native.Native, first: int) -> None:
+    """Would catch widening that hangs on how many keys a call has."""
+    key, value = (Rounded(300, 2, 80, seed) for seed in (1, 2))
+    table = torch.arange(300 // 16 + 1)
+    keys, values = (part.paged(table, 16, len(table)) for part in (key, value))
+    query = random(300, 4, 80)
+
+    def attend(start: int, end: int) -> Tensor:
+        out = kernels.attention(
+            query[start:end],
+            keys[0],
+            values[0],
+            0.1,
+            num_keys=end,
+            first_position=start,
+            num_shared=0,
+            block_table=table,
+            scales=(keys[1], values[1]),
+        )
+        assert out is not None
+        return out
+
+    assert torch.equal(torch.cat((attend(0, first), attend(first, 300))), attend(0, 300))
+
+
+def decode_rounded(
+    kernels: native.Native,
+    lengths: list[int],
+    *,
+    group: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int = 16,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """What decode gives, and for each row what is right and how far it may be off."""
+    width = -(-max(lengths) // block_size)
+    num_blocks = width * len(lengths) + 3
+    tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5))[:-3]
+    tables = tables.view(len(lengths), width)
+    parts = [[Rounded(n, kv_heads, dim, 2 * i + s) for i, n in enumerate(lengths)] for s in (1, 2)]
+    caches = []
+    for rows in parts:
+        values = torch.full((num_blocks, block_size, kv_heads, dim), 127).char()
+        scales = torch.full(values.shape[:-1], torch.nan)
+        for row, table in zip(rows, tables, strict=True):
+            used = -(-len(row.values) // block_size)
+            values[table[:used]], scales[table[:used]] = row.paged(
+                torch.arange(used), block_size, used
+            )
+        caches.append((values, scales))
+    query = random(len(lengths), group * kv_heads, dim)
+    (keys, key_scales), (values, value_scales) = caches
+    out = kernels.decode(
+        query, keys, values, tables, torch.tensor(lengths), 0.1, (key_scales, value_scales)
+    )
+    assert out is not None
+    right = [
+        expected_of_rounded(query[i : i + 1], key.wide, value.wide, 0.1, lengths[i], 0)
+        for i, (key, value) in enumerate(zip(*parts, strict=True))
+    ]
+    return out, right
+
+
+def check_decode_rounded(kernels: native.Native, lengths: list[int], **shape: int) -> None:
+    out, right = decode_rounded(kernels, lengths, **shape)
+    for i, row in enumerate(right):
+        assert_close(out[i : i + 1], *row)
+
+
+@pytest.mark.parametrize("block_size", [24, 32])
+@pytest.mark.parametrize(("group", "kv_heads"), [(16, 2), (1, 11), (2, 2), (5, 2), (40, 1)])
+def test_decode_over_int8_contexts_of_many_lengths(
+    kernels: native.Native, group: int, kv_heads: int, block_size: int
+) -> None:
+    """Would catch a scale of another token or head, or one beyond the context, which is NaN."""
+    lengths = [1, 2, 7, 8, 9, 16, 17, 33, 250, 512, 513]
+    check_decode_rounded(
+        kernels, lengths, group=group, kv_heads=kv_heads, dim=128, block_size=block_size
+    )
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 88, 100, 112])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_int8_decode_of_any_head_dim(kernels: native.Native, group: int, dim: int) -> None:
+    """Would catch padding of head dims that enters a result."""
+    check_decode_rounded(kernels, [70, 5], group=group, kv_heads=2, dim=dim)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_int8_decode_merges_the_chunks_of_a_long_context(
+    kernels: native.Native, group: int
+) -> None:
+    """Would catch chunks merged without regard to their maxima, or lost at the end."""
+    check_decode_rounded(kernels, [2050, 3], group=group, kv_heads=1, dim=32)

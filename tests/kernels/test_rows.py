@@ -272,3 +272,34 @@ def test_write_kv_follows_the_strides_of_the_caches(native: Native) -> None:
         assert torch.equal(caches[slot // 8, slot % 8, :, :dim], key[token])
         assert torch.equal(caches[slot // 8, slot % 8, :, dim:], value[token])
     assert room.count_nonzero() == 2 * tokens * heads * dim
+
+
+def int8_cache(num_blocks: int, block_size: int, heads: int, dim: int) -> KVCache:
+    """Nothing in it is what a write leaves there."""
+    values = (torch.full((num_blocks, block_size, heads, dim), -128).char() for _ in range(2))
+    scales = (torch.full((num_blocks, block_size, heads), -1.0) for _ in range(2))
+    return KVCache(*values, *scales)
+
+
+@pytest.mark.parametrize("dim", [16, 20, 88, 112, 128])
+@pytest.mark.parametrize("tokens", [0, 1, FEW_ROWS, MANY_ROWS])
+def test_write_kv_rounds_to_int8_as_the_plain_device_does(
+    native: Native, tokens: int, dim: int
+) -> None:
+    """Catches another rounding, a head in steps of its neighbour's, a scale in another slot.
+
+    Heads of zeros, of values too small for any step, and such as are not finite are among them.
+    """
+    heads, block_size, num_blocks = 3, 16, 12
+    fused = normal(tokens, 2 * heads, dim) * torch.logspace(-3, 3, 2 * heads)[:, None]
+    fused = fused.bfloat16()
+    if tokens > 1:
+        fused[0, 0], fused[0, 1], fused[1, 2] = 0, 1e-35, -0.0
+        fused[0, 3, 1], fused[1, 0, dim - 1], fused[1, 4, 2] = torch.nan, torch.inf, -torch.inf
+    key, value = fused[:, :heads], fused[:, heads:]
+    slots = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(3))
+    plain, ours = (int8_cache(num_blocks, block_size, heads, dim) for _ in range(2))
+    Device().write_kv(key, value, plain, slots[:tokens])
+    assert native.write_kv(key, value, ours.key, ours.value, slots[:tokens], ours.scales)
+    for mine, wanted in zip(ours.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)

@@ -217,11 +217,9 @@ class NativeCpuDevice(CpuDevice):
 
     def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
         """As the base."""
-        is_copied = all(
-            x.dtype == key.dtype in ELEMENTS and x.stride(-1) == 1
-            for x in (key, value, cache.key, cache.value)
+        is_done = _can_write(key, value, cache) and self.native.write_kv(
+            key, value, cache.key, cache.value, slots, cache.scales
         )
-        is_done = is_copied and self.native.write_kv(key, value, cache.key, cache.value, slots)
         if not is_done:
             super().write_kv(key, value, cache, slots)
 
@@ -235,7 +233,7 @@ class NativeCpuDevice(CpuDevice):
         scale: float,
     ) -> Tensor:
         """As the base, without masks: a row's context and what it shares say all."""
-        if not _can_attend(query, cache.key, cache.value):
+        if not (_can_attend(query) and _can_cache(cache)):
             return super().paged_attention(query, key, value, cache, batch, scale)
         count = batch.num_decodes
         if count == len(batch.context_lens):
@@ -254,6 +252,7 @@ class NativeCpuDevice(CpuDevice):
                 first_position=batch.context_lens[row] - (stop - start),
                 num_shared=batch.num_shared[row],
                 block_table=batch.block_tables[row],
+                scales=cache.scales,
                 out=out[start:stop],
             )
             if done is None:
@@ -265,11 +264,13 @@ class NativeCpuDevice(CpuDevice):
     ) -> Tensor:
         """As the base."""
         rows = query[: batch.num_decodes]
-        if _can_attend(rows, cache.key, cache.value):
+        if _can_attend(rows) and _can_cache(cache):
             if rows.stride(1) != rows.shape[2]:  # the kernel wants heads side by side
                 rows = rows.contiguous()
             tables = batch.block_tables[: batch.num_decodes]
-            out = self.native.decode(rows, cache.key, cache.value, tables, batch.decode_lens, scale)
+            out = self.native.decode(
+                rows, cache.key, cache.value, tables, batch.decode_lens, scale, cache.scales
+            )
             if out is not None:
                 return out
         return super().decode_attention(query, cache, batch, scale)
@@ -290,6 +291,23 @@ def _can_attend(*tensors: Tensor) -> bool:
     return all(
         x.dtype == torch.bfloat16 and x.shape[-1] <= _LARGEST_HEAD and x.stride(-1) == 1
         for x in tensors
+    )
+
+
+def _can_cache(cache: KVCache) -> bool:
+    """Do they read and write such a cache? One in int8 is allocated whole, with its scales."""
+    if cache.scales is None:
+        return _can_attend(cache.key, cache.value)
+    return cache.key.shape[-1] <= _LARGEST_HEAD
+
+
+def _can_write(key: Tensor, value: Tensor, cache: KVCache) -> bool:
+    """Does a kernel put them there? Without rounding to int8 it only copies 16 bits."""
+    if cache.scales is not None:
+        return _can_attend(key, value) and _can_cache(cache)
+    return all(
+        x.dtype == key.dtype in ELEMENTS and x.stride(-1) == 1
+        for x in (key, value, cache.key, cache.value)
     )
 
 

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-ABI = 4  # csrc/exports.cpp says the same
+ABI = 5  # csrc/exports.cpp says the same
 ISAS = ("amx", "avx512", "avx2", "portable")  # best first
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2, "fp16": 3}
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
+# Of keys and of values in int8: float32 [num_blocks, block_size, num_kv_heads], heads contiguous.
+Scales: TypeAlias = tuple[Tensor, Tensor] | None
 ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
 
 
@@ -120,6 +122,10 @@ class AttentionStruct(ctypes.Structure):
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
         ("scale", c_float),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("scale_token_stride", c_int64),
+        ("scale_block_stride", c_int64),
     )
 
 
@@ -145,6 +151,10 @@ class DecodeStruct(ctypes.Structure):
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
         ("scale", c_float),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("scale_token_stride", c_int64),
+        ("scale_block_stride", c_int64),
     )
 
 
@@ -209,6 +219,10 @@ class WriteKvStruct(ctypes.Structure):
         ("block_stride", c_int64),
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("scale_token_stride", c_int64),
+        ("scale_block_stride", c_int64),
     )
 
 
@@ -426,6 +440,7 @@ class Native:
         first_position: int,
         num_shared: int,
         block_table: Tensor | None = None,
+        scales: Scales = None,
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Queries [num_queries, num_heads, head_dim] of one sequence over its keys, as
@@ -433,7 +448,7 @@ class Native:
 
         key, value: [num_keys, num_kv_heads, head_dim]; with a block_table [num_blocks] int64, the
         whole cache [num_blocks, block_size, num_kv_heads, head_dim]. Last axes contiguous.
-        out: as query; made if not given
+        scales: of a cache in int8; out: as query, made if not given
         """
         if out is None:
             out = torch.empty(query.shape, dtype=torch.bfloat16)
@@ -458,6 +473,7 @@ class Native:
             key.shape[-2],
             query.shape[2],
             scale,
+            *_scale_fields(scales),
         )
         return None if self.library.glimt_attention(byref(call)) else out
 
@@ -469,12 +485,14 @@ class Native:
         block_tables: Tensor,
         context_lens: Tensor,
         scale: float,
+        scales: Scales = None,
         out: Tensor | None = None,
     ) -> Tensor | None:
         """One query per row, [num_rows, num_heads, head_dim], over its paged context.
 
         key, value: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides;
-        block_tables: [num_rows, width] int64; context_lens: [num_rows] int64
+        block_tables: [num_rows, width] int64; context_lens: [num_rows] int64; scales: of a cache
+        in int8
         """
         if out is None:
             out = torch.empty(query.shape, dtype=torch.bfloat16)
@@ -497,6 +515,7 @@ class Native:
             key.shape[2],
             query.shape[2],
             scale,
+            *_scale_fields(scales),
         )
         return None if self.library.glimt_decode(byref(call)) else out
 
@@ -566,13 +585,19 @@ class Native:
         return None if self.library.glimt_rotate(byref(call)) else out
 
     def write_kv(
-        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        scales: Scales = None,
     ) -> bool:
         """Copy a step's keys and values into their slots, in place; False without a kernel.
 
         key, value: [num_tokens, num_kv_heads, head_dim], dims contiguous; slots: [num_tokens]
-        int64; caches: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides.
-        All of one dtype of 16 bits.
+        int64; caches: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides, all of
+        one dtype of 16 bits; scales: of caches in int8, of bfloat16 keys and values
         """
         call = WriteKvStruct(
             key.data_ptr(),
@@ -588,6 +613,7 @@ class Native:
             key_cache.stride(2),
             key_cache.stride(0),
             *key.shape[1:],
+            *_scale_fields(scales),
         )
         return not self.library.glimt_write_kv(byref(call))
 
@@ -595,6 +621,15 @@ class Native:
 def _check_paired(weight: PackedWeight, activation: str) -> None:
     if activation == "silu_mul" and not weight.is_paired:
         raise ValueError("silu_mul needs a matrix packed with is_paired")
+
+
+def _scale_fields(scales: Scales) -> tuple[Any, ...]:
+    """The last four fields of the calls that a cache in int8 has part in."""
+    if scales is None:
+        return None, None, 0, 0
+    key_scales, value_scales = scales
+    strides = key_scales.stride(1), key_scales.stride(0)
+    return key_scales.data_ptr(), value_scales.data_ptr(), *strides
 
 
 def _pointer(tensor: Tensor | None) -> Any:

@@ -584,6 +584,7 @@ Sizes sizes_of(const AttentionCall& call) {
 }  // namespace
 
 void attention_amx(const AttentionCall& call) {
+    if (call.key_scales) return attention_avx512(call);
     Attention all{};
     all.call = &call;
     all.sizes = sizes_of(call);

@@ -75,15 +75,34 @@ void store_halves(uint32_t* low, uint32_t* high, __m512i words) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_extracti64x4_epi64(words, 1));
 }
 
-// Rows of 16 tokens; null where there is none.
+// Rows of 16 tokens; null where there is none. Those in int8 are widened first.
 struct Tokens {
     const uint16_t* rows[16];
     bool fill_two_panels;
 
-    Tokens(const TokenRows& from, int64_t first, int64_t num_tokens)
+    Tokens(const TokenRows& from, int64_t first, int64_t num_tokens, int64_t dim)
         : fill_two_panels(first + kPanel < num_tokens) {
-        for (int64_t i = 0; i < 16; ++i)
-            rows[i] = first + i < num_tokens ? from.at(first + i) : nullptr;
+        for (int64_t i = 0; i < 16; ++i) {
+            rows[i] = nullptr;
+            if (first + i >= num_tokens) continue;
+            rows[i] = from.scales ? widened_row(from.int8_at(first + i), dim, widened[i])
+                                  : from.at(first + i);
+        }
+    }
+    Tokens(const Tokens&) = delete;  // rows may point into it
+
+  private:
+    alignas(64) uint16_t widened[16][kMaxDim];
+
+    static const uint16_t* widened_row(Int8Row row, int64_t dim, uint16_t* to) {
+        const __m512 scale = _mm512_set1_ps(row.scale);
+        for (int64_t d = 0; d < dim; d += 16) {
+            const __mmask16 mask = dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1;
+            const __m512i whole = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, row.values + d));
+            const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale);
+            _mm256_mask_storeu_epi16(to + d, mask, (__m256i)_mm512_cvtneps_pbh(values));
+        }
+        return to;
     }
 };
 
@@ -333,15 +352,13 @@ struct Attention {
 void pack_part(const Attention& all, int64_t kv_head, int64_t first) {
     const AttentionCall& call = *all.call;
     const Sizes& sizes = all.sizes;
-    const TokenRows keys{call.key + kv_head * call.key_head_stride, call.block_table,
-                         call.block_size, call.block_stride, call.key_token_stride};
-    const TokenRows values{call.value + kv_head * call.value_head_stride, call.block_table,
-                           call.block_size, call.block_stride, call.value_token_stride};
+    const TokenRows keys = keys_of(call, kv_head), values = values_of(call, kv_head);
     uint32_t* to = all.packed + kv_head * sizes.head_words();
-    pack_keys(Tokens(keys, first, call.num_keys), sizes,
+    pack_keys(Tokens(keys, first, call.num_keys, sizes.dim), sizes,
               to + first / kPanel * sizes.key_panel());
     to += sizes.key_words() + first / kBlock * sizes.dim_panels * sizes.value_panel();
-    pack_values(Tokens(values, first, call.num_keys), sizes, to + first % kBlock / 2 * kPanel);
+    pack_values(Tokens(values, first, call.num_keys, sizes.dim), sizes,
+                to + first % kBlock / 2 * kPanel);
 }
 
 template <int kVectors>

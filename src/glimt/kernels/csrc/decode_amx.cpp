@@ -688,6 +688,7 @@ void decode_all_tiles(const DecodeCall& call) {
 
 // Sixteen tokens must lie in one block, whole, 32 dims in a tile, and KV heads side by side.
 void decode_amx(const DecodeCall& call) {
+    if (call.key_scales) return decode_avx512(call);
     if (call.head_dim % 32 || call.block_size % kGroup || call.head_stride != call.head_dim)
         return decode_all(call);
     decode_all_tiles(call);

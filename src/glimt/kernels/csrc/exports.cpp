@@ -57,7 +57,7 @@ using namespace glimt;
 extern "C" {
 
 // Raised whenever a struct of kernels.h or the packed layout changes.
-EXPORT int glimt_abi() { return 4; }
+EXPORT int glimt_abi() { return 5; }
 
 // Is this instruction set compiled in, and does this processor have it?
 EXPORT int glimt_has(const char* name) {

@@ -85,6 +85,8 @@ struct MlpCall {
 //   keys and values: contiguous rows where block_table is null; else blocks of block_size tokens,
 //   the table's b-th holding tokens b * block_size …
 //   query head h reads KV head h / (num_heads / num_kv_heads)
+//   key_scales, value_scales: where they are there, the blocks hold int8 (the pointers say
+//   otherwise), and a value is q * scale of its token and KV head; heads lie side by side
 struct AttentionCall {
     const uint16_t* query;
     const uint16_t* key;
@@ -99,10 +101,14 @@ struct AttentionCall {
     int64_t out_token_stride, out_head_stride;
     int32_t num_heads, num_kv_heads, head_dim;
     float scale;
+    const float* key_scales;
+    const float* value_scales;
+    int64_t scale_token_stride, scale_block_stride;
 };
 
 // One query for each of many rows, over its paged context.
 //   query, out: [num_rows, num_heads, head_dim] with a row stride; block_tables: [num_rows, width]
+//   key_scales, value_scales: as in AttentionCall
 struct DecodeCall {
     const uint16_t* query;
     const uint16_t* key;
@@ -115,6 +121,9 @@ struct DecodeCall {
     int64_t token_stride, head_stride, block_stride;  // of both caches
     int32_t num_heads, num_kv_heads, head_dim;
     float scale;
+    const float* key_scales;
+    const float* value_scales;
+    int64_t scale_token_stride, scale_block_stride;
 };
 
 // Normalisation of rows: out = norm(x) * weight + bias, then + residual where there is one.
@@ -146,17 +155,22 @@ struct RotateCall {
 // Copies keys and values [num_tokens, num_kv_heads, head_dim], of any 16-bit element, into their
 // slots of the caches.
 //   slots: [num_tokens], block * block_size + offset, each in the caches
+//   key_scales, value_scales: where they are there, the caches hold int8: each head is rounded as
+//   Weight::quantises_x says, in steps of its scale; of what is not finite, neither is the scale
 struct WriteKvCall {
     const uint16_t* key;
     const uint16_t* value;
-    uint16_t* key_cache;
-    uint16_t* value_cache;
+    void* key_cache;
+    void* value_cache;
     const int64_t* slots;
     int64_t num_tokens, block_size;
     int64_t key_token_stride, key_head_stride;
     int64_t value_token_stride, value_head_stride;
     int64_t token_stride, head_stride, block_stride;  // of both caches
     int32_t num_kv_heads, head_dim;
+    float* key_scales;
+    float* value_scales;
+    int64_t scale_token_stride, scale_block_stride;
 };
 
 // Rounds groups of weights to four bits, each with the scale (and offset) that harms it least.

@@ -123,6 +123,26 @@ def test_a_crowd_in_a_tiny_cache_repeats_every_single_run(
     assert engine.stats().preemptions > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_batched_tokens": 33}, {"num_draft_tokens": 4}, {"enable_prefix_cache": False}],
+)
+def test_a_crowd_over_int8_repeats_every_single_run(folder: Path, options: dict[str, Any]) -> None:
+    """Catches scales that do not follow their blocks: into a shared prefix, a block that another
+    sequence takes over half full, a slot that a refused draft had, a recomputed sequence.
+    """
+    single = make_engine(folder, kv_dtype="int8", enable_prefix_cache=False)
+    requests = mixed_requests(single)
+    alone = {r.request_id: run_one(single, r).token_ids for r in requests}
+    longest = max(len(r.prompt.token_ids) + r.max_tokens for r in requests)
+    sizes = {"block_size": 8, "num_blocks": longest // 8 + 4, "max_num_seqs": 32}
+    crowd = make_engine(folder, kv_dtype="int8", **sizes, **options)
+    found = run(crowd, mixed_requests(crowd))
+    assert {name: output.token_ids for name, output in found.items()} == alone
+    assert crowd.stats().preemptions > 0
+    assert all(cache.key.dtype == torch.int8 for cache in crowd.runner.caches)
+
+
 @pytest.mark.parametrize("chunk", [7, 33, 64])
 def test_chunked_prompts_repeat_whole_ones(
     folder: Path, undisturbed: dict[str, tuple[int, ...]], chunk: int

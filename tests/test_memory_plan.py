@@ -91,6 +91,16 @@ def test_the_cache_takes_what_the_limit_leaves(tiny):
     assert tight.memory.limit == limit
 
 
+def test_a_cache_in_int8_holds_more_in_the_same_memory(tiny):
+    """Catches scales that are not counted, and a plan for another dtype than is allocated."""
+    floats, bytes_ = (engine(tiny, kv_dtype=kind, kv_bytes=2**17) for kind in ("auto", "int8"))
+    for one, per_head in ((floats, 16 * 4), (bytes_, 16 + 4)):
+        block = 2 * 2 * 2 * per_head * one.config.block_size  # K and V, layers, KV heads
+        assert one.stats().num_blocks == 2**17 // block
+    taken = sum(part.nbytes for cache in bytes_.runner.caches for part in cache.tensors())
+    assert taken == bytes_.memory.kv <= 2**17
+
+
 def test_the_cache_is_no_larger_than_its_rows_could_use(tiny):
     """Catches gigabytes of cache for a toy because the limit allows it."""
     large = engine(tiny, memory_limit_bytes=64 * 2**30)

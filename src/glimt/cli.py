@@ -122,6 +122,15 @@ KvBytes = Annotated[
     int | None,
     _option("--kv-bytes", "Memory for the cached contexts; bytes.", _MODEL, "N"),
 ]
+KvDtype = Annotated[
+    str,
+    _option(
+        "--kv-dtype",
+        "auto or int8: of the cached contexts; int8 takes half of the memory.",
+        _MODEL,
+        "TYPE",
+    ),
+]
 DraftTokens = Annotated[
     int,
     _option(
@@ -245,8 +254,8 @@ AsJson = Annotated[bool, _option("--json", "One JSON object on stdout, for scrip
 
 
 _ENGINE_FIELDS = (
-    "model", "dtype", "device", "num_threads", "max_model_len", "kv_bytes", "memory_limit_bytes",
-    "num_draft_tokens", "rotary_table", "quant", "quant_head", "quant_tower",
+    "model", "dtype", "device", "num_threads", "max_model_len", "kv_bytes", "kv_dtype",
+    "memory_limit_bytes", "num_draft_tokens", "rotary_table", "quant", "quant_head", "quant_tower",
 )  # fmt: skip
 _SAMPLING_FIELDS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -308,6 +317,7 @@ def generate(
     num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    kv_dtype: KvDtype = "auto",
     memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
@@ -362,6 +372,7 @@ def chat(
     num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    kv_dtype: KvDtype = "auto",
     memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
@@ -472,6 +483,7 @@ def evaluate(
     num_threads: Threads = None,
     max_model_len: MaxModelLen = None,
     kv_bytes: KvBytes = None,
+    kv_dtype: KvDtype = "auto",
     memory_limit_bytes: MemoryLimit = None,
     num_draft_tokens: DraftTokens = 0,
     rotary_table: RotaryTable = "auto",
@@ -535,6 +547,7 @@ def bench_synthetic(
         int | None, _option("--vision-layers", "Of the tower; as published.", _MODEL, "V")
     ] = None,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     quant: Quant = "none",
     quant_head: QuantHead = "auto",
     quant_tower: QuantTower = "none",
@@ -566,6 +579,7 @@ def bench_synthetic(
         as_json,
         out,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         quant=quant,
         quant_head=quant_head,
         quant_tower=quant_tower,

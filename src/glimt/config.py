@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from glimt.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8")
 ROTARY_TABLES = ("auto", "hub_fp16", "fp32_product")
 
 
@@ -35,6 +36,7 @@ _LEAST = {
     "num_draft_tokens": 0,
     "memory_limit_bytes": 1,
 }
+_CHOICES = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "rotary_table": ROTARY_TABLES}
 _MOST = {"num_draft_tokens": 16}  # beyond, guesses are wrong more often than a step is saved
 _OPTIONAL = ("num_threads", "max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
@@ -73,6 +75,8 @@ class EngineConfig:
     num_blocks: int | None = None  # None: from kv_bytes
     kv_bytes: int | None = None  # of the KV cache; None: what max_num_seqs could use, at most
     #                              a quarter of the free memory, or what memory_limit_bytes leaves
+    kv_dtype: str = "auto"  # of cached keys and values; auto: the activations'. int8: a byte each
+    #                         and a scale per token and head, half of what bfloat16 takes
     memory_limit_bytes: int | None = None  # of weights, caches and work together; None: no limit
     feature_cache_bytes: int = 256 * 2**20  # 20 pictures of GLM-4v-9B in 16 bit; 0: no cache
     tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
@@ -98,12 +102,10 @@ class EngineConfig:
         for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):
             if not isinstance(value := getattr(self, name), kind):
                 problems.append(f"{name} is {value!r}; {kind.__name__} is needed")
-        if self.dtype not in DTYPES:
-            problems.append(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-        if self.rotary_table not in ROTARY_TABLES:
-            options = ", ".join(ROTARY_TABLES)
-            problems.append(
-                f"rotary_table {self.rotary_table!r} is unknown; choose one of {options}"
-            )
+        problems += [
+            f"{name} {value!r} is unknown; choose one of {', '.join(known)}"
+            for name, known in _CHOICES.items()
+            if (value := getattr(self, name)) not in known
+        ]
         if problems:
             raise ConfigError("engine options", problems)

@@ -23,7 +23,7 @@ from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
 from glimt.outputs.collector import OutputCollector
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import allocate_kv
+from glimt.runner.kv_cache import allocate_kv, cache_dtype
 from glimt.runner.model_runner import ModelRunner
 from glimt.sampling import Sampler, verify
 from glimt.scheduler.scheduler import Scheduler
@@ -259,7 +259,8 @@ def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
 
 def _build_runner(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> ModelRunner:
     device, dtype = opened.device.torch_device, opened.dtype
-    caches = allocate_kv(opened.model, num_blocks, config.block_size, dtype, device)
+    stored = cache_dtype(config.kv_dtype, dtype)
+    caches = allocate_kv(opened.model, num_blocks, config.block_size, stored, device)
     row_bytes = opened.model.embed(torch.zeros(1, dtype=torch.int64, device=device)).nbytes
     features = FeatureCache(config.feature_cache_bytes // row_bytes)
     sizes = config.tower_patches, config.tower_slice_patches

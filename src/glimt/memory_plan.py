@@ -18,7 +18,7 @@ from glimt.config import EngineConfig
 from glimt.devices.base import Device
 from glimt.errors import ConfigError
 from glimt.models.base import Model
-from glimt.runner.kv_cache import kv_bytes_per_token
+from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 
 # First parts of the parameter names of everything that only pictures pass through.
 VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
@@ -81,7 +81,8 @@ def plan_memory(
     more was asked for than fits.
     """
     bare = _bare_plan(config, model, dtype)
-    per_block = kv_bytes_per_token(model, dtype) * config.block_size
+    stored = cache_dtype(config.kv_dtype, dtype)
+    per_block = kv_bytes_per_token(model, stored) * config.block_size
     num_blocks = config.num_blocks
     if num_blocks is None:
         room = _kv_room(config, bare, device)

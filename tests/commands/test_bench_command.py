@@ -42,6 +42,7 @@ def test_the_report_has_every_figure(folder, tmp_path):
     """Catches a figure that is measured and not reported, and a file unlike what is printed."""
     out = tmp_path / "report.json"
     forms = ("--quant", "int8", "--quant-head", "none", "--quant-tower", "w8a8")
+    forms += ("--kv-dtype", "int8")
     ran = bench(folder, *SHORT, "--layers", 1, *forms, "--json", "--out", out)
     assert ran.exit_code == 0, ran.stderr
     data = json.loads(ran.stdout)
@@ -54,6 +55,9 @@ def test_the_report_has_every_figure(folder, tmp_path):
     assert data["model"]["layers"] == 1
     quantised = [data["model"][name] for name in ("quant", "quant_head", "quant_tower")]
     assert quantised == ["int8", "none", "w8a8"]
+    assert data["model"]["kv_dtype"] == "int8"
+    kv_heads = {"glm4v_9b": 2, "visualglm": 4}[data["model"]["family"]]
+    assert data["costs"]["kv_bytes"] == 2 * kv_heads * (16 + 4), "one layer, 16 dims a head"
     assert data["settings"]["prompt_tokens"] == data["settings"]["picture_tokens"] + 32
     assert data["memory"]["plan"]["total"] > data["memory"]["plan"]["kv"] > 0
     assert data["limits"]["start"].keys() == {"read_bytes", "bf16_ops", "int8_ops"}

@@ -27,6 +27,23 @@ def test_examples_are_answered_right_with_all_kernels(name, isa):
     assert llm.chat(talks[0], GREEDY).text == right[0]
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_examples_are_answered_as_well_from_a_cache_in_int8(name, isa):
+    """Catches int8 that is close on random numbers and not where a model's values lie.
+
+    All at once, one of them alone, and in chunks as far as the family's prompts can be cut.
+    """
+    llm = LLM(name, dtype="bfloat16", kv_dtype="int8", max_num_seqs=8)
+    rows = [row for row in ROWS if row["picture"] in PICTURES]
+    asked = [(row[lang], row["picture"]) for row in rows for lang in ("zh", "en")]
+    right = [llm.engine.opened.processor.finish_text(one["answer"]) for one, _ in asked]
+    talks = [question(one["question"], picture) for one, picture in asked]
+    assert [output.text for output in llm.chat(talks, GREEDY)] == right
+    assert llm.chat(talks[0], GREEDY).text == right[0]
+    chunked = LLM(name, dtype="bfloat16", kv_dtype="int8", max_num_batched_tokens=40)
+    assert chunked.chat(talks[0], GREEDY).text == right[0]
+
+
 @pytest.mark.parametrize("quant", ["int8", "w8a8", "int4"])
 def test_an_example_is_answered_right_in_few_bits(quant, isa):
     """Catches packed weights in few bits that a model is not given as they were quantised."""

@@ -18,6 +18,7 @@ from glimt.runner.kv_cache import (
     _zeros_on_demand,
     allocate_kv,
     clear_blocks,
+    clear_slots,
     kv_bytes_per_token,
 )
 from glimt.runner.model_runner import ModelRunner
@@ -120,15 +121,23 @@ def build(raw: dict[str, Any], dtype: torch.dtype) -> Model:
         (VISUALGLM_6B, torch.float16, 458_752, (28, 32, 128)),
         (VISUALGLM_6B, torch.float32, 917_504, (28, 32, 128)),
         (GLM_4V_9B, torch.bfloat16, 40_960, (40, 2, 128)),
+        (VISUALGLM_6B, torch.int8, 2 * 28 * 32 * (128 + 4), (28, 32, 128)),
+        (GLM_4V_9B, torch.int8, 2 * 40 * 2 * (128 + 4), (40, 2, 128)),
     ],
-    ids=["visualglm-float16", "visualglm-float32", "glm4v-bfloat16"],
+    ids=[
+        "visualglm-float16",
+        "visualglm-float32",
+        "glm4v-bfloat16",
+        "visualglm-int8",
+        "glm4v-int8",
+    ],
 )
 def test_a_token_of_the_real_models_takes_what_the_papers_say(raw, dtype, kv_bytes, shape):
     """Would catch keys counted without values, query heads in place of KV heads, or a wrong dtype.
 
     The numbers are those of specs/visualglm-6b.md 1.6 and specs/glm-4v-9b.md 5.
     """
-    model = build(raw, dtype)
+    model = build(raw, torch.bfloat16)
     assert (model.num_layers, model.num_kv_heads, model.head_dim) == shape
     assert kv_bytes_per_token(model, dtype) == kv_bytes
 
@@ -139,15 +148,17 @@ class Geometry:
     num_layers, num_kv_heads, head_dim = 3, 2, 4
 
 
-def test_a_cache_is_as_large_as_was_counted_and_zero():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_cache_is_as_large_as_was_counted_and_zero(dtype):
     """Would catch a budget that differs from what is allocated, and padding that reads NaN."""
-    caches = allocate_kv(Geometry(), 5, 8, torch.bfloat16, torch.device("cpu"))
+    caches = allocate_kv(Geometry(), 5, 8, dtype, torch.device("cpu"))
     assert [cache.block_size for cache in caches] == [8] * 3
-    total = sum(cache.key.nbytes + cache.value.nbytes for cache in caches)
-    assert total == kv_bytes_per_token(Geometry(), torch.bfloat16) * 5 * 8
-    assert all(not cache.key.any() and not cache.value.any() for cache in caches)
-    storages = {t.data_ptr() for cache in caches for t in (cache.key, cache.value)}
-    assert len(storages) == 6
+    tensors = [tensor for cache in caches for tensor in cache.tensors()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    assert total == kv_bytes_per_token(Geometry(), dtype) * 5 * 8
+    assert not any(tensor.any() for tensor in tensors)
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+    assert len(tensors) == (12 if dtype == torch.int8 else 6)
 
 
 def test_clearing_zeroes_these_blocks_and_no_others():
@@ -161,6 +172,17 @@ def test_clearing_zeroes_these_blocks_and_no_others():
     for tensor in (t for cache in caches for t in (cache.key, cache.value)):
         assert [bool(block.isnan().any()) for block in tensor] == [True, False, True, False, True]
         assert not tensor[bad].any()
+
+
+def test_clearing_takes_scales_that_are_not_finite_along():
+    """Would catch NaN that outlives its sequence in the scales, the only place for it in int8."""
+    values = (torch.full((5, 2, 2, 4), 7).char() for _ in range(2))
+    cache = KVCache(*values, *(torch.full((5, 2, 2), float("nan")) for _ in range(2)))
+    clear_blocks([cache], [1])
+    clear_slots([cache], torch.tensor([6]))
+    for tensor in cache.tensors():
+        cleared = [not slot.any() for slot in tensor.flatten(0, 1)]
+        assert cleared == [slot in (2, 3, 6) for slot in range(10)]
 
 
 class OneHead(Model):
@@ -201,16 +223,17 @@ def one_token(token_id: int, start: int, table: tuple[int, ...]) -> StepRow:
     )
 
 
-def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next(dtype):
     """Would catch NaN that outlives its sequence: an aborted prefill is not known to be poisoned,
     so its blocks are handed on as they are, and the next owner's decodes read them whole.
     """
     model, cpu = OneHead(), open_device("cpu")
 
     def run(dirty: float) -> Tensor:
-        caches = allocate_kv(model, 4, 4, torch.float32, torch.device("cpu"))
-        for tensor in (caches[0].key, caches[0].value):
-            tensor.fill_(dirty)
+        caches = allocate_kv(model, 4, 4, dtype, torch.device("cpu"))
+        for tensor in caches[0].tensors():
+            tensor.fill_(dirty if tensor.is_floating_point() else 7)
         runner = ModelRunner(model, caches, FeatureCache(0), cpu, torch.float32, 1)
         steps = [
             StepPlan((one_token(i + 1, i, (3, 1)), one_token(9 - i, i, (0, 2)))) for i in range(6)

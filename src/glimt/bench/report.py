@@ -47,6 +47,7 @@ def _model(found: Findings) -> dict[str, Any]:
         "layers": found.costs.num_layers,
         "vision_layers": name.vision_layers,
         "dtype": found.dtype,
+        "kv_dtype": found.job.kv_dtype,
         "quant": found.job.quant,
         "quant_head": found.job.quant_head,
         "quant_tower": found.job.quant_tower,

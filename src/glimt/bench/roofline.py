@@ -44,6 +44,10 @@ class ModelCosts:
         """The same for weights in another form, such as quantised ones."""
         return replace(self, step_bytes=step_bytes)
 
+    def with_cache(self, kv_bytes: int) -> ModelCosts:
+        """The same for a KV cache in another form."""
+        return replace(self, kv_bytes=kv_bytes)
+
     def prefill_ops(self, num_tokens: int) -> int:
         """Operations of a causal prompt in one step, with one row of logits.
 

@@ -24,6 +24,7 @@ from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
 from glimt.memory_plan import MemoryPlan
+from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.synthetic import SyntheticName, published_config
 from glimt.types import Request, SamplingParams, StepOutput
 
@@ -43,6 +44,7 @@ class SyntheticJob:
 
     name: SyntheticName
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     quant: str = "none"
     quant_head: str = "auto"
     quant_tower: str = "none"
@@ -141,6 +143,8 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     opened = engine.opened
     costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
     costs = costs.with_weights(engine.memory.language + engine.memory.head)
+    stored = cache_dtype(job.kv_dtype, opened.dtype)
+    costs = costs.with_cache(kv_bytes_per_token(opened.model, stored))
     bench = _Bench(engine, meter, job, costs)
     bench.check_room()
     meter.warm_up()
@@ -177,6 +181,7 @@ def _engine_config(job: SyntheticJob, threads: int) -> EngineConfig:
     return EngineConfig(
         model=str(job.name),
         dtype=job.dtype,
+        kv_dtype=job.kv_dtype,
         quant=job.quant,
         quant_head=job.quant_head,
         quant_tower=job.quant_tower,

@@ -90,6 +90,8 @@ def machine_facts() -> dict[str, Any]:
 def _print(found: Findings) -> None:
     console = out_console()
     title = f"{found.job.name}, {found.dtype}, {found.threads} threads, quant {found.job.quant}"
+    if found.job.kv_dtype != "auto":
+        title += f", KV cache {found.job.kv_dtype}"
     table = figures(*report.HEADINGS, title=title)
     for row in report.rows(found):
         table.add_row(*row)

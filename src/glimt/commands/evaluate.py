@@ -47,7 +47,8 @@ def _found(job: EvaluateJob) -> Evaluation:
     llm = _load(job.engine)
     if job.is_verbose:
         note_plan(llm.engine)
-    plain = {"dtype": job.against, "quant": "none", "quant_head": "none", "quant_tower": "none"}
+    plain = {"dtype": job.against, "kv_dtype": "auto"}
+    plain |= dict.fromkeys(("quant", "quant_head", "quant_tower"), "none")
     reference = _load({**job.engine, **plain}) if job.against else None
     with count_bar("asking", len(questions)) as on_done:
         return evaluate(llm, questions, reference, on_done, _warn_of)

@@ -13,28 +13,42 @@ from torch import Tensor
 from glimt.devices.base import KVCache
 from glimt.models.base import Model
 
+_SCALE = torch.float32  # of a head's keys or values of one token, where they are int8
+
+
+def cache_dtype(kv_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in. kv_dtype: of EngineConfig; dtype: of the activations."""
+    return torch.int8 if kv_dtype == "int8" else dtype
+
 
 def kv_bytes_per_token(model: Model, dtype: torch.dtype) -> int:
-    """Keys and values of all layers for one token, in bytes."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    """Keys and values of all layers for one token, in bytes. dtype: of `cache_dtype`."""
+    per_head = model.head_dim * dtype.itemsize + (_SCALE.itemsize if dtype == torch.int8 else 0)
+    return 2 * model.num_layers * model.num_kv_heads * per_head
 
 
 def allocate_kv(
     model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, torch_device: torch.device
 ) -> list[KVCache]:
-    """One cache per layer.
+    """One cache per layer, with scales where dtype is int8.
 
     Zeroed, because padded reads touch slots that nobody has written: garbage there could be NaN,
     and 0 * NaN is NaN even under a mask.
     """
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
 
-    def zeros() -> torch.Tensor:
+    def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if torch_device.type == "cpu":
             return _zeros_on_demand(shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=torch_device)
 
-    return [KVCache(zeros(), zeros()) for _ in range(model.num_layers)]
+    def scales() -> Tensor | None:
+        return zeros(shape[:-1], _SCALE) if dtype == torch.int8 else None
+
+    return [
+        KVCache(zeros(shape, dtype), zeros(shape, dtype), scales(), scales())
+        for _ in range(model.num_layers)
+    ]
 
 
 def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -56,12 +70,12 @@ def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
         return
     index = torch.tensor(blocks, device=caches[0].key.device)
     for cache in caches:
-        cache.key.index_fill_(0, index, 0)
-        cache.value.index_fill_(0, index, 0)
+        for tensor in cache.tensors():
+            tensor.index_fill_(0, index, 0)
 
 
 def clear_slots(caches: Sequence[KVCache], slots: Tensor) -> None:
     """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
     for cache in caches:
-        cache.key.flatten(0, 1).index_fill_(0, slots, 0)
-        cache.value.flatten(0, 1).index_fill_(0, slots, 0)
+        for tensor in cache.tensors():
+            tensor.flatten(0, 1).index_fill_(0, slots, 0)

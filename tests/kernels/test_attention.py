@@ -313,13 +313,13 @@ def check_decode(
         assert_close(out[i : i + 1], right, allowed)
 
 
-@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize(("group", "kv_heads"), [(16, 2), (1, 4), (2, 2), (5, 2), (32, 1), (40, 1)])
 def test_decode_over_contexts_of_many_lengths(
     kernels: native.Native, group: int, kv_heads: int, block_size: int
 ) -> None:
     """Would catch a row that reads another's blocks, or NaN beyond the context that leaks in."""
-    lengths = [1, 2, 15, 16, 17, 31, 33, 250, 511, 512, 513, 700]
+    lengths = [1, 2, 15, 16, 17, 31, 33, 63, 65, 250, 511, 512, 513, 700]
     check_decode(kernels, lengths, group=group, kv_heads=kv_heads, dim=128, block_size=block_size)
 
 

@@ -20,8 +20,10 @@ namespace {
 
 constexpr int kHeads = 16;
 constexpr int kSub = 32;          // tokens that are weighed together
-constexpr int kBatch = 32;        // tokens of a KV head between two looks at its output tiles
+constexpr int kBatch = 64;        // tokens of a KV head between two looks at its output tiles
 constexpr int kDistance = 64;     // tokens that are asked for ahead, with tiles
+constexpr int kTogether = 32;     // neighbouring tokens that are asked for side by side, at most
+constexpr int kStreams = 4;       // places among them: memory gives more than from one
 // Beside a step of each kind of work, so many tokens' keys and values of a head are asked for: all
 // in all nearly twice as many as are read meanwhile, until the distance is reached.
 constexpr int kAskScores = 2, kAskWeights = 2, kAskValues = 4;
@@ -43,7 +45,8 @@ class Ahead {
   public:
     Ahead(const DecodeCall& call, int64_t distance)
         : call_(call), num_lines_(call.num_kv_heads * call.head_dim / kLine), distance_(distance),
-          is_dense_(call.token_stride == num_lines_ * kLine) {}
+          is_dense_(call.token_stride == num_lines_ * kLine),
+          is_split_(call.head_dim % (kStreams * kLine) == 0) {}
 
     // What to go on with after the end of the last span.
     void follow(const Span& next) {
@@ -68,18 +71,26 @@ class Ahead {
     static constexpr int kLine = 32;  // values
 
     INLINE void ask_lines(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            __builtin_prefetch(key_ + i * kLine);
-            __builtin_prefetch(value_ + i * kLine);
-        }
-        key_ += count * kLine, value_ += count * kLine;
+        is_split_ ? ask_streams<kStreams>(count) : ask_streams<1>(count);
+    }
+    template <int kNum>
+    INLINE void ask_streams(int64_t count) {
+        const int64_t each = count / kNum;
+        for (int64_t first = 0; first < kNum * part_; first += part_)
+            for (int64_t i = first; i < first + each; ++i) {
+                __builtin_prefetch(key_ + i * kLine);
+                __builtin_prefetch(value_ + i * kLine);
+            }
+        key_ += each * kLine, value_ += each * kLine;
         run_ -= count, left_ -= count;
     }
     __attribute__((noinline)) void ask_across(int64_t num_lines) {
-        for (; num_lines > 0; --num_lines) {
+        while (num_lines > 0) {
             if (run_ == 0) token_ < end_ ? aim() : turn();
             if (is_done_) return;
-            ask_lines(1);
+            const int64_t count = num_lines < run_ ? num_lines : run_;
+            ask_lines(count);
+            num_lines -= count;
         }
     }
     void turn() {
@@ -93,24 +104,28 @@ class Ahead {
         next_ = {};
         aim();
     }
-    // To as many tokens as lie together.
+    // To tokens that lie together.
     void aim() {
         const int64_t block = token_ / call_.block_size, offset = token_ % call_.block_size;
         const int64_t at = table_[block] * call_.block_stride + offset * call_.token_stride;
         key_ = call_.key + at, value_ = call_.value + at;
         const int64_t in_block = call_.block_size - offset, rest = end_ - token_;
-        const int64_t count = !is_dense_ ? 1 : in_block < rest ? in_block : rest;
+        const int64_t most = in_block < kTogether ? in_block : kTogether;
+        const int64_t count = !is_dense_ ? 1 : most < rest ? most : rest;
         run_ = count * num_lines_;
+        part_ = is_split_ ? run_ / kStreams : run_;
         token_ += count;
     }
 
     const DecodeCall& call_;
     const int64_t num_lines_, distance_;
     const bool is_dense_;
+    const bool is_split_;  // then all that is asked for are multiples of kStreams
     const uint16_t *key_ = nullptr, *value_ = nullptr;
     const int64_t* table_ = nullptr;
     int64_t token_ = 0, end_ = 0;       // not aimed at yet
     int64_t run_ = 0, left_ = 0;        // lines that lie together, and that may be asked for
+    int64_t part_ = 0;                  // from where a stream of the run begins to the next one
     bool is_done_ = true;
     Span next_{};
 };

@@ -13,7 +13,7 @@ void attention_avx512(const AttentionCall& call) {
 }
 
 void decode_avx512(const DecodeCall& call) {
-    if (has_avx512_bf16() && !call.key_scales)
+    if (has_avx512_bf16())
         decode_avx512_bf16(call);
     else
         decode_all(call);

@@ -52,7 +52,13 @@ struct Panel {
         const int64_t block = call.block_tables[row * call.table_stride + token / call.block_size];
         const int64_t at =
             block * call.block_stride + token % call.block_size * call.token_stride;
-        keys = call.key + at, values = call.value + at;
+        keys = place(call.key, call, at), values = place(call.value, call, at);
+    }
+
+  private:
+    static const uint16_t* place(const uint16_t* cache, const DecodeCall& call, int64_t at) {
+        if (!call.key_scales) return cache + at;
+        return reinterpret_cast<const uint16_t*>(reinterpret_cast<const int8_t*>(cache) + at);
     }
 };
 
@@ -78,6 +84,34 @@ INLINE __m512i word_at(const uint16_t* from) {
 
 INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+// Keys and values of one KV head in int8, widened: what follows then knows of bfloat16 only.
+struct alignas(64) WidePanel {
+    uint16_t keys[kPanel][kMaxDim], values[kPanel][kMaxDim];
+};
+
+template <int kSteps>
+INLINE void widen_to_pairs(Int8Row row, uint16_t* to) {
+    const __m512 scale = _mm512_set1_ps(row.scale);
+    const auto wide = [&](int64_t d) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.values + d));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale);
+    };
+    for (int64_t d = 0; d < kSteps * 32; d += 32)
+        _mm512_store_si512(to + d, (__m512i)_mm512_cvtne2ps_pbh(wide(d + 16), wide(d)));
+}
+
+template <int kSteps>
+INLINE Panel widened(const TokenRows& keys, const TokenRows& values, int64_t start, int64_t count,
+                     WidePanel& to) {
+    for (int64_t t = 0; t < count; ++t) {
+        widen_to_pairs<kSteps>(keys.int8_at(start + t), to.keys[t]);
+        widen_to_pairs<kSteps>(values.int8_at(start + t), to.values[t]);
+    }
+    Panel panel;
+    panel.keys = to.keys[0], panel.values = to.values[0];
+    return panel;
 }
 
 // Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
@@ -253,6 +287,30 @@ void attend_heads(Heads& heads, int64_t num_heads, Space& space, const Step& ste
         }
 }
 
+// A step of one KV head in int8, widened.
+struct WideStep {
+    WidePanel panels[kStep / kPanel];
+    Step step;
+};
+
+// What the widened step asks for ahead it asks for here: it has half as many lines.
+template <int kSteps>
+void widen_step(const Chunk& one, int64_t kv_head, int64_t start, const Step& step,
+                WideStep& wide) {
+    constexpr int64_t kLines = kPanel * kSteps / 2;
+    wide.step.count = step.count, wide.step.stride = kMaxDim;
+    for (int64_t t = 0; t < step.count; t += kPanel) {
+        const Panel& next = step.ahead[t / kPanel];
+        for (int64_t i = 0; next.keys && i < kLines; ++i) {
+            ask<_MM_HINT_T1>(next.keys, kv_head * kLines + i);
+            ask<_MM_HINT_T1>(next.values, kv_head * kLines + i);
+        }
+        const int64_t left = step.count - t, count = left < kPanel ? left : kPanel;
+        wide.step.panels[t / kPanel] =
+            widened<kSteps>(one.keys, one.values, start + t, count, wide.panels[t / kPanel]);
+    }
+}
+
 // units: of every 16 query heads
 template <int kSteps>
 void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
@@ -275,6 +333,8 @@ void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
     });
     Space space;
     Step step;
+    WideStep wide;
+    const bool is_int8 = call.key_scales;
     step.stride = call.token_stride;
     for (int64_t start = span.begin; start < span.end; start += kStep) {
         step.count = span.end - start < kStep ? span.end - start : kStep;
@@ -283,8 +343,12 @@ void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
             step.ahead[t / kPanel] = panel_ahead(all, span, start + t + kStep);
         }
         each_unit([&](Heads& heads, int64_t kv_head, int64_t i) {
-            attend_heads<kSteps>(heads, heads_of(i), space, step, kv_head * kDim,
-                                 kv_head * kPanel * kDim, call.scale * kLog2E);
+            if (is_int8 && i == 0)
+                widen_step<kSteps>(Chunk(all, span.row, kv_head, span.chunk), kv_head, start, step,
+                                   wide);
+            attend_heads<kSteps>(heads, heads_of(i), space, is_int8 ? wide.step : step,
+                                 is_int8 ? 0 : kv_head * kDim, kv_head * kPanel * kDim,
+                                 call.scale * kLog2E);
         });
     }
     each_unit([&](const Heads& heads, int64_t kv_head, int64_t i) {
@@ -371,6 +435,9 @@ void decode_few_heads(const Decode& all, const Span& span, Heads*) {
     const DecodeCall& call = *all.call;
     const int64_t group = call.num_heads / call.num_kv_heads;
     const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
+    const bool is_int8 = call.key_scales;
+    const int64_t lines = kPanel * kSteps / (is_int8 ? 2 : 1);  // of a head in a panel
+    WidePanel wide;
     const auto each_head = [&](const auto& visit) {
         for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head) {
             const Chunk one(all, span.row, kv_head, span.chunk);
@@ -388,14 +455,17 @@ void decode_few_heads(const Decode& all, const Span& span, Heads*) {
         const Panel panel(call, span.row, start);
         const Panel next = panel_ahead(all, span, start + kFewAhead);
         each_head([&](const Chunk& one, int64_t kv_head) {
-            for (int64_t i = 0; next.keys && i < kPanel * kSteps; ++i) {
+            for (int64_t i = 0; next.keys && i < lines; ++i) {
                 // The rows of a head lie so far apart that they would drive each other out of L1.
-                ask<_MM_HINT_T1>(next.keys + kv_head * kPanel * kDim, i);
-                ask<_MM_HINT_T1>(next.values + kv_head * kPanel * kDim, i);
+                ask<_MM_HINT_T1>(next.keys, kv_head * lines + i);
+                ask<_MM_HINT_T1>(next.values, kv_head * lines + i);
             }
+            const Panel here =
+                is_int8 ? widened<kSteps>(one.keys, one.values, start, count, wide) : panel;
             for (int64_t h = 0; h < group; ++h)
-                attend_panel<kSteps>(one.parts[h], one.query + h * kDim, panel, kv_head * kDim,
-                                     call.token_stride, count, scale);
+                attend_panel<kSteps>(one.parts[h], one.query + h * kDim, here,
+                                     is_int8 ? 0 : kv_head * kDim,
+                                     is_int8 ? kMaxDim : call.token_stride, count, scale);
         });
     }
     each_head([&](const Chunk& one, int64_t) {
@@ -434,7 +504,7 @@ void pair_decode_body(void* context, int worker, int num_workers) {
 template <int kSteps>
 void decode_pairs(const DecodeCall& call) {
     const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t token_bytes = 2 * call.token_stride * int64_t(sizeof(uint16_t));
+    const int64_t token_bytes = 2 * call.token_stride * (call.key_scales ? 1 : 2);
     PairDecode pairs{};
     pairs.all = start_decode(call, nullptr, 1, rounded_up(kLeastBytes / token_bytes, kTokens));
     if (group < kMinHeads) {

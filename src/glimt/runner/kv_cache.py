@@ -57,7 +57,9 @@ def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     In large pages where the system has them, for attention reads blocks from all over it.
     """
     num_values = math.prod(shape)
-    pages = mmap.mmap(-1, max(1, num_values * dtype.itemsize))
+    # Private: shared pages are never large ones.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, max(1, num_values * dtype.itemsize), flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

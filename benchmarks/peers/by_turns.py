@@ -1,4 +1,4 @@
-"""What all comparisons share: the request, turns in one process, the table and the JSON line.
+"""What all comparisons share: options, the request, turns in one process, table and JSON line.
 
 A shared machine's speed moves by a factor of two within minutes, so both sides answer by turns and
 each pair of neighbours gives a ratio; the medians of the seconds alone would compare two machines.
@@ -10,20 +10,28 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from glimt import SamplingParams
+from glimt import LLM, SamplingParams
 from glimt.types import RequestOutput
 
 SIDE = 1120  # pixels of GLM-4v's pictures
 QUESTION = "what does the picture show, and what is unusual in it?"
 FIGURES = ("picture", "prefill", "first token", "per token")
+
+Layers = Annotated[int, typer.Option(help="Of the language model.")]
+VisionLayers = Annotated[int, typer.Option(help="Of the tower.")]
+Quant = Annotated[str, typer.Option(help="Format of glimt's blocks.")]
+QuantTower = Annotated[str, typer.Option(help="And of its tower.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Pairs after one to warm up.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Of each answer.")]
 
 Seconds = Mapping[str, float]  # by figure
 Rows = dict[str, dict[str, float]]  # by figure, then by key of the JSON line
@@ -46,12 +54,40 @@ def exactly(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
 
+def open_glimt(name: str, quant: str, quant_tower: str) -> LLM:
+    """glimt's side of a comparison: an engine with the model of that name."""
+    return LLM(name, dtype="bfloat16", quant=quant, quant_tower=quant_tower, max_num_seqs=8)
+
+
+def ask(llm: LLM, turn: int, num_tokens: int) -> Seconds:
+    """What glimt's answer of a turn costs."""
+    return seconds_of(llm.chat(conversation(noise_picture(turn)), exactly(num_tokens)))
+
+
+def prompt_ids(llm: LLM, picture: Image.Image, num_tokens: int) -> Sequence[int]:
+    """The same request as the original writes it: what the other side is asked."""
+    request = llm.engine.prepare_chat(conversation(picture), exactly(num_tokens))
+    return request.prompt.original_token_ids
+
+
 def seconds_of(output: RequestOutput) -> Seconds:
     """The figures of an engine's answer."""
     times = output.timings
     per_token = times.decode_s / (output.usage.completion_tokens - 1)
     values = (times.image_s, times.prefill_s, times.ttft_s, per_token)
     return dict(zip(FIGURES, values, strict=True))
+
+
+def compare(
+    sides: Sequence[Callable[[int], Seconds]],
+    names: tuple[str, str],
+    headings: tuple[str, str],
+    repeats: int,
+    said: Mapping[str, Any],
+) -> None:
+    """Let two sides answer by turns and report; the arguments are those of the three below."""
+    pairs = take_turns(sides, repeats)
+    report(summarise(pairs, names), headings, {**said, "pairs": repeats})
 
 
 def take_turns(

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.peers.by_turns import Seconds, exactly, report, summarise, take_turns
+from benchmarks.peers.by_turns import Repeats, Seconds, compare, exactly
 from glimt.config import EngineConfig
 from glimt.devices.host import plan_threads
 from glimt.engine import Engine
@@ -286,7 +286,7 @@ def prompt_ids(seed: int, num_words: int) -> list[int]:
 def main(
     name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "bf16",
     layers: Annotated[int, typer.Option(min=1, max=40, help="Of 40.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs after one to warm up.")] = 4,
+    repeats: Repeats = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Steps of decoding that are timed.")] = 8,
 ) -> None:
     """Measure by turns, print a table and one JSON line."""
@@ -300,9 +300,8 @@ def main(
             lambda i: glimt.answer(i, tokens),
             lambda i: llama.answer(prompt_ids(i, llama.num_words), tokens),
         )
-        pairs = take_turns(sides, repeats)
-    said = {"format": name, "llama_cpp": llama_cpp.__version__, "pairs": repeats}
-    report(summarise(pairs, ("glimt", "llama_cpp")), ("glimt", "llama.cpp"), said)
+        said = {"format": name, "llama_cpp": llama_cpp.__version__}
+        compare(sides, ("glimt", "llama_cpp"), ("glimt", "llama.cpp"), repeats, said)
 
 
 if __name__ == "__main__":

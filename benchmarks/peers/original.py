@@ -22,20 +22,10 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.peers.by_turns import (
-    FIGURES,
-    Seconds,
-    conversation,
-    exactly,
-    noise_picture,
-    report,
-    seconds_of,
-    summarise,
-    take_turns,
-)
+from benchmarks.peers import by_turns
+from benchmarks.peers.by_turns import FIGURES, Seconds
 from benchmarks.peers.original_glm4v import OriginalGlm4v
 from benchmarks.peers.original_visualglm import OriginalVisualGlm
-from glimt import LLM
 from glimt.checkpoint import Checkpoint, open_reader
 from glimt.models.base import CLIP_MEAN, CLIP_STD
 
@@ -95,30 +85,31 @@ def answer(
 
 def main(
     model: Annotated[str, typer.Argument(help="glm-4v-9b or visualglm-6b.")] = "glm-4v-9b",
-    layers: Annotated[int, typer.Option(help="Of the language model.")] = 4,
-    vision_layers: Annotated[int, typer.Option(help="Of the tower.")] = 4,
-    quant: Annotated[str, typer.Option(help="Format of the engine's blocks.")] = "none",
-    quant_tower: Annotated[str, typer.Option(help="And of its tower.")] = "none",
-    repeats: Annotated[int, typer.Option(help="Pairs after one to warm up.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 12,
+    layers: by_turns.Layers = 4,
+    vision_layers: by_turns.VisionLayers = 4,
+    quant: by_turns.Quant = "none",
+    quant_tower: by_turns.QuantTower = "none",
+    repeats: by_turns.Repeats = 4,
+    tokens: by_turns.Tokens = 12,
 ) -> None:
     """Measure by turns, print a table and one JSON line."""
     name = f"synthetic:{model},layers={layers},vision-layers={vision_layers}"
-    llm = LLM(name, dtype="bfloat16", quant=quant, quant_tower=quant_tower, max_num_seqs=8)
+    llm = by_turns.open_glimt(name, quant, quant_tower)
     opened = llm.engine.opened
     original = load(opened.family.name, opened.config, opened.checkpoint, opened.dtype)
 
-    def ask_glimt(turn: int) -> Seconds:
-        return seconds_of(llm.chat(conversation(noise_picture(turn)), exactly(tokens)))
-
     def ask_original(turn: int) -> Seconds:
-        picture = noise_picture(turn)
-        prompt = llm.engine.prepare_chat(conversation(picture), exactly(tokens)).prompt
-        return answer(original, prompt.original_token_ids, picture, tokens, opened.dtype)[1]
+        picture = by_turns.noise_picture(turn)
+        ids = by_turns.prompt_ids(llm, picture, tokens)
+        return answer(original, ids, picture, tokens, opened.dtype)[1]
 
-    pairs = take_turns((ask_glimt, ask_original), repeats)
-    said = {"quant": quant, "quant_tower": quant_tower, "pairs": repeats}
-    report(summarise(pairs, ("glimt", "original")), ("glimt", "original"), said)
+    by_turns.compare(
+        [lambda i: by_turns.ask(llm, i, tokens), ask_original],
+        ("glimt", "original"),
+        ("glimt", "original"),
+        repeats,
+        {"quant": quant, "quant_tower": quant_tower},
+    )
 
 
 if __name__ == "__main__":

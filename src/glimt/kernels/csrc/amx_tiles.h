@@ -10,18 +10,9 @@
 // Each file that includes this has a copy of its own.
 #pragma once
 
-#include <cstdint>
+#include <immintrin.h>
 
-// g++ 12 takes the undefined lanes of its own intrinsics for a mistake of ours (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
+#include <cstdint>
 
 namespace glimt {
 

@@ -53,7 +53,6 @@ struct Sizes {
     int64_t num_subs;                   // of keys, so that windows are whole
     int64_t group;                      // query heads of a KV head
     int64_t num_units, units_per_item, num_items;
-    bool is_causal;
 
     int64_t key_sub() const { return 2 * dim_steps * kTile; }
     int64_t value_block() const { return kBlock / kSub * dim_tiles * kTile; }
@@ -69,10 +68,7 @@ struct Sizes {
 // are not there are zeros: zero weights times what lies there may be NaN.
 void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t sub,
               uint16_t* keys, uint16_t* values) {
-    const TokenRows key_rows{call.key + kv_head * call.key_head_stride, call.block_table,
-                             call.block_size, call.block_stride, call.key_token_stride};
-    const TokenRows value_rows{call.value + kv_head * call.value_head_stride, call.block_table,
-                               call.block_size, call.block_stride, call.value_token_stride};
+    const TokenRows key_rows = keys_of(call, kv_head), value_rows = values_of(call, kv_head);
     const uint16_t* rows[kSub];
     for (int i = 0; i < kSub; ++i) {
         const int64_t token = sub * kSub + i;

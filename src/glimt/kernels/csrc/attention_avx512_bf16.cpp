@@ -26,8 +26,6 @@ constexpr int kPanel = 8;    // keys of the first product, dims of the second, a
 constexpr int kBlock = 256;  // keys between two looks at the outputs
 constexpr int kPackedSlot = 8, kUnitSlot = 9;
 
-int64_t up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
 // What the call's sizes come to. A word is a pair of bfloat16.
 struct Sizes {
     int64_t dim, dim_pairs, dim_panels;

@@ -222,7 +222,7 @@ INLINE void make_scores(const Pass& pass, int64_t t, Ahead& ahead) {
 
 // Tokens that the pass has not look as if they were hidden.
 void hide_rest(const Pass& pass) {
-    for (int64_t t = pass.count; t < rounded_up(pass.count, kSub); ++t)
+    for (int64_t t = pass.count; t < up_to(pass.count, kSub); ++t)
         _mm512_store_ps(pass.scores[t], _mm512_set1_ps(kHidden));
 }
 
@@ -345,11 +345,6 @@ INLINE void add_values(const Pass& pass, TileSpace& space, Ahead& ahead) {
 }
 #undef ADD_GROUP
 
-TokenRows rows_of(const DecodeCall& call, const uint16_t* cache, int64_t row, int64_t kv_head) {
-    return {cache + kv_head * call.head_stride, call.block_tables + row * call.table_stride,
-            call.block_size, call.block_stride, call.token_stride};
-}
-
 // False if a maximum has to be raised first.
 template <int kSteps>
 INLINE bool weigh_all(const Pass& pass, const Pass* next, TileSpace& space, float scale,
@@ -375,7 +370,7 @@ void finish_pass(const Pass& pass, const Pass* next, TileSpace& space, float sca
         raise_peak(pass, kSteps * 32, scale);
         weigh_all<kSteps>(pass, nullptr, space, scale, ahead);
     }
-    for (int64_t t = rounded_up(pass.count, kSub); next && t < next->count; t += kSub)
+    for (int64_t t = up_to(pass.count, kSub); next && t < next->count; t += kSub)
         make_scores<kSteps>(*next, t, ahead);
     add_values<kSteps>(pass, space, ahead);
 }
@@ -396,8 +391,8 @@ struct Passes {
         const int64_t start = span.begin + i / num_units * kBatch, left = span.end - start;
         return {&units[unit],
                 space.scores[i % 2],
-                rows_of(call, call.key, span.row, kv_head),
-                rows_of(call, call.value, span.row, kv_head),
+                cached_rows(call, call.key, nullptr, span.row, kv_head),
+                cached_rows(call, call.value, nullptr, span.row, kv_head),
                 start,
                 left < kBatch ? left : kBatch,
                 i < num_units};
@@ -552,8 +547,8 @@ void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part
         parts[h].peak = kLowest, parts[h].total = 0;
         std::memset(parts[h].out, 0, sizeof(parts[h].out));
     }
-    const TokenRows keys = rows_of(call, call.key, span.row, 0);
-    const TokenRows values = rows_of(call, call.value, span.row, 0);
+    const TokenRows keys = cached_rows(call, call.key, nullptr, span.row, 0);
+    const TokenRows values = cached_rows(call, call.value, nullptr, span.row, 0);
     for (int64_t start = span.begin; start < span.end; start += kGroup) {
         const int64_t count = span.end - start < kGroup ? span.end - start : kGroup;
         ahead.allow(count);
@@ -674,7 +669,7 @@ int64_t chunk_of(const DecodeCall& call) {
     const int64_t token_bytes = call.num_kv_heads * call.head_dim * 2 * int64_t(sizeof(uint16_t));
     const int64_t pieces = num_tokens * token_bytes / num_workers() / kPieceBytes;
     const int64_t most = pieces < 1 ? 1 : pieces > kMostPieces ? kMostPieces : pieces;
-    return rounded_up((num_tokens + num_workers() * most - 1) / (num_workers() * most), kGroup);
+    return up_to((num_tokens + num_workers() * most - 1) / (num_workers() * most), kGroup);
 }
 
 void decode_all_tiles(const DecodeCall& call) {

@@ -66,7 +66,7 @@ struct Panel {
 Panel panel_ahead(const Decode& all, const Span& span, int64_t token) {
     if (token < span.end) return {*all.call, span.row, token};
     const Span next = span_of(all, __atomic_load_n(&all.next, __ATOMIC_RELAXED));
-    const int64_t past = rounded_up(span.end - span.begin, kPanel);
+    const int64_t past = up_to(span.end - span.begin, kPanel);
     const int64_t at = next.begin + token - span.begin - past;
     return at < next.end ? Panel(*all.call, next.row, at) : Panel();
 }
@@ -205,7 +205,7 @@ __attribute__((noinline)) void raise_peak(Heads& heads, __m512 best, int64_t dim
 // Weights of the step; the outputs are scaled down only if the maximum has grown by much.
 void weigh(Heads& heads, Space& space, int64_t count, int64_t dim, float scale_) {
     const __m512 scale = _mm512_set1_ps(scale_), old = _mm512_load_ps(heads.peak);
-    for (int64_t t = count; t < rounded_up(count, kPanel); ++t)
+    for (int64_t t = count; t < up_to(count, kPanel); ++t)
         _mm512_store_ps(space.scores[t], _mm512_set1_ps(kHidden));
     __m512 best[2] = {_mm512_set1_ps(kHidden), _mm512_set1_ps(kHidden)};
     for (int64_t t = 0; t < count; t += 2) {
@@ -506,7 +506,7 @@ void decode_pairs(const DecodeCall& call) {
     const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t token_bytes = 2 * call.token_stride * (call.key_scales ? 1 : 2);
     PairDecode pairs{};
-    pairs.all = start_decode(call, nullptr, 1, rounded_up(kLeastBytes / token_bytes, kTokens));
+    pairs.all = start_decode(call, 1, up_to(kLeastBytes / token_bytes, kTokens));
     if (group < kMinHeads) {
         pairs.decode_span = decode_few_heads<kSteps>;
     } else {

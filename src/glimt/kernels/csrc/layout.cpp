@@ -9,10 +9,6 @@
 namespace glimt {
 namespace {
 
-int64_t up_to(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-
 // Values in 32 bits of a row. A word stays together, but for kFp16.
 int64_t values_per_word(int32_t format) {
     return is_wide(format) ? 2 : format == kInt8 ? 4 : 8;

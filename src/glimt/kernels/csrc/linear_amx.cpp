@@ -14,10 +14,6 @@
 namespace glimt {
 namespace {
 
-int64_t up_to(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-
 // Of a single row tile only the rows that there are: fewer take less time.
 TileShapes config_for(const Product& p) {
     TileShapes config;

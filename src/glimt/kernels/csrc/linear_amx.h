@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include "amx_tiles.h"
+#include "dots.inc"
 #include "kernels.h"
 #include "layout.h"
 
@@ -115,11 +116,6 @@ inline void fetch(const uint8_t* at) {
 }
 inline void fetch_l2(const uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-}
-
-// 16 scales of float16.
-inline __m512 half_at(const uint8_t* at) {
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
 }
 
 inline void load_sums(const uint8_t* sums) {

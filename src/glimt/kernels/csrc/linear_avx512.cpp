@@ -27,10 +27,6 @@ constexpr int64_t kLaidBytes = 4 << 20;
 constexpr int kCached = 1 << 19;  // bytes of blocks that stay cached while the next ones come
 constexpr int kSmall = 1 << 16;   // values of x below which one thread lays them out
 
-int64_t up_to(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-
 // How x is laid out: the formulas below say which they take.
 enum class Rows {
     kFloats,      // float, in order

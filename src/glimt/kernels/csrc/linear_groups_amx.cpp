@@ -77,12 +77,7 @@ class GroupedRows {
     }
     // Bytes: 16 (q - 8), signed: the nibble is the upper half of the byte, its highest bit turned.
     static void unpack_unit(const uint8_t* at, int64_t ahead, uint8_t* to) {
-        alignas(64) static const uint16_t kTable[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 … -1
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,   // 0 … 7
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // bit 4 is not
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // masked
-        const __m512i table = _mm512_load_si512(kTable);
+        const __m512i table = nibbles_as_bf16();
         const __m512i turn = _mm512_set1_epi8(int8_t(0x80));
         const __m512i high_half = _mm512_set1_epi8(int8_t(0xf0));
         constexpr int kTurnAndMask = 0x28;  // (a ^ b) & c

@@ -173,3 +173,17 @@ def test_a_rotary_table_of_another_family_is_refused(tmp_path: Path) -> None:
     write_noise_model(tmp_path, "glm4v_9b")
     with pytest.raises(ConfigError, match="rotary_table: is 'hub_fp16', a table of VisualGLM"):
         open_model(EngineConfig(model=str(tmp_path), rotary_table="hub_fp16"))
+
+
+def test_whoever_loads_a_model_has_freed_memory_kept(tmp_path: Path, monkeypatch) -> None:
+    """Catches a command that builds its engine itself, and pays for fresh pages in every layer."""
+    write_noise_model(tmp_path, "glm4v_9b")
+    kept: list[bool] = []
+    opened = open_model(EngineConfig(model=str(tmp_path)))
+
+    def keep(self) -> None:
+        kept.append(any(value.is_meta for value in opened.model.parameters()))
+
+    monkeypatch.setattr(type(opened.device), "keep_freed_memory", keep)
+    opened.load()
+    assert kept == [False], "once, when all weights are in place"

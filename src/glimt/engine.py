@@ -88,7 +88,6 @@ class Engine:
         """Open a model folder, load it and build the engine. on_tensor: bytes of each tensor."""
         opened = open_model(config)
         opened.load(on_tensor)
-        opened.device.keep_freed_memory()
         return cls(opened, config)
 
     # --- requests ---

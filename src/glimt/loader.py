@@ -71,6 +71,7 @@ class OpenedModel:
         """
         where = self.dtype, self.device.torch_device
         load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
+        self.device.keep_freed_memory()
 
 
 def open_model(engine: EngineConfig) -> OpenedModel:

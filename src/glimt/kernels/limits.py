@@ -7,7 +7,6 @@ they were not built.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 from ctypes import CDLL, c_char_p, c_double, c_int, c_int64, c_void_p
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glimt.kernels.native import library_path, open_library
+from glimt.kernels.pages import large_pages
 
 BUFFER_BYTES = 768 * 2**20  # more than the largest last-level cache
 MathKind = Literal["bf16", "int8"]
@@ -110,10 +110,7 @@ def _touched(num_bytes: int) -> Tensor:
 
     In small pages the limit would be that of address translation, and not of memory.
     """
-    room = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.uint8).fill_(1)
+    return torch.frombuffer(large_pages(num_bytes), dtype=torch.uint8).fill_(1)
 
 
 def _torch_products(factors: Tensor) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from glimt.devices.base import KVCache
+from glimt.kernels.pages import large_pages
 from glimt.models.base import Model
 
 _SCALE = torch.float32  # of a head's keys or values of one token, where they are int8
@@ -56,14 +55,8 @@ def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     In large pages where the system has them, for attention reads blocks from all over it.
     """
-    num_values = math.prod(shape)
-    # Private: shared pages are never large ones.
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, max(1, num_values * dtype.itemsize), flags=private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=num_values).view(*shape)
+    pages = large_pages(math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:

@@ -101,7 +101,7 @@ def check_weights_fit(config: EngineConfig, model: Model, dtype: torch.dtype) ->
 
     Weights that are quantised while they are loaded shrink, and are checked when that is done.
     """
-    if config.memory_limit_bytes is None or getattr(config, "quant", "none") != "none":
+    if config.memory_limit_bytes is None or config.quant != "none":
         return
     plan = _bare_plan(config, model, dtype)
     if plan.total > config.memory_limit_bytes:

@@ -187,8 +187,8 @@ class Device:
         return declared
 
     def free_bytes(self) -> int:
-        """Memory that could still be allocated, in bytes."""
-        return _host_free_bytes()
+        """Memory that could still be allocated, in bytes; 4 GiB where the host does not say."""
+        return read_memory().usable or 4 * 2**30
 
     def keep_freed_memory(self) -> None:
         """The weights are in place: from here on every step asks for the same memory again."""
@@ -458,11 +458,6 @@ def _attend(
         scale=scale,
     )
     return out[0].transpose(0, 1)
-
-
-def _host_free_bytes() -> int:
-    """What this process can still get; 4 GiB where the system does not say."""
-    return read_memory().usable or 4 * 2**30
 
 
 def all_devices() -> dict[str, type[Device]]:

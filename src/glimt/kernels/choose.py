@@ -149,6 +149,7 @@ def memory_file(path: str) -> Path:
     return folder / f"kernels-{hashlib.sha256(seen.encode()).hexdigest()[:16]}.json"
 
 
+@cache
 def _processor() -> str:
     """Model, features and kernel: what may change what an instruction does."""
     try:

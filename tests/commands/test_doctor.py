@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -48,20 +47,6 @@ def wrong(facts: Facts) -> list[Check]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    folder = tmp_path / "proc"
-    (folder / "self").mkdir(parents=True)
-    return folder
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
 X86 = """processor	: {0}
 model name	: Test(R) CPU @ 2.00GHz
 physical id	: 0
@@ -77,19 +62,20 @@ CPU part	: 0xd4f
 """
 
 
-def test_a_processor_with_two_threads_per_core_is_counted_right(proc, tmp_path):
+def test_a_processor_with_two_threads_per_core_is_counted_right(tmp_path):
     """Catches threads taken for cores, and sets that another set's name contains."""
-    write(proc, {"cpuinfo": "".join(X86.format(i, i // 2) for i in range(4))})
-    found = read_processor(proc, tmp_path)
+    (tmp_path / "cpuinfo").write_text("".join(X86.format(i, i // 2) for i in range(4)))
+    found = read_processor(tmp_path, tmp_path)
     assert found.model == "Test(R) CPU @ 2.00GHz"
     assert found.physical_cores == 2
     present = [name for name, has in found.instruction_sets.items() if has]
     assert present == ["avx2", "fma", "avx512f", "avx512_bf16", "amx_tile"]
 
 
-def test_an_arm_processor_is_named_by_its_numbers(proc, tmp_path):
+def test_an_arm_processor_is_named_by_its_numbers(tmp_path):
     """Catches a nameless machine, and x86 sets looked for on it."""
-    found = read_processor(write(proc, {"cpuinfo": ARM}), tmp_path)
+    (tmp_path / "cpuinfo").write_text(ARM)
+    found = read_processor(tmp_path, tmp_path)
     assert found.model == "ARM implementer 0x41 part 0xd4f"
     assert found.instruction_sets["i8mm"]
     assert not found.instruction_sets["sve"]

@@ -11,6 +11,14 @@ from glimt.loader import BUILT_IN
 PICTURES = ("boot.png", "shapes.png", "year.png")
 
 
+def both_languages(llm):
+    """A question about each picture in Chinese and in English, and the answers that are right."""
+    rows = [row for row in ROWS if row["picture"] in PICTURES]
+    asked = [(row[lang], row["picture"]) for row in rows for lang in ("zh", "en")]
+    right = [llm.engine.opened.processor.finish_text(one["answer"]) for one, _ in asked]
+    return [question(one["question"], picture) for one, picture in asked], right
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_examples_are_answered_right_with_all_kernels(name, isa):
     """Catches kernels that agree with each other on random numbers and not on a real model.
@@ -18,10 +26,7 @@ def test_examples_are_answered_right_with_all_kernels(name, isa):
     All at once: a picture, a prompt, and decoding several rows; then one alone.
     """
     llm = LLM(name, dtype="bfloat16", max_num_seqs=8)
-    rows = [row for row in ROWS if row["picture"] in PICTURES]
-    asked = [(row[lang], row["picture"]) for row in rows for lang in ("zh", "en")]
-    right = [llm.engine.opened.processor.finish_text(one["answer"]) for one, _ in asked]
-    talks = [question(one["question"], picture) for one, picture in asked]
+    talks, right = both_languages(llm)
     assert len(talks) == 2 * len(PICTURES)
     assert [output.text for output in llm.chat(talks, GREEDY)] == right
     assert llm.chat(talks[0], GREEDY).text == right[0]
@@ -34,10 +39,7 @@ def test_examples_are_answered_as_well_from_a_cache_in_int8(name, isa):
     All at once, one of them alone, and in chunks as far as the family's prompts can be cut.
     """
     llm = LLM(name, dtype="bfloat16", kv_dtype="int8", max_num_seqs=8)
-    rows = [row for row in ROWS if row["picture"] in PICTURES]
-    asked = [(row[lang], row["picture"]) for row in rows for lang in ("zh", "en")]
-    right = [llm.engine.opened.processor.finish_text(one["answer"]) for one, _ in asked]
-    talks = [question(one["question"], picture) for one, picture in asked]
+    talks, right = both_languages(llm)
     assert [output.text for output in llm.chat(talks, GREEDY)] == right
     assert llm.chat(talks[0], GREEDY).text == right[0]
     chunked = LLM(name, dtype="bfloat16", kv_dtype="int8", max_num_batched_tokens=40)

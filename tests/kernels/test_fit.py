@@ -5,6 +5,7 @@ import torch
 
 from glimt.kernels.choose import usable_isas
 from glimt.kernels.native import Native, fit_groups, library_path
+from glimt.quant.base import unpack_nibbles
 from glimt.quant.int4 import plain_fit
 
 PATH = library_path()
@@ -35,7 +36,7 @@ def groups_of(group: int) -> torch.Tensor:
 
 def squared_error(groups: torch.Tensor, fitted: tuple[torch.Tensor, ...]) -> torch.Tensor:
     values, scales, offsets = fitted
-    steps = torch.stack((values & 15, values >> 4), dim=-1).flatten(1).double()
+    steps = unpack_nibbles(values).double()
     made = steps * scales[:, None].double() + offsets[:, None].double()
     return (made - groups).square().sum(1)
 

@@ -100,8 +100,7 @@ def finish(engine: Engine) -> dict[str, list[int]]:
         for name, ids in tokens_of(engine.step()).items():
             found.setdefault(name, []).extend(ids)
         engine.scheduler.pool.check()
-    assert not engine.runner._held
-    assert engine.runner._job is None
+    assert engine.vision.is_idle
     return found
 
 
@@ -267,8 +266,7 @@ def test_an_abort_takes_its_picture_out_of_the_tower(folder: Path, slices: int) 
         engine.step()
     (output,) = engine.abort("shown")
     assert output.finish_reason == "abort"
-    assert engine.runner._job is None
-    assert not engine.runner._held
+    assert engine.vision.is_idle
     finish(engine)
     assert engine.stats().tower_slices == slices
 
@@ -317,7 +315,7 @@ def test_a_picture_that_fails_in_the_tower_fails_its_own_requests(folder: Path) 
     assert len(found["text"]) == 39
     stats = engine.stats()
     assert (stats.failed_steps, stats.num_free_blocks) == (2, stats.num_blocks)
-    assert engine.runner._job is None
+    assert engine.vision.is_idle
 
 
 def test_features_that_are_not_finite_end_who_shows_them_and_nobody_else(folder: Path) -> None:
@@ -429,8 +427,7 @@ def test_any_crowd_gets_what_each_request_gets_alone(
         engine.scheduler.pool.check()
         step += 1
         assert step < 2000, "the engine goes round in circles"
-    assert not engine.runner._held
-    assert engine.runner._job is None
+    assert engine.vision.is_idle
     assert engine.stats().failed_steps == 0
     for number, (pictures, max_tokens, _, abort) in enumerate(crowd):
         key = folder, f"r{number}", tuple(pictures)

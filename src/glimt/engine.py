@@ -25,6 +25,7 @@ from glimt.outputs.collector import OutputCollector
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import allocate_kv, cache_dtype
 from glimt.runner.model_runner import ModelRunner
+from glimt.runner.vision import VisionRunner
 from glimt.sampling import Sampler, verify
 from glimt.scheduler.scheduler import Scheduler
 from glimt.types import (
@@ -78,7 +79,8 @@ class Engine:
         limits = _request_limits(opened, num_blocks * config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
-        self.runner = _build_runner(self.config, opened, num_blocks)
+        self.vision = _build_vision(self.config, opened)
+        self.runner = _build_runner(self.config, opened, num_blocks, self.vision)
         self.sampler = Sampler(opened.config.vocab_size)
         self.outputs = OutputCollector(opened.processor, time.monotonic)
         self._failed_steps = 0
@@ -140,14 +142,14 @@ class Engine:
         With drafts a sequence may go on by several tokens; they come in one output. Pictures that
         others wait for go a bounded part further through the tower meanwhile.
         """
-        plan = self.scheduler.plan_step(self.runner.ready_images)
+        plan = self.scheduler.plan_step(self.vision.ready_images)
         outputs = self._run(plan) if plan.rows else []
         return [*outputs, *self._encode(plan)] if plan.waits else outputs
 
     def _encode(self, plan: StepPlan) -> list[StepOutput]:
         """Run the step's slice of the tower; who waits for a picture that failed ends with it."""
         began_s = time.monotonic()
-        progress = self.runner.encode_slice(plan)
+        progress = self.vision.encode_slice(plan)
         self.outputs.note_tower(progress.image_s, began_s)
         if progress.error is None:
             return []
@@ -171,7 +173,7 @@ class Engine:
         if _drafts_broke(plan, tokens):
             self.outputs.note_tower(logits.image_s, began_s)
             return self._run(plan.without_drafts)
-        self.runner.finish_step(plan)
+        self.vision.finish_step(plan)
         self.outputs.note_step(plan, logits.image_s, began_s)
         outcomes = self.scheduler.commit(plan, tokens)
         outputs = self.outputs.collect(outcomes)
@@ -208,7 +210,7 @@ class Engine:
 
     def _end(self, sequence_id: int, reason: FinishReason, error: str | None = None) -> StepOutput:
         sequence = self.scheduler.finish(sequence_id, is_poisoned=reason == "error")
-        self.runner.keep(self.scheduler.open_images())  # now: the next step may be far away
+        self.vision.keep(self.scheduler.open_images())  # now: the next step may be far away
         request_id = sequence.request.request_id
         return self.outputs.finish(request_id, sequence.index, reason, error=error)
 
@@ -216,10 +218,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and state, for timings, tests and metrics."""
-        scheduler, runner = self.scheduler, self.runner
+        scheduler = self.scheduler
         return EngineStats(
             **asdict(scheduler.counters),
-            **asdict(runner.counters),
+            **asdict(self.vision.counters),
             failed_steps=self._failed_steps,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -256,11 +258,17 @@ def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
     )
 
 
-def _build_runner(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> ModelRunner:
-    device, dtype = opened.device.torch_device, opened.dtype
-    stored = cache_dtype(config.kv_dtype, dtype)
-    caches = allocate_kv(opened.model, num_blocks, config.block_size, stored, device)
-    row_bytes = opened.model.embed(torch.zeros(1, dtype=torch.int64, device=device)).nbytes
-    features = FeatureCache(config.feature_cache_bytes // row_bytes)
+def _build_vision(config: EngineConfig, opened: OpenedModel) -> VisionRunner:
+    token = torch.zeros(1, dtype=torch.int64, device=opened.device.torch_device)
+    features = FeatureCache(config.feature_cache_bytes // opened.model.embed(token).nbytes)
     sizes = config.tower_patches, config.tower_slice_patches
-    return ModelRunner(opened.model, caches, features, opened.device, dtype, *sizes)
+    return VisionRunner(opened.model, features, *sizes)
+
+
+def _build_runner(
+    config: EngineConfig, opened: OpenedModel, num_blocks: int, vision: VisionRunner
+) -> ModelRunner:
+    stored = cache_dtype(config.kv_dtype, opened.dtype)
+    where = opened.device.torch_device
+    caches = allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+    return ModelRunner(opened.model, caches, vision, opened.device)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glimt.devices.base import open_device
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.model_runner import ModelRunner
-from glimt.types import ImageInput
 
 
 def rows(count: int, value: float = 0.0) -> torch.Tensor:
@@ -116,30 +110,6 @@ def test_one_kept_picture_does_not_keep_its_whole_batch():
     found = cache.get(b"a")
     assert torch.equal(found, many[4:8])
     assert found.untyped_storage().nbytes() == found.nbytes
-
-
-class Tower:
-    """As much of a model as ModelRunner needs for pictures; the features are given."""
-
-    def __init__(self, features: list[torch.Tensor]) -> None:
-        self.features = iter(features)
-
-    def image_features(self, images: list[ImageInput]) -> list[torch.Tensor]:
-        return [next(self.features) for _ in images]
-
-
-def test_features_that_are_not_finite_are_not_kept():
-    """Would catch one failure of the tower that spoils every later request with that picture."""
-    cache = FeatureCache(8)
-    tower = Tower([rows(2, math.nan), rows(2, 5.0)])
-    runner = ModelRunner(tower, [], cache, open_device("cpu"), torch.float32, tower_patches=1)
-    image = ImageInput(b"a", 2, (1, 1), np.zeros((1, 1, 3), dtype=np.uint8))
-    ready: dict[bytes, torch.Tensor] = {}
-    runner._encode([image], ready)
-    assert ready[b"a"].isnan().all()  # this step's own row must fail by itself
-    assert cache.get(b"a") is None
-    runner._encode([image], ready)
-    assert torch.equal(cache.get(b"a"), rows(2, 5.0))
 
 
 @settings(max_examples=100, deadline=None)

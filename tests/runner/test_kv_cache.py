@@ -22,6 +22,7 @@ from glimt.runner.kv_cache import (
     kv_bytes_per_token,
 )
 from glimt.runner.model_runner import ModelRunner
+from glimt.runner.vision import VisionRunner
 from glimt.types import SamplingParams, StepPlan, StepRow
 
 # The real config.json numbers, as far as they shape the model: specs/visualglm-6b.md 1.1 and 11,
@@ -234,7 +235,7 @@ def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next(dtype):
         caches = allocate_kv(model, 4, 4, dtype, torch.device("cpu"))
         for tensor in caches[0].tensors():
             tensor.fill_(dirty if tensor.is_floating_point() else 7)
-        runner = ModelRunner(model, caches, FeatureCache(0), cpu, torch.float32, 1)
+        runner = ModelRunner(model, caches, VisionRunner(model, FeatureCache(0), 1), cpu)
         steps = [
             StepPlan((one_token(i + 1, i, (3, 1)), one_token(9 - i, i, (0, 2)))) for i in range(6)
         ]

@@ -272,8 +272,11 @@ class EncodedPrompt:
         num_prompt = self.positions.shape[1]
         if stop <= num_prompt:
             return self.positions[:, start:stop]
-        outputs = np.arange(max(start - num_prompt, 0), stop - num_prompt, dtype=np.int64)
-        decoded = np.array(self.decode_start)[:, None] + np.outer(self.decode_step, outputs)
+        outputs = range(max(start - num_prompt, 0), stop - num_prompt)
+        rules = zip(self.decode_start, self.decode_step, strict=True)
+        decoded = np.array([[first + k * step for k in outputs] for first, step in rules])
+        if start >= num_prompt:
+            return decoded
         return np.concatenate([self.positions[:, start:num_prompt], decoded], axis=1)
 
 

@@ -288,9 +288,9 @@ def test_only_blocks_of_accepted_tokens_can_be_found():
     commit(scheduler, StepPlan((row,)), [8])
     assert scheduler.pool.num_cached == 3
     (sequence,) = scheduler.running
-    assert scheduler.pool.find(sequence.hashes(3)) == sequence.block_table[:3]
+    assert scheduler.pool.find(sequence.hashes(3)) == list(sequence.block_table[:3])
     other = make_request("b", [*REPEATS, 2, 3, 9, 8, 8])
-    assert scheduler.pool.find(scheduler.add(other)[0].hashes(3)) == sequence.block_table[:3]
+    assert scheduler.pool.find(scheduler.add(other)[0].hashes(3)) == list(sequence.block_table[:3])
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,13 @@ def _attention(
     num_decodes = sum(row.is_decode for row in rows)
     contexts = tuple(row.start + len(row.token_ids) for row in rows)
     tables = _padded_tables(rows, contexts, block_size)
+    slots = _slots(rows, starts, tables, block_size)
     return AttentionBatch(
         num_decodes=num_decodes,
         query_starts=tuple(starts),
         context_lens=contexts,
         num_shared=tuple(row.bidirectional_len for row in rows),
-        slots=torch.from_numpy(_slots(rows, block_size)).to(torch_device),
+        slots=torch.from_numpy(slots).to(torch_device),
         block_tables=torch.from_numpy(tables).to(torch_device),
         decode_lens=torch.tensor(contexts[:num_decodes], dtype=torch.int64, device=torch_device),
     )
@@ -99,11 +100,15 @@ def _padded_tables(rows: Sequence[StepRow], contexts: Sequence[int], block_size:
     return tables
 
 
-def _slots(rows: Sequence[StepRow], block_size: int) -> np.ndarray:
-    """[num_tokens] int64: block * block_size + offset of every token of the step."""
-    parts = []
-    for row in rows:
-        index = np.arange(row.start, row.start + len(row.token_ids))
-        blocks = np.array(row.block_table, dtype=np.int64)[index // block_size]
-        parts.append(blocks * block_size + index % block_size)
-    return np.concatenate(parts)
+def _slots(
+    rows: Sequence[StepRow], starts: Sequence[int], tables: np.ndarray, block_size: int
+) -> np.ndarray:
+    """[num_tokens] int64: block * block_size + offset of every token of the step.
+
+    starts: offsets of the rows among the step's tokens; tables: of `_padded_tables`
+    """
+    counts = np.diff(starts)
+    firsts = np.array([row.start for row in rows]) - starts[:-1]
+    at = np.arange(starts[-1]) + np.repeat(firsts, counts)  # index in the row's own cache
+    number, offset = np.divmod(at, block_size)
+    return tables[np.repeat(np.arange(len(rows)), counts), number] * block_size + offset

@@ -10,6 +10,7 @@ served.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from itertools import chain, groupby
 
 from glimt.config import EngineConfig
 from glimt.scheduler.block_pool import BlockPool
+from glimt.scheduler.prefix_cache import CachedPrefix, PrefixCache
 from glimt.scheduler.sequence import Sequence
 from glimt.types import (
     FinishReason,
@@ -47,6 +49,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, num_blocks: int) -> None:
         self.config = config
         self.pool = BlockPool(num_blocks)
+        self.prefixes = PrefixCache(self.pool, config.block_size, config.enable_prefix_cache)
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # both lists are sorted by age
         self.running: list[Sequence] = []
@@ -91,7 +94,7 @@ class Scheduler:
             for block in sequence.block_table:
                 self.pool.forget(block)
         else:
-            self._keep_partial(sequence)
+            self.prefixes.keep_partial(sequence)
         self._free(sequence)
         return sequence
 
@@ -216,19 +219,18 @@ class Scheduler:
         """The pictures after a waiting sequence's cached prefix whose features are not there."""
         if all(image.digest in ready for image in sequence.request.images):
             return ()
-        cached = self._find_prefix(sequence)
-        _, length = self._find_partial(sequence, len(cached))
-        needed = sequence.pictures_from(len(cached) * self.config.block_size + length)
+        needed = sequence.pictures_from(self.prefixes.find(sequence).num_tokens)
         return tuple(image for image in needed if image.digest not in ready)
 
     def _blocks_to_admit(self, sequence: Sequence) -> int:
         """Free blocks that a waiting sequence takes when it is admitted."""
-        shared = sum(self.pool.ref_count(block) > 0 for block in self._find_prefix(sequence))
+        cached = self.prefixes.find(sequence).blocks
+        shared = sum(self.pool.ref_count(block) > 0 for block in cached)
         return sequence.blocks_for(sequence.num_tokens + 1) - shared
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         """Choices 1 … n-1 start once choice 0 has filled the cache with their prompt."""
-        if sequence.index == 0 or sequence.output_ids or not self.config.enable_prefix_cache:
+        if sequence.index == 0 or sequence.output_ids or not self.prefixes.is_enabled:
             return False
         first = self._by_id.get(sequence.id - sequence.index)
         return first is not None and first.is_prefilling
@@ -238,57 +240,29 @@ class Scheduler:
 
         reserved: free blocks that are not for it
         """
-        cached = self._find_prefix(sequence)
-        self.pool.hold(cached)
-        partial, length = self._find_partial(sequence, len(cached))
-        sequence.num_computed = len(cached) * self.config.block_size + length
+        cached = self.prefixes.find(sequence)
+        self.pool.hold(cached.blocks)
+        sequence.num_computed = cached.num_tokens
         count = _chunk(sequence, budget)
         # One more token than is known, so that it is not preempted in its very next step.
-        missing = sequence.blocks_for(sequence.num_tokens + 1) - len(cached)
+        missing = sequence.blocks_for(sequence.num_tokens + 1) - len(cached.blocks)
         if not count or missing > self.pool.num_free - reserved:
             sequence.num_computed = 0
-            self.pool.release(cached)
+            self.pool.release(cached.blocks)
             return 0
-        if length:
-            self.pool.take_over(partial)
-            cached.append(partial)
-            missing -= 1
-        sequence.block_table = cached + self.pool.allocate(missing)
-        self._count_hits(sequence)
+        sequence.block_table = array("q", self._take(cached, missing))
+        self.counters.prefix_hit_tokens += cached.num_tokens
         self.waiting.remove(sequence)
         sequence.awaits_pictures = False
         insort(self.running, sequence, key=lambda s: s.id)
         return count
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the tokens known, but never all: the last one's logits are wanted."""
-        if not self.config.enable_prefix_cache:
-            return []
-        full_blocks = (sequence.num_tokens - 1) // self.config.block_size
-        return self.pool.find(sequence.hashes(full_blocks))
-
-    def _find_partial(self, sequence: Sequence, num_full: int) -> tuple[int, int]:
-        """A free block that goes on where the full ones end, and how many of its slots fit."""
-        if not self.config.enable_prefix_cache:
-            return -1, 0
-        start = num_full * self.config.block_size
-        stop = min(start + self.config.block_size, sequence.num_tokens - 1)
-        content = sequence.content_between(start, stop)
-        return self.pool.find_partial(sequence.hash_before(num_full), content)
-
-    def _keep_partial(self, sequence: Sequence) -> None:
-        """Make a finished sequence's last block findable, for the turn that follows."""
-        number, written = divmod(sequence.num_computed, self.config.block_size)
-        if self.config.enable_prefix_cache and written:
-            start = number * self.config.block_size
-            content = sequence.content_between(start, start + written)
-            parent = sequence.hash_before(number)
-            self.pool.register_partial(sequence.block_table[number], parent, content)
-
-    def _count_hits(self, sequence: Sequence) -> None:
-        self.counters.prefix_hit_tokens += sequence.num_computed
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
+    def _take(self, cached: CachedPrefix, missing: int) -> list[int]:
+        """The blocks of a sequence that is admitted: those held, the partial one, and new ones."""
+        if cached.partial is None:
+            return cached.blocks + self.pool.allocate(missing)
+        self.pool.take_over(cached.partial)
+        return [*cached.blocks, cached.partial, *self.pool.allocate(missing - 1)]
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a running sequence blocks for so many tokens, preempting younger ones.
@@ -302,7 +276,7 @@ class Scheduler:
             if victim is sequence:
                 return False
         if missing > 0:
-            sequence.block_table += self.pool.allocate(missing)
+            sequence.block_table.extend(self.pool.allocate(missing))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -310,13 +284,12 @@ class Scheduler:
         self.running.remove(sequence)
         self._free(sequence)
         sequence.num_computed = 0
-        sequence.num_preemptions += 1
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=lambda s: s.id)
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("q")
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         """Count computed tokens and make the blocks that became full findable."""
@@ -325,13 +298,9 @@ class Scheduler:
             self.counters.prefill_tokens += count
         else:
             self.counters.decode_tokens += count
-        first_open = sequence.num_computed // self.config.block_size
+        num_before = sequence.num_computed
         sequence.num_computed += count
-        full = sequence.num_computed // self.config.block_size
-        if self.config.enable_prefix_cache and full > first_open:
-            hashes = sequence.hashes(full)
-            for number in range(first_open, full):
-                self.pool.register(sequence.block_table[number], hashes[number])
+        self.prefixes.keep_full(sequence, num_before)
 
     def _extend(self, tokens: Iterable[SampledToken]) -> list[TokenOutcome]:
         """Append one sequence's tokens as if each had had a step of its own, until one is the last.

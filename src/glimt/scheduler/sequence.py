@@ -21,20 +21,14 @@ class Sequence:
         self.request = request
         self.index = index
         self.block_size = block_size
+        self.num_prompt = len(request.prompt.token_ids)  # pictures expanded
         self.output_ids: list[int] = []
         self.num_computed = 0
-        self.num_cached: int | None = None  # prompt tokens found cached at the first admission
-        self.num_preemptions = 0
         self.awaits_pictures = False  # it would run, but the tower is not done with its pictures
-        self.block_table: list[int] = []
+        self.block_table = array("q")
         self._drafter: Drafter | None = None
         self._root: bytes | None = None
         self._hashes: list[bytes] = []
-
-    @property
-    def num_prompt(self) -> int:
-        """Prompt tokens, pictures expanded."""
-        return len(self.request.prompt.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +79,7 @@ class Sequence:
             token_ids=[*self.tokens_between(start, stop), *drafts],
             positions=request.prompt.positions_between(start, stop + len(drafts)),
             start=start,
-            block_table=tuple(self.block_table),
+            block_table=self.block_table[:],
             bidirectional_len=request.prompt.bidirectional_len,
             images=self._image_slices(start, stop),
             samples=stop == self.num_tokens,
@@ -100,6 +94,8 @@ class Sequence:
 
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:
         """The parts of pictures that stand between two cache indices."""
+        if start >= self.num_prompt:
+            return ()
         slices = []
         seen: set[int] = set()
         for span in self.request.prompt.spans:

@@ -381,6 +381,8 @@ def _clean_up(text: str) -> str:
 def _mend_punctuation(text: str) -> str:
     """Source: process_response of the hub's modeling_chatglm.py: before, then after, per mark."""
     for mark, chinese in _PUNCTUATION.items():
+        if mark not in text:  # mostly; streaming mends the whole answer again with every token
+            continue
         text = re.sub(rf"([\u4e00-\u9fff]){re.escape(mark)}", rf"\1{chinese}", text)
         text = re.sub(rf"{re.escape(mark)}([\u4e00-\u9fff])", rf"{chinese}\1", text)
     return text

@@ -14,9 +14,8 @@ from glimt.config import EngineConfig
 from glimt.engine import Engine, EngineStats
 from glimt.errors import EngineError, RequestError
 from glimt.inputs.request import RequestOptions
-from glimt.llm import Conversation
 from glimt.outputs.assembler import OutputAssembler
-from glimt.types import Request, RequestOutput, SamplingParams, StepOutput
+from glimt.types import Messages, Request, RequestOutput, SamplingParams, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class AsyncEngine:
 
     async def stream_chat(
         self,
-        messages: Conversation,
+        messages: Messages,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> AsyncGenerator[StepOutput, None]:
@@ -82,7 +81,7 @@ class AsyncEngine:
 
     async def chat(
         self,
-        messages: Conversation,
+        messages: Messages,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> RequestOutput:
@@ -100,7 +99,7 @@ class AsyncEngine:
 
     async def prepare_chat(
         self,
-        messages: Conversation,
+        messages: Messages,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> Request:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from glimt.sampling import Sampler, verify
 from glimt.scheduler.scheduler import Scheduler
 from glimt.types import (
     FinishReason,
-    Message,
+    Messages,
     Request,
     SampledToken,
     SamplingParams,
@@ -96,7 +95,7 @@ class Engine:
 
     def prepare_chat(
         self,
-        messages: Sequence[Mapping[str, Any] | Message],
+        messages: Messages,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> Request:

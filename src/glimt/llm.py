@@ -11,9 +11,8 @@ from glimt.engine import Engine, EngineStats
 from glimt.errors import RequestError
 from glimt.inputs.request import RequestOptions
 from glimt.outputs.assembler import OutputAssembler
-from glimt.types import Message, Request, RequestOutput, SamplingParams, StepOutput
+from glimt.types import Message, Messages, Request, RequestOutput, SamplingParams, StepOutput
 
-Conversation: TypeAlias = Sequence[Mapping[str, Any] | Message]
 Sampling: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -41,7 +40,7 @@ class LLM:
     @overload
     def chat(
         self,
-        messages: Conversation,
+        messages: Messages,
         sampling: SamplingParams | None = None,
         *,
         options: RequestOptions | None = None,
@@ -50,7 +49,7 @@ class LLM:
     @overload
     def chat(
         self,
-        messages: Sequence[Conversation],
+        messages: Sequence[Messages],
         sampling: Sampling = None,
         *,
         options: RequestOptions | None = None,
@@ -58,7 +57,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Conversation | Sequence[Conversation],
+        messages: Messages | Sequence[Messages],
         sampling: Sampling = None,
         *,
         options: RequestOptions | None = None,
@@ -74,7 +73,7 @@ class LLM:
             one = _one(sampling)
             return self._run([self.engine.prepare_chat(messages, one, options)])[0]
         params = _spread(sampling, len(messages))
-        pairs = zip(cast("Sequence[Conversation]", messages), params, strict=True)
+        pairs = zip(cast("Sequence[Messages]", messages), params, strict=True)
         return self._run([self.engine.prepare_chat(m, s, options) for m, s in pairs])
 
     @overload
@@ -114,7 +113,7 @@ class LLM:
 
     def stream_chat(
         self,
-        messages: Conversation,
+        messages: Messages,
         sampling: SamplingParams | None = None,
         *,
         options: RequestOptions | None = None,
@@ -170,7 +169,7 @@ def _check_sequence(field: str, value: Any, what: str) -> None:
         raise RequestError(field, f"must be a list of {what}, not a {type(value).__name__}")
 
 
-def _is_conversation(messages: Conversation | Sequence[Conversation]) -> TypeGuard[Conversation]:
+def _is_conversation(messages: Messages | Sequence[Messages]) -> TypeGuard[Messages]:
     """One conversation is a sequence of messages; a batch is a sequence of sequences."""
     return not messages or isinstance(messages[0], (Mapping, Message))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -57,6 +57,10 @@ class Message:
     def num_images(self) -> int:
         """How many pictures the message holds."""
         return sum(isinstance(part, ImagePart) for part in self.parts)
+
+
+Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
+"""A conversation as callers write it; `inputs.chat.parse_messages` says what a dictionary holds."""
 
 
 _MAX_N = 64

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from glimt.errors import EngineError
 from glimt.inputs.request import RequestOptions
-from glimt.llm import LLM, Conversation
+from glimt.llm import LLM
 from glimt.sampling import Sampler
-from glimt.types import Request, SampledToken, SamplingParams, StepPlan
+from glimt.types import Messages, Request, SampledToken, SamplingParams, StepPlan
 
 
 class ForcingSampler(Sampler):
@@ -60,7 +60,7 @@ def _forcing(llm: LLM) -> Iterator[ForcingSampler]:
 
 
 def forced_logits(
-    llm: LLM, conversations: Sequence[Conversation], answers: Sequence[Sequence[int]]
+    llm: LLM, conversations: Sequence[Messages], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Logits before each token of each answer, [len(answer), vocab_size] float32, as one batch.
 
@@ -81,7 +81,7 @@ def forced_logits(
 
 
 def _forced_request(
-    llm: LLM, number: int, conversation: Conversation, answer: Sequence[int]
+    llm: LLM, number: int, conversation: Messages, answer: Sequence[int]
 ) -> Request:
     sampling = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
     options = RequestOptions(request_id=f"forced-{number}")

@@ -18,7 +18,7 @@ from typing import Any
 from glimt.config import ImageLimits
 from glimt.errors import RequestError
 from glimt.inputs.image import SOURCE_TYPES
-from glimt.types import ImagePart, Message, Role, TextPart
+from glimt.types import ImagePart, Message, Messages, Role, TextPart
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +34,7 @@ _ROLES: Mapping[str, Role] = MappingProxyType(
 )
 
 
-def parse_messages(
-    raw: Sequence[Mapping[str, Any] | Message], limits: ImageLimits
-) -> tuple[Message, ...]:
+def parse_messages(raw: Messages, limits: ImageLimits) -> tuple[Message, ...]:
     """Check a conversation and make it plain data.
 
     A message is a Message, or a dictionary with

@@ -5,16 +5,24 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from glimt.config import ImageLimits
 from glimt.errors import PromptTooLong, RequestError
 from glimt.inputs.chat import parse_messages
 from glimt.inputs.image import OpenedImage, decode_image, open_image
 from glimt.models.base import Processor
-from glimt.types import EncodedPrompt, ImageInput, ImagePart, Message, Request, SamplingParams
+from glimt.types import (
+    EncodedPrompt,
+    ImageInput,
+    ImagePart,
+    Message,
+    Messages,
+    Request,
+    SamplingParams,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,7 @@ class RequestFactory:
 
     def from_chat(
         self,
-        messages: Sequence[Mapping[str, Any] | Message],
+        messages: Messages,
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> Request:

@@ -1,0 +1,1 @@
+"""What looks after the code itself: never imported by src."""

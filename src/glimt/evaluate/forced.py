@@ -18,7 +18,7 @@ from glimt.errors import EngineError
 from glimt.inputs.request import RequestOptions
 from glimt.llm import LLM
 from glimt.sampling import Sampler
-from glimt.types import Messages, Request, SampledToken, SamplingParams, StepPlan
+from glimt.types import Messages, Request, SampledToken, SamplingParams, StepOutput, StepPlan
 
 
 class ForcingSampler(Sampler):
@@ -33,7 +33,10 @@ class ForcingSampler(Sampler):
         self.logits: dict[str, list[Tensor]] = {}
 
     def sample(self, logits: Tensor, plan: StepPlan) -> list[SampledToken]:
-        """logits: [num_sampled, vocab_size]."""
+        """Give each row its answer's next token; keep a copy of its logits.
+
+        logits: [num_sampled, vocab_size]
+        """
         return [
             self._next(row.request_id, len(row.output_ids), row.sequence_id, logits[i])
             for i, row in enumerate(plan.sampled_rows)
@@ -74,10 +77,14 @@ def forced_logits(
         for request in requests:
             llm.engine.add_request(request)
         while llm.engine.has_work:
-            for output in llm.engine.step():
-                if output.finish_reason == "error":
-                    raise EngineError(f"an answer could not be computed: {output.error}")
+            _refuse_errors(llm.engine.step())
         return [torch.stack(forcing.logits[request.request_id]) for request in requests]
+
+
+def _refuse_errors(outputs: Sequence[StepOutput]) -> None:
+    for output in outputs:
+        if output.finish_reason == "error":
+            raise EngineError(f"an answer could not be computed: {output.error}")
 
 
 def _forced_request(

@@ -82,7 +82,7 @@ class KVCache:
 
     @property
     def scales(self) -> tuple[Tensor, Tensor] | None:
-        """Of keys and of values; None where what is read is what was written."""
+        """Of keys and of values, each [num_blocks, block_size, num_kv_heads]; None without any."""
         if self.key_scales is None or self.value_scales is None:
             return None
         return self.key_scales, self.value_scales
@@ -220,7 +220,8 @@ class Device:
     ) -> Tensor:
         """[…, in], [out, in], [out] -> […, out]: act(x Wᵀ + b) + residual_scale * residual.
 
-        weight: what `prepare_weight` made. A device may round once where this rounds four times.
+        weight: what `prepare_weight` made; "silu_mul" halves out; residual: as what is returned.
+        A device may round once where this rounds four times.
         """
         y = self.activate(F.linear(*_as_matrices(x, weight), bias), activation)
         if residual is None:
@@ -238,7 +239,11 @@ class Device:
         residual: Tensor | None = None,
         residual_scale: float = 1.0,
     ) -> Tensor:
-        """Two products with an activation between; a device need not hold what is between whole."""
+        """Two products with an activation between: […, in] -> […, out].
+
+        up: [inner, in], of "silu_mul" [2 * inner, in]; down: [out, inner]; the rest as in `linear`.
+        A device need not hold what is between whole.
+        """
         inner = self.linear(x, up, up_bias, activation)
         return self.linear(inner, down, down_bias, "none", residual, residual_scale)
 
@@ -253,12 +258,15 @@ class Device:
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor:
-        """Over the last axis, then plus the residual; statistics in float32 whatever the dtype."""
+        """[…, size] -> the same, over the last axis, then plus the residual of the same shape.
+
+        weight, bias: [size]; the statistics are in float32 whatever the dtype.
+        """
         y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         return y if residual is None else residual + y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Over the last axis, with one cast at the end.
+        """[…, size] -> the same, over the last axis, with one cast at the end. weight: [size].
 
         The product with the weight is taken in float32, as GLM-4's own code does; LLaMA's casts
         before it. Source: the hub's modeling_chatglm.py of GLM-4, class RMSNorm.
@@ -268,15 +276,15 @@ class Device:
         return (wide * scale * weight.float()).to(x.dtype)
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
-        """GELU in its tanh form."""
+        """[…, n] -> the same: GELU in its tanh form."""
         return F.gelu(x, approximate="tanh")
 
     def gelu_erf(self, x: Tensor) -> Tensor:
-        """GELU in its exact form."""
+        """[…, n] -> the same: GELU in its exact form."""
         return F.gelu(x)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up, of equal shapes."""
+        """[…, n], […, n] -> the same: silu(gate) * up."""
         return F.silu(gate) * up
 
     def rotate(
@@ -326,7 +334,8 @@ class Device:
     def write_kv(self, key: Tensor, value: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Copy one step's keys and values into their cache slots, in place.
 
-        key, value: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64.
+        key, value: [num_tokens, num_kv_heads, head_dim], rounded where the cache is in int8;
+        slots: [num_tokens] int64.
         """
         _write_slots(key, cache.key, cache.key_scales, slots)
         _write_slots(value, cache.value, cache.value_scales, slots)

@@ -40,11 +40,11 @@ class Limits:
 
 
 class LimitMeter:
-    """Measures the limits; owns the buffer that is read, BUFFER_BYTES of memory.
+    """Measures the limits; owns the buffer that is read.
 
-    isa:     one of native.ISAS; None: the best that this processor has
-    threads: of the native loops; torch's own number is not touched
-    is_native: whether the compiled loops are used
+    threads:   of the native loops; torch's own number is not touched
+    isa:       one of native.ISAS; None: the best that this processor has
+    num_bytes: of the buffer
     Raises OSError if that instruction set is not there.
     """
 

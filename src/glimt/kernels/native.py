@@ -330,7 +330,7 @@ class Native:
         is_paired: bool = False,
         quantises_x: bool = False,
     ) -> PackedWeight:
-        """Lay a matrix out; see PlainWeight in csrc/kernels.h for the shapes by format.
+        """Lay a matrix [n, k] out; PlainWeight in csrc/kernels.h has the shapes by format.
 
         k: columns of the matrix, where the last group of int4 `values` goes on beyond them
         Raises ValueError when is_paired and n is not a multiple of 32.
@@ -444,7 +444,7 @@ class Native:
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Queries [num_queries, num_heads, head_dim] of one sequence over its keys, as
-        AttentionCall in csrc/kernels.h says.
+        AttentionCall in csrc/kernels.h says; bfloat16.
 
         key, value: [num_keys, num_kv_heads, head_dim]; with a block_table [num_blocks] int64, the
         whole cache [num_blocks, block_size, num_kv_heads, head_dim]. Last axes contiguous.
@@ -488,7 +488,7 @@ class Native:
         scales: Scales = None,
         out: Tensor | None = None,
     ) -> Tensor | None:
-        """One query per row, [num_rows, num_heads, head_dim], over its paged context.
+        """One query per row, [num_rows, num_heads, head_dim] bfloat16, over its paged context.
 
         key, value: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides;
         block_tables: [num_rows, width] int64; context_lens: [num_rows] int64; scales: of a cache

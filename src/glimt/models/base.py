@@ -124,7 +124,10 @@ class Processor(Protocol):
     """Names the preprocessing; enters every picture's digest."""
 
     def image_cost(self, width: int, height: int) -> int:
-        """Places that a picture of this size takes in the prompt, before it is decoded."""
+        """Places that a picture of this size, in pixels, takes in the prompt.
+
+        Raises RequestError if the model takes no pictures.
+        """
 
     def prepare_image(self, image: Image, digest: bytes) -> ImageInput:
         """Resize a decoded RGB picture as the tower wants it."""
@@ -137,6 +140,7 @@ class Processor(Protocol):
         image_sizes: width and height of each picture, in reading order over all messages; what it
             costs and where its tokens stand follow from them, before anything is decoded
         language:    "auto", "zh" or "en": the template, where a family has one per language
+        Raises RequestError for what the template cannot say, and as `image_cost` does.
         """
 
     def encode_text(self, text: str) -> EncodedPrompt:
@@ -175,12 +179,16 @@ class Model(nn.Module, ABC):
     weight_table: WeightTable
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
-        """Run the tower: one tensor [image.num_tokens, hidden_size] per picture."""
+        """Run the tower: one tensor [image.num_tokens, hidden_size] per picture.
+
+        Raises TypeError in a family without a tower.
+        """
         raise TypeError(f"{type(self).__name__} takes no pictures")
 
     def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
         """`image_features` in parts, between which the engine may do other work.
 
+        Returns one tensor [image.num_tokens, hidden_size] per picture.
         The same operations in the same order, so the same bits. A part should cost about as much
         as a layer of the tower. A family that does not say how to divide its tower has one part.
         """

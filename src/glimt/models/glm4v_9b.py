@@ -370,7 +370,7 @@ class VisionTower(nn.Module):
         return run_through(self.stages(patches))
 
     def stages(self, patches: Tensor) -> Stages[Tensor]:
-        """The same, one block a part."""
+        """[num_images, num_patches, values] -> what `forward` gives, one block a part."""
         num_images, num_patches, _ = patches.shape
         cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
         x = self.embed(patches)

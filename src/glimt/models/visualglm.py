@@ -427,7 +427,7 @@ class EvaTower(nn.Module):
         return run_through(self.stages(patches))
 
     def stages(self, patches: Tensor) -> Stages[Tensor]:
-        """The same, one block a part."""
+        """[num_images, num_patches, values] -> what `forward` gives, one block a part."""
         num_images, num_patches, _ = patches.shape
         cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
         x = self.embed(patches)
@@ -498,7 +498,9 @@ class Qformer(nn.Module):
         self.norm = LayerNorm(config.hidden_size, config.layernorm_epsilon, device, dtype)
 
     def forward(self, states: Tensor, num_images: int) -> Tensor:
-        """Packed states of equal-sized pictures -> [num_images * num_queries, hidden_size]."""
+        """Packed states [num_states, vision_size] of equal-sized pictures -> packed
+        [num_images * num_queries, hidden_size].
+        """
         step = len(states) // num_images
         starts = [i * step for i in range(num_images + 1)]
         h_starts = [i * len(self.queries) for i in range(num_images + 1)]

@@ -25,14 +25,14 @@ class FeatureCache:
         return self._features.keys()
 
     def get(self, digest: bytes) -> Tensor | None:
-        """A picture's features, marked as just used."""
+        """A picture's [num_tokens, hidden_size], marked as just used; None if it is not kept."""
         features = self._features.get(digest)
         if features is not None:
             self._features.move_to_end(digest)
         return features
 
     def put(self, digest: bytes, features: Tensor) -> None:
-        """Keep a picture's features, dropping the longest unused to make room."""
+        """Keep a picture's [num_tokens, hidden_size], dropping the longest unused to make room."""
         self.drop(digest)
         if len(features) > self.capacity_tokens:
             return

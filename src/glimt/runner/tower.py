@@ -23,7 +23,7 @@ class TowerJob:
         self._stages: Stages[list[Tensor]] | None = None
 
     def advance(self, num_stages: int) -> list[Tensor] | None:
-        """Run the next stages; the features, one per picture, once the last one is done.
+        """Run the next stages; once the last is done, [num_tokens, hidden_size] per picture.
 
         Raises what the model raises; the job is of no further use then.
         """
@@ -37,7 +37,7 @@ class TowerJob:
         return None
 
     def finish(self) -> list[Tensor]:
-        """Run all that is left; the features, one per picture. Raises as `advance` does."""
+        """Run all that is left; [num_tokens, hidden_size] per picture. Raises as `advance` does."""
         if self._stages is None:
             return self._model.image_features(self.images)
         features = None

@@ -116,7 +116,7 @@ class AsyncEngine:
         return await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
 
     async def run(self, request: Request) -> RequestOutput:
-        """Run a prepared request to its end."""
+        """Run a prepared request to its end. Raises as stream_chat does."""
         assembler = OutputAssembler(request)
         async with aclosing(self.stream(request)) as outputs:
             async for output in outputs:
@@ -126,7 +126,10 @@ class AsyncEngine:
         raise EngineError(f"request {request.request_id} ended without its last output")
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """Run a prepared request; leaving the iteration before its end aborts it."""
+        """Run a prepared request; leaving the iteration before its end aborts it.
+
+        Raises RequestError when its id is in use, EngineError when the engine has stopped.
+        """
         subscriber = _Subscriber(request, asyncio.get_running_loop(), asyncio.Queue())
         self._command(lambda: self._add(subscriber))
         num_open = request.sampling.n

@@ -69,7 +69,10 @@ class Engine:
     """Runs requests on one loaded model."""
 
     def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
-        """Build every stage around a model whose weights are loaded."""
+        """Build every stage around a model whose weights are loaded.
+
+        Raises ConfigError if the KV cache that is asked for does not fit.
+        """
         self.config = _fitted_config(config, opened)
         self.opened = opened
         num_blocks, self.memory = plan_memory(
@@ -86,7 +89,11 @@ class Engine:
 
     @classmethod
     def load(cls, config: EngineConfig, on_tensor: Callable[[int], None] | None = None) -> Engine:
-        """Open a model folder, load it and build the engine. on_tensor: bytes of each tensor."""
+        """Open a model folder, load it and build the engine.
+
+        on_tensor: called with the bytes of each tensor loaded
+        Raises ConfigError or CheckpointError, each listing everything that is wrong.
+        """
         opened = open_model(config)
         opened.load(on_tensor)
         return cls(opened, config)
@@ -119,7 +126,10 @@ class Engine:
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> list[StepOutput]:
-        """End a request now and free its blocks; its unfinished choices finish as "abort"."""
+        """End a request now and free its blocks; its unfinished choices finish as "abort".
+
+        An id that is not open gives no output.
+        """
         return [
             self._end(sequence.id, "abort") for sequence in self.scheduler.sequences_of(request_id)
         ]

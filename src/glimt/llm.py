@@ -118,7 +118,10 @@ class LLM:
         *,
         options: RequestOptions | None = None,
     ) -> Iterator[StepOutput]:
-        """Answer a conversation piece by piece. Closing the iterator aborts the request."""
+        """Answer a conversation piece by piece. Closing the iterator aborts the request.
+
+        Raises RequestError as `chat` does.
+        """
         request = self.engine.prepare_chat(messages, sampling, options)
         return self._stream([request])
 

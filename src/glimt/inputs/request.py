@@ -106,7 +106,10 @@ class RequestFactory:
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> Request:
-        """Encode a conversation. Pictures are decoded only once the prompt is known to fit."""
+        """Encode a conversation. Pictures are decoded only once the prompt is known to fit.
+
+        Raises RequestError naming the field; of its kinds, ImageError and PromptTooLong too.
+        """
         arrival_s = time.monotonic()
         sampling = _or_defaults(sampling, SamplingParams, "sampling")
         options = _or_defaults(options, RequestOptions, "options")
@@ -124,7 +127,7 @@ class RequestFactory:
         sampling: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> Request:
-        """Encode a bare text to be continued."""
+        """Encode a bare text to be continued. Raises RequestError, PromptTooLong among them."""
         arrival_s = time.monotonic()
         sampling = _or_defaults(sampling, SamplingParams, "sampling")
         options = _or_defaults(options, RequestOptions, "options")

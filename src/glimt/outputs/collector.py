@@ -88,7 +88,10 @@ class OutputCollector:
         return request_id in self._records
 
     def note_step(self, plan: StepPlan, image_s: Mapping[str, float], began_s: float) -> None:
-        """Remember when requests started, what they found cached, tower time and drafts."""
+        """Remember when requests started, what they found cached, tower time and drafts.
+
+        image_s: seconds in the tower by request id; began_s: of the step, by `clock`
+        """
         for row in plan.rows:
             record = self._records[row.request_id]
             if record.started_s is None:
@@ -99,7 +102,7 @@ class OutputCollector:
         self.note_tower(image_s, began_s)
 
     def note_tower(self, image_s: Mapping[str, float], began_s: float) -> None:
-        """Remember tower time by request id; a request may start with it, before its first row."""
+        """The same of tower time alone: a request may start with it, before its first row."""
         for request_id, seconds in image_s.items():
             record = self._records[request_id]
             record.image_s += seconds

@@ -379,7 +379,11 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def open_reader(file: Path) -> Iterator[Callable[[str], Tensor]]:
-    """A function that gives a file's tensors by name; they stay valid when it is closed."""
+    """A function that gives a file's tensors by name; they stay valid when it is closed.
+
+    Each is [*shape], of the shape and dtype of its TensorInfo.
+    Raises CheckpointError if the file cannot be read.
+    """
     if file.suffix != ".safetensors":
         state = read_pickle(file)
         yield lambda name: state[name].detach()

@@ -247,7 +247,7 @@ def _choose_dtype(wanted: str, config: FamilyConfig, device: Device) -> torch.dt
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16 or float16."""
+    """torch's dtype of the name float32, bfloat16 or float16; KeyError for any other."""
     return {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,

@@ -217,6 +217,7 @@ def load_weights(
 ) -> None:
     """Fill every parameter of a model on the meta device, file by file.
 
+    dtype:     of the parameters that are not quantised
     on_tensor: called with the bytes of each checkpoint tensor that is done
     Raises CheckpointError, before any data is read, listing every tensor that is missing,
     unexpected, of another shape or of a dtype that is no weight's.

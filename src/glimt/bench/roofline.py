@@ -69,12 +69,15 @@ class ModelCosts:
         return self.step_bytes + batch * context * self.kv_bytes
 
     def mbu(self, step_s: float, read_limit: float) -> float:
-        """Share of the bandwidth that the weights alone take: step_bytes / seconds / limit."""
+        """Share of the bandwidth that the weights alone take: step_bytes / step_s / read_limit.
+
+        read_limit: bytes per second
+        """
         return self.step_bytes / step_s / read_limit
 
 
 def mfu(ops: float, seconds: float, ops_limit: float) -> float:
-    """Share of the machine's operations per second."""
+    """Share of the machine's ops_limit, operations per second, that so many in so long reach."""
     return ops / seconds / ops_limit
 
 

@@ -57,7 +57,10 @@ class Summary:
 
 
 def summarise(samples: Sequence[Sample], work: float) -> Summary:
-    """work: what each sample did, in the unit of its limit: bytes or operations."""
+    """What samples of one thing come to.
+
+    work: what each of them did, in the unit of its limit: bytes or operations
+    """
     steady = [sample for sample in samples if sample.is_steady]
     times = [sample.seconds for sample in steady]
     shares = [work / sample.seconds / sample.limit for sample in steady if sample.seconds > 0]

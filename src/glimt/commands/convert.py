@@ -293,7 +293,7 @@ def _guess_layout(sat: Mapping[str, Any]) -> str:
 
 
 def hub_config(sat: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """config.json from model_config.json, without torch_dtype, which only the weights tell.
+    """config.json from model_config.json; its torch_dtype stands in: only the weights tell it.
 
     Raises ConfigError listing every value that is missing or of another model. What SAT writes
     only if it differs from its default has that default here.

@@ -38,7 +38,7 @@ def write_noise_model(folder: Path, family: str, seed: int = 0) -> None:
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """float32 tensors under the checkpoint's own names, for any family's config.json.
+    """float32 tensors [*shape] under the checkpoint's own names, for any family's config.json.
 
     Matrices are scaled by 1/sqrt(fan-in), gains stand around 1 and biases around 0, so that
     activations keep their size through any number of layers.

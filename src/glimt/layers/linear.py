@@ -36,7 +36,10 @@ class Product(nn.Module):
         self.held: MatrixWeight | None = None
 
     def hold(self, weight: Tensor | LowBitWeight) -> None:
-        """Take the weight, plain or in few bits, in the form that the device wants."""
+        """Take the weight, plain or in few bits, in the form that the device wants.
+
+        weight: [outputs, …], of the parameter's shape; one in few bits has two axes
+        """
         matrix = weight.flatten(1) if isinstance(weight, Tensor) else weight
         held = self.device.prepare_weight(matrix, self.weight.dtype, self.is_paired)
         if isinstance(weight, Tensor) and isinstance(held, Tensor):
@@ -116,7 +119,10 @@ def mlp(
     residual: Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> Tensor:
-    """Two linears with an activation between, as one call of their device."""
+    """[n, in] -> [n, out]: two linears with an activation between, as one call of their device.
+
+    The rest is as in Device.linear.
+    """
     return up.device.mlp(
         x, up.matrix, down.matrix, up.bias, down.bias, activation, residual, residual_scale
     )

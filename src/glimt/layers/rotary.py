@@ -59,7 +59,7 @@ class Rotary:
 
 
 def inverse_frequencies(width: int, base: float) -> Tensor:
-    """base^(-2i/width) for i = 0 … width/2 - 1, float32. Source: RoFormer, arXiv 2104.09864."""
+    """[width / 2] float32: base^(-2i/width) for each pair i. Source: RoFormer, arXiv 2104.09864."""
     return 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 
 

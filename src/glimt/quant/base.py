@@ -110,7 +110,7 @@ def pack_nibbles(steps: Tensor) -> Tensor:
 
 
 def unpack_nibbles(values: Tensor) -> Tensor:
-    """The reverse of pack_nibbles."""
+    """[n, m] uint8 -> [n, 2 m] of 0 … 15: the reverse of pack_nibbles."""
     return torch.stack((values & 0xF, values >> 4), dim=-1).flatten(-2)
 
 
@@ -161,7 +161,7 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def parts(self, weight: QuantisedWeight) -> dict[str, Tensor]:
-        """The tensors for a file, as `stored` describes them. Loses nothing."""
+        """The tensors for a file, as `stored` describes those of [n, k]. Loses nothing."""
 
     @abstractmethod
     def restore(self, parts: Parts, n: int, k: int) -> QuantisedWeight:

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -165,11 +166,9 @@ FORMS = {
 def linear_cases(forms: Sequence[str]) -> Iterator[Case]:
     """Every matrix in every form; the head sees few rows only, as in a prompt."""
     for model, matrices in MATRICES.items():
-        for what, shape in matrices.items():
-            for form in forms:
-                for m in ROWS[model]:
-                    if what != "head" or m <= 32:
-                        yield Case(f"{model}/{what}/{form}/m={m}", linear(shape, form, m))
+        for (what, shape), form, m in product(matrices.items(), forms, ROWS[model]):
+            if what != "head" or m <= 32:
+                yield Case(f"{model}/{what}/{form}/m={m}", linear(shape, form, m))
 
 
 def linear(shape: tuple[int, int, str], form: str, m: int) -> Callable[[Native], Work]:

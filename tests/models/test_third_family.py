@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 import glimt
 import glimt.models
 from glimt.demo.noise import random_weights
-from glimt.models.base import all_families
 from glimt.types import Request
 
 GREEDY = glimt.SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, logprobs=0)
@@ -42,7 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("toy")
     place = str(Path(__file__).parent / "third_family")
     glimt.models.__path__.append(place)
-    all_families.cache_clear()
     (folder / "specials.txt").write_text("<|user|> <|assistant|> <patch> <line>")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "preprocessor_config.json").write_text('{"max_side": 24}')
@@ -51,7 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_file(weights | extra, folder / "model.safetensors")
     yield folder
     glimt.models.__path__.remove(place)
-    all_families.cache_clear()
 
 
 def make_engine(folder: Path, **options: Any) -> glimt.Engine:

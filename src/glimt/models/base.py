@@ -12,7 +12,6 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
@@ -272,7 +271,6 @@ def find_family(raw: Mapping[str, Any], where: str) -> ModelFamily[Any]:
     raise ConfigError(where, [f"no model family claims this checkpoint ({said}); known: {names}"])
 
 
-@lru_cache(maxsize=1)
 def all_families() -> tuple[ModelFamily[Any], ...]:
     """Every family in this folder, by name; a module without FAMILY is no family."""
     package = importlib.import_module("glimt.models")

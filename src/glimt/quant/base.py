@@ -11,7 +11,6 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -168,7 +167,6 @@ class QuantFormat(ABC):
         """The reverse; values are the very tensor given, so they may be a mapped file."""
 
 
-@lru_cache(maxsize=1)
 def all_formats() -> dict[str, QuantFormat]:
     """Every format in this folder, by name; a module without FORMATS has none."""
     package = importlib.import_module("glimt.quant")

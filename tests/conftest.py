@@ -121,18 +121,7 @@ class Oracle:
         return Engine(self.open(dtype, rotary_table), config)
 
     def tokenizer(self) -> IdTokenizer:
-        if self.is_glm4v:
-            names = glm4v_9b.TOKENIZER.special_names
-            first = self.config.boi_token_id - names.index("<|begin_of_image|>")
-            return IdTokenizer({name: first + i for i, name in enumerate(names)})
-        return IdTokenizer(
-            {
-                "<unk>": 0,
-                "[gMASK]": self.config.gmask_token_id,
-                "<sop>": self.config.bos_token_id,
-                "<eop>": self.config.eos_token_id,
-            }
-        )
+        return IdTokenizer(self.family.special_ids(self.config))
 
     def image(self) -> ImageInput:
         from PIL import Image

@@ -28,11 +28,11 @@ from glimt.models.base import (
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.synthetic import (
+    StandInTokenizer,
     SyntheticName,
     is_synthetic,
     parse_name,
     published_config,
-    stand_in_tokenizer,
     synthetic_checkpoint,
 )
 from glimt.weights import AS_FLOATS, LoadPlan, WeightFormats, load_weights, plan_weights
@@ -174,15 +174,15 @@ def read_synthetic(name: SyntheticName) -> ModelFolder:
 
     Raises ConfigError for a number of layers that the published model does not have.
     """
-    where = Path(str(name))
-    raw = published_config(name)
-    family = find_family(raw, str(where))
-    config = family.config.from_json(raw, str(where))
-    tokenizer = stand_in_tokenizer(config, family.tokenizer.special_names)
-    processor = family.processor(where, config, tokenizer)
-    return ModelFolder(
-        family, config, processor, Checkpoint(where, (), {}), (), QuantOptions(head=NONE)
-    )
+    raw, where = published_config(name), str(name)
+    family = find_family(raw, where)
+    config = family.config.from_json(raw, where)
+    if family.special_ids is None:
+        said = f"{family.name} does not say which special ids config.json tells (special_ids)"
+        raise ConfigError(where, [said])
+    processor = family.processor(name.folder, config, StandInTokenizer(family.special_ids(config)))
+    empty = Checkpoint(Path(where), (), {})
+    return ModelFolder(family, config, processor, empty, (), QuantOptions(head=NONE))
 
 
 def build_model(found: ModelFolder, context: BuildContext) -> Model:

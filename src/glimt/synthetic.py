@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glimt.checkpoint import Checkpoint, Shape, TensorInfo
 from glimt.errors import ConfigError
-from glimt.models.base import FamilyConfig, Model, TokenDecoder, Tokenizer, read_model_config
+from glimt.models.base import Model, TokenDecoder, read_model_config
 from glimt.weights import checkpoint_shapes
 
 PREFIX = "synthetic:"
@@ -45,6 +45,11 @@ class SyntheticName:
         given |= {"seed": self.seed or None}
         parts = [f"{name}={value}" for name, value in given.items() if value is not None]
         return PREFIX + ",".join([self.base, *parts])
+
+    @property
+    def folder(self) -> Path:
+        """Where files beside config.json would be; of a published model nowhere."""
+        return Path(str(self) if self.base in PUBLISHED else self.base).expanduser()
 
 
 def is_synthetic(name: str) -> bool:
@@ -78,31 +83,26 @@ def parse_name(name: str) -> SyntheticName:
 
 def published_config(name: SyntheticName) -> dict[str, Any]:
     """The config.json with its layers cut. Raises ConfigError if it has fewer than asked for."""
-    folder = Path(name.base).expanduser()
-    raw = dict(PUBLISHED[name.base]) if name.base in PUBLISHED else read_model_config(folder)
-    vision, key = _vision_section(raw)
+    raw = dict(PUBLISHED.get(name.base) or read_model_config(name.folder))
     problems = []
     if name.layers is not None:
         problems += _cut(raw, "num_layers", name.layers, "layers")
     if name.vision_layers is not None:
-        if key not in raw:
-            problems.append("vision-layers is given, but this is a text model")
-        else:
-            raw[key] = dict(raw[key])
-            problems += _cut(raw[key], vision, name.vision_layers, "vision-layers")
+        key, count = next((it for it in _TOWERS if it[0] in raw), _TOWERS[0])
+        raw[key] = dict(raw.get(key) or {})
+        problems += _cut(raw[key], count, name.vision_layers, "vision-layers")
     if problems:
         raise ConfigError(str(name), problems)
     return raw
 
 
-def _vision_section(raw: Mapping[str, Any]) -> tuple[str, str]:
-    """The name of the number of tower layers, and the object that it is in."""
-    return ("num_layers", "eva_config") if "eva_config" in raw else (
-        "num_hidden_layers", "vision_config"
-    )  # fmt: skip
+# The object of config.json that describes the tower, and its number of layers in there.
+_TOWERS = (("vision_config", "num_hidden_layers"), ("eva_config", "num_layers"))
 
 
 def _cut(section: dict[str, Any], key: str, wanted: int, said: str) -> list[str]:
+    if key not in section:
+        return [f"{said} is {wanted}, but config.json does not say how many there are ({key})"]
     if wanted > section[key]:
         return [f"{said} is {wanted}, but the published model has {section[key]}"]
     section[key] = wanted
@@ -159,13 +159,13 @@ def draw(name: str, shape: Shape, noise: Tensor, dtype: torch.dtype) -> Tensor:
 class StandInTokenizer:
     """One token a character; text comes back as printable letters. Has the family's special ids.
 
-    num_plain: ids below are text's
+    num_plain: ids below are text's: those before the first special one but 0
     """
 
-    def __init__(self, special_ids: Mapping[str, int], num_plain: int) -> None:
+    def __init__(self, special_ids: Mapping[str, int]) -> None:
         self.special_ids = special_ids
-        self.num_plain = num_plain
-        self.num_ids = max([num_plain, *(i + 1 for i in special_ids.values())])
+        self.num_plain = min(filter(None, special_ids.values()))
+        self.num_ids = 1 + max(special_ids.values())
         self._hidden = frozenset(special_ids.values())
 
     def encode(self, text: str) -> list[int]:
@@ -188,22 +188,6 @@ class StandInTokenizer:
     def finish(self) -> str:
         """Nothing is ever held back."""
         return ""
-
-
-def stand_in_tokenizer(config: FamilyConfig, special_names: Sequence[str]) -> Tokenizer:
-    """A tokenizer with the special ids that the config names.
-
-    special_names: the family's, in id order; empty where it names none
-    """
-    fields = cast("Any", config)
-    if special_names:
-        first = fields.eos_token_ids[0] - special_names.index("<|endoftext|>")
-        if fields.boi_token_id >= 0:
-            first = fields.boi_token_id - special_names.index("<|begin_of_image|>")
-        return StandInTokenizer({name: first + i for i, name in enumerate(special_names)}, first)
-    ids = {"[gMASK]": fields.gmask_token_id, "<sop>": fields.bos_token_id}
-    ids |= {"<unk>": 0, "<eop>": fields.eos_token_id}
-    return StandInTokenizer(ids, min(ids["[gMASK]"], ids["<sop>"]))
 
 
 # --- published configurations ----------------------------------------------------------------

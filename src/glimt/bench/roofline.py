@@ -7,13 +7,12 @@ additions, counted apart. Source of the formulas: the roofline model, Williams e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glimt.devices.base import Device
-from glimt.errors import ConfigError
 from glimt.memory_plan import VISION_MODULES
 from glimt.models.base import BuildContext, FamilyConfig, Model, ModelFamily, Processor
 from glimt.runner.kv_cache import kv_bytes_per_token
@@ -87,15 +86,9 @@ def mfu(ops: float, seconds: float, ops_limit: float) -> float:
 def costs_of(
     family: ModelFamily[Any], config: FamilyConfig, processor: Processor, dtype: torch.dtype
 ) -> ModelCosts:
-    """Count a model, built anew without memory for its weights.
-
-    Raises ConfigError for a family whose config does not tell its heads.
-    """
+    """Count a model, built anew without memory for its weights."""
     device = Device("meta")
     model = family.build(config, BuildContext(device, dtype, 1))
-    num_heads = getattr(cast("Any", config), "num_heads", None)
-    if not isinstance(num_heads, int):
-        raise ConfigError("bench", [f"the config of {family.name} does not tell its num_heads"])
     language = [
         (name, value)
         for name, value in model.named_parameters()
@@ -108,7 +101,7 @@ def costs_of(
         step_bytes=sum(value.numel() for _, value in language) * dtype.itemsize,
         kv_bytes=kv_bytes_per_token(model, dtype),
         num_layers=model.num_layers,
-        attention_size=num_heads * model.head_dim,
+        attention_size=config.num_heads * model.head_dim,
         picture_ops=_picture_ops(model, processor),
     )
 

@@ -102,6 +102,10 @@ class FamilyConfig(Protocol):
         """Rotary positions that exist: every channel's position must be below."""
 
     @property
+    def num_heads(self) -> int:
+        """Query heads of the language model."""
+
+    @property
     def torch_dtype(self) -> str:
         """Dtype the checkpoint declares: float32, float16 or bfloat16."""
 
@@ -245,6 +249,8 @@ class ModelFamily(Generic[C]):
         neither chunked nor shared in part
     stored_quant: the format (quant/) in which a checkpoint's language blocks are by the family's
         own keys of config.json; None for a family that has no such keys
+    special_ids: the special tokens' ids that config.json alone tells, by name, for a model of
+        random weights, which has no tokenizer file; None: there are no such models of the family
     """
 
     name: str
@@ -255,6 +261,7 @@ class ModelFamily(Generic[C]):
     build: Callable[[C, BuildContext], Model]
     prompt_attention: PromptAttention
     stored_quant: Callable[[C], str] | None = None
+    special_ids: Callable[[C], Mapping[str, int]] | None = None
 
 
 def find_family(raw: Mapping[str, Any], where: str) -> ModelFamily[Any]:

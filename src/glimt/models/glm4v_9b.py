@@ -629,6 +629,15 @@ def _claims(raw: Mapping[str, Any]) -> bool:
     return raw.get("model_type") == "chatglm" and ("vision_config" in raw or is_text)
 
 
+def _special_ids(config: Glm4vConfig) -> dict[str, int]:
+    """They follow one another, and the config tells one of them."""
+    known, at = "<|endoftext|>", config.eos_token_ids[0]
+    if config.vision is not None:
+        known, at = "<|begin_of_image|>", config.boi_token_id
+    first = at - _SPECIALS.index(known)
+    return {name: first + i for i, name in enumerate(_SPECIALS)}
+
+
 FAMILY = ModelFamily(
     name="glm4v_9b",
     claims=_claims,
@@ -637,4 +646,5 @@ FAMILY = ModelFamily(
     processor=Glm4vProcessor,
     build=Glm4vModel,
     prompt_attention="causal",
+    special_ids=_special_ids,
 )

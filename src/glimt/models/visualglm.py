@@ -721,6 +721,16 @@ def _claims(raw: Mapping[str, Any]) -> bool:
     return raw.get("model_type") == "chatglm" and (with_image or has_parts)
 
 
+def _special_ids(config: VisualGlmConfig) -> dict[str, int]:
+    """`<unk>`, which stands where a picture goes, is SentencePiece's first piece."""
+    return {
+        "<unk>": 0,
+        "[gMASK]": config.gmask_token_id,
+        "<sop>": config.bos_token_id,
+        "<eop>": config.eos_token_id,
+    }
+
+
 FAMILY = ModelFamily(
     name="visualglm",
     claims=_claims,
@@ -730,4 +740,5 @@ FAMILY = ModelFamily(
     build=VisualGlmModel,
     prompt_attention="bidirectional",
     stored_quant=lambda config: _STORED_QUANT[config.quantization_bit],
+    special_ids=_special_ids,
 )

@@ -16,8 +16,8 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 class Product(nn.Module):
     """What is multiplied with: a weight whose first axis is the outputs, and perhaps a bias.
 
-    The matrix is the parameter `weight` where the device multiplies with plain tensors. Else the
-    device's own form of it is held beside, and the parameter stays on the meta device.
+    The matrix is the parameter `weight` where the device takes it as it is. Else the device's own
+    form of it is held beside, and the parameter stays on the meta device.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Product(nn.Module):
         """
         matrix = weight.flatten(1) if isinstance(weight, Tensor) else weight
         held = self.device.prepare_weight(matrix, self.weight.dtype, self.is_paired)
-        if isinstance(weight, Tensor) and isinstance(held, Tensor):
+        if isinstance(weight, Tensor) and held is matrix:
             self.weight = _as_parameter(weight)
         else:
             self.held = held

@@ -80,6 +80,13 @@ def test_a_picture_seen_before_costs_no_tower(folder):
     assert data["fresh"]["cached_tokens"] < 10, "no more than the template's first tokens"
 
 
+@pytest.mark.parametrize(("quant", "math"), [("int4", "int8"), ("int4-a16", "bf16")])
+def test_a_form_that_rounds_activations_is_held_against_int8(folder, quant, math):
+    """Catches the limit chosen by what a form is called."""
+    data = json.loads(bench(folder, *SHORT, "--quant", quant, "--json").stdout)
+    assert data["limits"]["math"] == (math if data["limits"]["is_native"] else "bf16")
+
+
 def test_people_get_tables(folder):
     """Catches a table that needs a sample which was left out."""
     ran = bench(folder, *SHORT)

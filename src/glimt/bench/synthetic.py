@@ -24,6 +24,7 @@ from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
 from glimt.memory_plan import MemoryPlan
+from glimt.quant.base import find_format
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.synthetic import SyntheticName, published_config
 from glimt.types import Request, SamplingParams, StepOutput
@@ -204,7 +205,9 @@ class _Bench:
         self, engine: Engine, meter: LimitMeter, job: SyntheticJob, costs: ModelCosts
     ) -> None:
         self.engine, self.meter, self.job, self.costs = engine, meter, job, costs
-        self.math: MathKind = "int8" if "a8" in job.quant and meter.is_native else "bf16"
+        chosen = find_format(job.quant)
+        is_int8 = chosen is not None and chosen.quantises_x and meter.is_native
+        self.math: MathKind = "int8" if is_int8 else "bf16"
         self._random = random.Random(job.name.seed)
         picture = self._picture()
         bare = self._request(picture, 1)

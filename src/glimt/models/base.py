@@ -174,7 +174,12 @@ def run_through(stages: Stages[T]) -> T:
 
 
 class Model(nn.Module, ABC):
-    """Weights and arithmetic of one family. Keeps nothing of a request."""
+    """Weights and arithmetic of one family. Keeps nothing of a request.
+
+    What is quantised, planned in memory and timed goes by the names of its parts: `embedding`,
+    `blocks` and `head` are the language model's; `tower`, `adapter`, `qformer` and `project` are
+    what only pictures pass through.
+    """
 
     num_layers: int
     num_kv_heads: int

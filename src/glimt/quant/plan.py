@@ -60,7 +60,10 @@ def plan_formats(model: nn.Module, options: QuantOptions) -> dict[str, QuantForm
     settled = options.settled()
     by_role = {role: find_format(getattr(settled, role)) for role in _PREFIXES}
     found: dict[str, QuantFormat] = {}
-    for name in _linear_weights(model):
+    linears = _linear_weights(model)
+    is_named = any(name.startswith(_PREFIXES["blocks"]) for name in linears)
+    assert is_named, f"{type(model).__name__} has no linears in `blocks` (see models/base.py)"
+    for name in linears:
         role = next((role for role, start in _PREFIXES.items() if name.startswith(start)), None)
         chosen = by_role[role] if role else None
         if chosen is not None:

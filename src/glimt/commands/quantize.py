@@ -119,7 +119,7 @@ def quantize(
     with whole_folder(job.target, job.nbytes, is_replaced=True) as partial:
         with job.sources:
             write_weights(partial, shards, on_bytes)
-        _copy_companions(folder, partial)
+        _copy_companions(folder, partial, job.found.family.tokenizer.file)
         write_json(partial / "config.json", read_model_config(folder) | {CONFIG_KEY: settled})
     return QuantizeReport(
         target=job.target,
@@ -243,10 +243,11 @@ class _Quantised:
         return list(self.chosen.parts(weight).values())
 
 
-def _copy_companions(folder: Path, target: Path) -> None:
+def _copy_companions(folder: Path, target: Path, tokenizer: str) -> None:
     """Tokenizer, settings and cards; neither weights nor their index, nor code."""
     for file in sorted(folder.iterdir()):
-        is_kept = file.suffix in _KEPT_ENDINGS or file.name.lower().startswith(_KEPT_STARTS)
+        is_card = file.name.lower().startswith(_KEPT_STARTS)
+        is_kept = file.suffix in _KEPT_ENDINGS or is_card or file.name == tokenizer
         is_written = file.name == "config.json" or file.name.endswith(".index.json")
         if file.is_file() and is_kept and not is_written and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)

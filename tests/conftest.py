@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,16 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+@contextmanager
+def scanned_too(package: ModuleType, folder: Path) -> Iterator[None]:
+    """As if the files of `folder` stood in a folder that glimt scans, such as glimt.models."""
+    package.__path__.append(str(folder))
+    yield
+    package.__path__.remove(str(folder))
+    for file in folder.glob("*.py"):
+        sys.modules.pop(f"{package.__name__}.{file.stem}", None)
+
+
 class IdTokenizer:
     """Knows the special ids of a golden file and nothing else; text is one `<id>` per token."""
 
@@ -97,8 +109,13 @@ class Oracle:
     def is_glm4v(self) -> bool:
         return self.family.name == "glm4v_9b"
 
-    def open(self, dtype: torch.dtype = torch.float32, rotary_table: str = "auto") -> OpenedModel:
-        device = open_device("cpu")
+    def open(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rotary_table: str = "auto",
+        device_name: str = "cpu",
+    ) -> OpenedModel:
+        device = open_device(device_name)
         context = BuildContext(device, dtype, self.config.max_positions, rotary_table)
         opened = OpenedModel(
             family=self.family,
@@ -118,7 +135,7 @@ class Oracle:
     ) -> Engine:
         settings = {"kv_bytes": 64 * 2**20} | options
         config = EngineConfig(model=str(self.folder), **settings)
-        return Engine(self.open(dtype, rotary_table), config)
+        return Engine(self.open(dtype, rotary_table, config.device), config)
 
     def tokenizer(self) -> IdTokenizer:
         return IdTokenizer(self.family.special_ids(self.config))

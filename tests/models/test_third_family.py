@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import glimt
 import glimt.models
+from conftest import scanned_too
+from glimt.bench import synthetic
+from glimt.cli import app
 from glimt.demo.noise import random_weights
+from glimt.kernels.limits import LimitMeter
 from glimt.types import Request
 
 GREEDY = glimt.SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, logprobs=0)
@@ -39,16 +45,14 @@ CONFIG = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkpoint of the toy family, while its file stands in the scanned folder."""
     folder = tmp_path_factory.mktemp("toy")
-    place = str(Path(__file__).parent / "third_family")
-    glimt.models.__path__.append(place)
-    (folder / "specials.txt").write_text("<|user|> <|assistant|> <patch> <line>")
+    (folder / "specials.toy").write_text("<|user|> <|assistant|> <patch> <line>")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "preprocessor_config.json").write_text('{"max_side": 24}')
-    weights = random_weights(CONFIG, seed=1)
-    extra = {"extra_layer.weight": weights["embed.weight"].clone()}
-    save_file(weights | extra, folder / "model.safetensors")
-    yield folder
-    glimt.models.__path__.remove(place)
+    with scanned_too(glimt.models, Path(__file__).parent / "third_family"):
+        weights = random_weights(CONFIG, seed=1)
+        extra = {"extra_layer.weight": weights["embed.weight"].clone()}
+        save_file(weights | extra, folder / "model.safetensors")
+        yield folder
 
 
 def make_engine(folder: Path, **options: Any) -> glimt.Engine:
@@ -176,3 +180,150 @@ def test_a_second_turn_prefills_only_what_is_new(
     shared = len(first.prompt.token_ids) // 4 * 4
     assert engine.stats().prefill_tokens - before == len(second.prompt.token_ids) - shared
     assert engine.stats().tower_images == 3
+
+
+# --- what an engine may be told ----------------------------------------------------------------
+
+
+def repeated(engine: glimt.Engine) -> Request:
+    """A prompt and an answer that say everything several times, so that there is much to guess."""
+    content = [A, say("一二三一二三一二三" * 3), A]
+    sampling = replace(GREEDY, max_tokens=60)
+    return engine.prepare_chat([{"role": "user", "content": content}], sampling)
+
+
+def test_drafts_change_no_token(folder: Path) -> None:
+    """Catches positions of guesses that are counted in steps of one in every channel."""
+    plain, drafting = make_engine(folder), make_engine(folder, num_draft_tokens=4)
+    request = repeated(plain)
+    expected = run(plain, [request])[request.request_id]
+    assert same(run(drafting, [request])[request.request_id], expected)
+    assert drafting.stats().drafted_tokens > 0
+
+
+@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"dtype": "bfloat16"}], ids=str)
+def test_fewer_bits_leave_chunks_what_a_whole_prompt_is(
+    folder: Path, whole: list[tuple[int, float]], options: dict[str, str], chunk: int
+) -> None:
+    """Catches a cache in int8, or the kernels, that take a family of other sizes otherwise."""
+    request = make_engine(folder).prepare_chat(CONVERSATION, replace(GREEDY, max_tokens=1))
+    found = []
+    for budget in (2048, chunk):
+        engine = make_engine(folder, max_num_batched_tokens=budget, **options)
+        found += run(engine, [request])[request.request_id]
+    # Steps of 2^-8 of about 1 through two layers; log-probabilities are about -4.
+    assert [token for token, _ in found] == [whole[0][0]] * 2
+    assert [x for _, x in found] == pytest.approx([whole[0][1]] * 2, abs=0.05)
+
+
+def test_the_python_ways_in_give_the_engines_tokens(
+    folder: Path, whole: list[tuple[int, float]]
+) -> None:
+    """Catches a way in that knows the families it serves."""
+    expected = tuple(token for token, _ in whole)
+    llm = glimt.LLM(str(folder), num_blocks=64)
+    assert llm.chat(CONVERSATION, GREEDY).token_ids == expected
+
+    engine = glimt.AsyncEngine(make_engine(folder))
+    try:
+        assert asyncio.run(engine.chat(CONVERSATION, GREEDY)).token_ids == expected
+    finally:
+        engine.close()
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def glimt_command(*arguments: object, typed: str = "") -> str:
+    """What a command that succeeds writes to its standard output."""
+    ran = CliRunner().invoke(app, [str(one) for one in arguments], input=typed)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    A["image"].save(path)
+    return path
+
+
+SHORT = ("--temperature", 0, "--max-tokens", 6, "--ignore-eos")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--kv-dtype", "int8", "--draft-tokens", 4, "--dtype", "bfloat16"),
+        ("--quant", "int4", "--quant-tower", "int8"),
+    ],
+    ids=str,
+)
+def test_generate_answers(folder: Path, shown: Path, options: tuple[object, ...]) -> None:
+    """Catches an option that only the two families take."""
+    said = glimt_command(
+        "generate", "-m", folder, "-i", shown, "-p", "什么?", *SHORT, *options, "--json"
+    )
+    usage = json.loads(said)["usage"]
+    assert usage["completion_tokens"] == 6
+    assert usage["image_tokens"] == 18
+
+
+def test_chat_holds_a_conversation(folder: Path, shown: Path) -> None:
+    """Catches a second turn that loses the picture of the first."""
+    log = shown.with_name("log.json")
+    glimt_command("chat", "-m", folder, "-i", shown, *SHORT, typed=f"什么?\n再说\n/save {log}\n")
+    assert log.exists()
+
+
+def test_inspect_tells_what_is_in_the_folder(folder: Path) -> None:
+    """Catches tensors of a third family's tower counted as text, or ignored ones as wrong."""
+    told = json.loads(glimt_command("inspect", folder, "--json"))
+    assert (told["family"], told["problems"]) == ("toy", [])
+    tensors = {group["name"]: group["num_tensors"] for group in told["groups"]}
+    assert tensors == {"language": 22, "vision": 4, "other": 1}
+
+
+def test_a_quantised_folder_answers_as_quantising_while_loading(
+    folder: Path, shown: Path, tmp_path: Path
+) -> None:
+    """Catches a folder written without its tokenizer, whose file has an ending of its own."""
+    question = ("-i", shown, "-p", "什么?", *SHORT, "-q")
+    formats = ("--format", "none", "--head", "none", "--tower", "int8")
+    glimt_command("quantize", folder, tmp_path / "int8", *formats)
+    assert (tmp_path / "int8" / "specials.toy").exists()
+    written = glimt_command("generate", "-m", tmp_path / "int8", *question)
+    assert written == glimt_command("generate", "-m", folder, "--quant-tower", "int8", *question)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("quantize", "blocks.0.gate.weight is converted while loading; quantise such a family"),
+        ("convert", "holds no mp_rank_00_model_states.pt"),
+    ],
+)
+def test_what_is_not_for_this_family_is_refused(
+    folder: Path, tmp_path: Path, command: str, said: str
+) -> None:
+    """Catches a traceback, and a folder that is written all the same."""
+    ran = CliRunner().invoke(app, [command, str(folder), str(tmp_path / "out")])
+    assert ran.exit_code == 2
+    assert said in ran.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_times_random_weights_of_its_shapes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches special ids, a processor's settings or layers that only two families have."""
+    meter = LimitMeter(1, num_bytes=2**20)  # its figures do not matter here
+    monkeypatch.setattr(synthetic, "LimitMeter", lambda threads, num_bytes: meter)
+    short = ("--layers", 1, "--batch", "1,2", "--output-len", 4, "--repeats", 1)
+    data = json.loads(glimt_command("bench", "synthetic", folder, *short, "--json"))
+    assert (data["model"]["family"], data["model"]["layers"]) == ("toy", 1)
+    assert data["settings"]["picture_tokens"] == 36
+    ran = CliRunner().invoke(app, ["bench", "synthetic", str(folder), "--vision-layers", "1"])
+    assert ran.exit_code == 2
+    assert "config.json does not say how many there are (num_hidden_layers)" in ran.output

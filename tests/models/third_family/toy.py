@@ -4,7 +4,7 @@ A picture keeps its own grid; its rows of patches are divided by line ids, so it
 row. Positions have three channels, of which the third stands still while decoding. The tower takes
 packed patches of unequal lengths; blocks have four norms, heads have query and key norms, the
 head is the embedding, the checkpoint stores things otherwise than the model, and the tokenizer
-file has a form of its own.
+file has a form and an ending of its own.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ from glimt.types import (
 )
 
 PATCH = 4
+SPECIALS = "specials.toy"
 
 
 class ByteTokenizer:
     """Bytes, then the special tokens in the order of the file."""
 
     def __init__(self, folder: Path) -> None:
-        names = (folder / "specials.txt").read_text(encoding="utf-8").split()
+        names = (folder / SPECIALS).read_text(encoding="utf-8").split()
         self.special_ids = {name: 256 + number for number, name in enumerate(names)}
         self.num_ids = 256 + len(names)
 
@@ -356,12 +357,18 @@ WEIGHTS = WeightTable(
 )
 
 
+def _special_ids(config: ToyConfig) -> dict[str, int]:
+    names = ("<|user|>", "<|assistant|>", "<patch>", "<line>")
+    return {name: 256 + number for number, name in enumerate(names)}
+
+
 FAMILY = ModelFamily(
     name="toy",
     claims=lambda raw: raw.get("model_type") == "toy",
     config=ToyConfig,
-    tokenizer=TokenizerSpec(kind="own", file="specials.txt", load=ByteTokenizer),
+    tokenizer=TokenizerSpec(kind="own", file=SPECIALS, load=ByteTokenizer),
     processor=ToyProcessor,
     build=ToyModel,
     prompt_attention="causal",
+    special_ids=_special_ids,
 )

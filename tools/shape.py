@@ -92,7 +92,7 @@ def written(value: Any) -> str:
         return "–"
     if isinstance(value, dict):
         return ", ".join(map(str, value.values()))
-    return f"{100 * value:.3g} %" if isinstance(value, float) else str(value)
+    return f"{round(100 * value, 1):g} %" if isinstance(value, float) else str(value)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 from tools.counted import Counted, Function
 
@@ -206,3 +209,26 @@ def test_each_aim_is_missed_by_what_it_forbids(counted):
         "inner/two.py:Child.backward names no shapes",
         "inner/two.py:Child lacks a docstring",
     }
+
+
+def test_the_package_keeps_its_aims(capsys, monkeypatch):
+    """Would catch a function without a hint or docstring, and many that grow long or deep."""
+    monkeypatch.setattr(sys, "argv", ["shape", "--check"])
+    assert shape.main() == 0, capsys.readouterr().out
+
+
+def test_the_design_page_shows_the_table():
+    """Would catch a column or a tree that the page lacks; its numbers may be old ones."""
+    page = (shape.ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    lines = page[page.index(f"| {' | '.join(shape.HEADINGS)} |") :].splitlines()
+    shown = [row.split(" | ") for row in lines[2 : 3 + len(shape.TREES)]]
+    assert [row[0] for row in shown] == [f"| `{tree}`" for tree in (*shape.TREES, shape.CSRC)]
+    assert {len(row) for row in shown} == {len(shape.HEADINGS)}
+
+
+def test_json_holds_the_figures_of_every_tree(capsys, monkeypatch):
+    """Would catch figures that JSON cannot hold, and the rankings printed among them."""
+    monkeypatch.setattr(sys, "argv", ["shape", "--json"])
+    monkeypatch.setattr(shape, "TREES", ("tools",))
+    assert shape.main() == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["tools", shape.CSRC]

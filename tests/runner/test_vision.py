@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from glimt.models.base import Stages
+from glimt.layers.tower import Stages
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.vision import VisionRunner
 from glimt.types import ImageInput, PictureWait, StepPlan

@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from glimt.devices.base import AttentionBatch, Device, KVCache
+    from glimt.layers.embedding import Embedding
+    from glimt.layers.linear import Linear
+    from glimt.layers.rotary import Rotary
+    from glimt.layers.tower import Stages
 
 PromptAttention = Literal["causal", "bidirectional"]
 
@@ -159,32 +162,24 @@ class Processor(Protocol):
         """
 
 
-T = TypeVar("T")
-Stages: TypeAlias = Generator[None, None, T]
-"""A computation that pauses after each of its parts; what the last one returns is the result."""
-
-
-def run_through(stages: Stages[T]) -> T:
-    """Run every part that is left, without a pause."""
-    while True:
-        try:
-            next(stages)
-        except StopIteration as end:
-            return cast("T", end.value)
-
-
-class Model(nn.Module, ABC):
+class Model(nn.Module):
     """Weights and arithmetic of one family. Keeps nothing of a request.
 
     What is quantised, planned in memory and timed goes by the names of its parts: `embedding`,
     `blocks` and `head` are the language model's; `tower`, `adapter`, `qformer` and `project` are
-    what only pictures pass through.
+    what only pictures pass through. The methods below run a decoder that is made of these parts as
+    most are; a family whose own differs overrides them.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     weight_table: WeightTable
+    embedding: Embedding
+    rotary: Rotary
+    blocks: nn.ModuleList  # each: (hidden, rotary.at(positions), batch, its cache) -> hidden
+    final_norm: nn.Module
+    head: Linear
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """Run the tower: one tensor [image.num_tokens, hidden_size] per picture.
@@ -203,11 +198,10 @@ class Model(nn.Module, ABC):
         yield from ()
         return self.image_features(images)
 
-    @abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[num_tokens] int64 -> [num_tokens, hidden_size]."""
+        """[num_tokens] int64 -> [num_tokens, hidden_size]: as they stand, no scale, no norm."""
+        return self.embedding(token_ids)
 
-    @abstractmethod
     def forward(
         self,
         hidden: Tensor,
@@ -215,14 +209,18 @@ class Model(nn.Module, ABC):
         batch: AttentionBatch,
         caches: Sequence[KVCache],
     ) -> Tensor:
-        """[num_tokens, hidden_size], positions [channels, num_tokens] -> hidden states.
+        """[num_tokens, hidden_size], positions [channels, num_tokens] -> normalised hidden states.
 
         Writes keys and values of these tokens into `caches`, one per layer.
         """
+        turn = self.rotary.at(positions)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            hidden = block(hidden, turn, batch, cache)
+        return self.final_norm(hidden)
 
-    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_rows, hidden_size] -> [num_rows, vocab_size], in the dtype of the weights."""
+        return self.head(hidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from glimt.layers.embedding import Embedding, PatchEmbedding
 from glimt.layers.linear import Linear, PatchLinear, empty_parameter, mlp
 from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
+from glimt.layers.tower import PatchTower, Stages
 from glimt.models.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -29,7 +30,6 @@ from glimt.models.base import (
     ConfigReader,
     Model,
     ModelFamily,
-    Stages,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
@@ -37,7 +37,6 @@ from glimt.models.base import (
     patchify,
     read_json,
     renamed,
-    run_through,
     special_id,
     squash,
 )
@@ -352,32 +351,19 @@ class VisionBlock(nn.Module):
         return self.mlp_norm(self.mlp(x), residual=x)
 
 
-class VisionTower(nn.Module):
+class VisionTower(PatchTower):
     """EVA2-CLIP-E: a class token and all patches, full attention, no final norm."""
 
     def __init__(self, config: VisionConfig, device: Device, dtype: torch.dtype) -> None:
-        super().__init__()
         size = config.hidden_size
         shape = BlockShape(size, config.num_heads, config.intermediate_size)
-        self.embed = PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype)
-        self.blocks = nn.ModuleList(
-            VisionBlock(shape, config.layer_norm_eps, device, dtype)
-            for _ in range(config.num_layers)
+        super().__init__(
+            PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype),
+            (
+                VisionBlock(shape, config.layer_norm_eps, device, dtype)
+                for _ in range(config.num_layers)
+            ),
         )
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[num_images, num_patches, values] -> [num_images, 1 + num_patches, hidden_size]."""
-        return run_through(self.stages(patches))
-
-    def stages(self, patches: Tensor) -> Stages[Tensor]:
-        """[num_images, num_patches, values] -> what `forward` gives, one block a part."""
-        num_images, num_patches, _ = patches.shape
-        cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
-        x = self.embed(patches)
-        for block in self.blocks:
-            x = block(x, cu_seqlens)
-            yield
-        return x.unflatten(0, (num_images, -1))
 
 
 class Adapter(nn.Module):
@@ -524,30 +510,10 @@ class Glm4vModel(Model):
         return patchify(pixels, self.vision.patch_size)
 
     def _adapted(self, states: Tensor) -> Tensor:
-        """Tower states -> features; the class token is left out."""
+        """Packed tower states -> features; the class token is left out."""
         assert self.vision
+        states = states.unflatten(0, (-1, self.vision.num_positions))
         return self.adapter(states[:, 1:], (self.vision.grid, self.vision.grid))
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Embeddings as they stand: no scale, no norm."""
-        return self.embedding(token_ids)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        caches: Sequence[KVCache],
-    ) -> Tensor:
-        """[num_tokens, hidden_size], [1, num_tokens] -> normalised hidden states."""
-        turn = self.rotary.at(positions)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, turn, batch, cache)
-        return self.final_norm(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
-        return self.head(hidden)
 
 
 def _rotary_spec(config: Glm4vConfig) -> RotarySpec:

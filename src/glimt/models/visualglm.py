@@ -24,6 +24,7 @@ from glimt.layers.embedding import Embedding, PatchEmbedding
 from glimt.layers.linear import Linear, empty_parameter
 from glimt.layers.norm import LayerNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
+from glimt.layers.tower import PatchTower, Stages
 from glimt.models.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -31,14 +32,12 @@ from glimt.models.base import (
     ConfigReader,
     Model,
     ModelFamily,
-    Stages,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
     normalise,
     patchify,
     renamed,
-    run_through,
     special_id,
     squash,
 )
@@ -408,33 +407,24 @@ class EvaBlock(nn.Module):
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
-class EvaTower(nn.Module):
+class EvaTower(PatchTower):
     """EVA ViT-G: a class token and all patches, full attention, one last norm over all."""
 
     def __init__(self, config: EvaConfig, device: Device, dtype: torch.dtype) -> None:
-        super().__init__()
         size = config.hidden_size
         shape = BlockShape(size, config.num_heads, config.intermediate_size)
-        self.embed = PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype)
-        self.blocks = nn.ModuleList(
-            EvaBlock(shape, config.layernorm_epsilon, device, dtype)
-            for _ in range(config.num_layers)
+        super().__init__(
+            PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype),
+            (
+                EvaBlock(shape, config.layernorm_epsilon, device, dtype)
+                for _ in range(config.num_layers)
+            ),
         )
         self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, unlike the blocks'
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """[num_images, num_patches, values] -> packed [num_images * (1 + num_patches), hidden]."""
-        return run_through(self.stages(patches))
-
     def stages(self, patches: Tensor) -> Stages[Tensor]:
         """[num_images, num_patches, values] -> what `forward` gives, one block a part."""
-        num_images, num_patches, _ = patches.shape
-        cu_seqlens = [i * (num_patches + 1) for i in range(num_images + 1)]
-        x = self.embed(patches)
-        for block in self.blocks:
-            x = block(x, cu_seqlens)
-            yield
-        return self.norm(x)
+        return self.norm((yield from super().stages(patches)))
 
 
 class CrossAttention(nn.Module):
@@ -608,27 +598,6 @@ class VisualGlmModel(Model):
         """Packed tower states -> [num_images, image_length, hidden]."""
         features = self.project(self.qformer(states, num_images))
         return features.unflatten(0, (num_images, -1))
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Embeddings as they stand: no scale, no norm."""
-        return self.embedding(token_ids)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        caches: Sequence[KVCache],
-    ) -> Tensor:
-        """[num_tokens, hidden_size], [2, num_tokens] -> normalised hidden states."""
-        turn = self.rotary.at(positions)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, turn, batch, cache)
-        return self.final_norm(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
-        return self.head(hidden)
 
 
 def _rotary_spec(config: VisualGlmConfig, context: BuildContext) -> RotarySpec:

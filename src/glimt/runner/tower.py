@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
-from glimt.models.base import Model, Stages
+from glimt.layers.tower import Stages
+from glimt.models.base import Model
 from glimt.types import ImageInput
 
 

@@ -297,24 +297,6 @@ class ToyModel(Model):
         )
         return list(features.split(lengths))
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        return self.embedding(token_ids)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        caches: Sequence[KVCache],
-    ) -> Tensor:
-        turn = self.rotary.at(positions)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, turn, batch, cache)
-        return self.final_norm(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
-
 
 def _split(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return parts[0].chunk(2)

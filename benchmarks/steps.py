@@ -60,6 +60,7 @@ def build(args: argparse.Namespace, batch: int) -> Engine:
         EngineConfig(
             model=args.model,
             dtype=args.dtype,
+            quant=args.quant,
             num_threads=args.threads,
             max_num_seqs=max(batch, 64),
             num_blocks=batch * (tokens // 32 + 2),
@@ -140,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quant", default="none")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch", default="1,8,64")
     parser.add_argument("--context", type=int, default=256)

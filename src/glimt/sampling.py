@@ -36,6 +36,7 @@ from torch import Tensor
 from glimt.types import SampledToken, SamplingParams, StepPlan, StepRow, TokenLogprob
 
 _GROWTH = 16  # candidates per retry over the last try: 1,024, then 16,384, then all 151,552
+_GROUPS_PER_CANDIDATE = 4  # an eighth more tokens than candidates then reach the floor
 _LOWEST = float(np.finfo(np.float32).min)  # below it there is only -inf, which is never chosen
 
 _Value = TypeVar("_Value", int, float)
@@ -303,20 +304,35 @@ def _weights(scores: np.ndarray, best: np.float32, temperature: float) -> np.nda
 
 
 def _floors(scores: np.ndarray, num_candidates: int) -> list[float]:
-    """The num_candidates-th largest score of each row; -inf when that is the whole row.
+    """A score of each row that at least num_candidates of its tokens reach; -inf takes them all.
 
     scores: [num_rows, vocab_size] float32
+    Of a row cut into equal groups, that many tokens reach the num_candidates-th largest of the
+    groups' maxima, and hardly more if there are more groups. That is found much sooner than the
+    num_candidates-th largest score.
     """
     if num_candidates >= scores.shape[1]:
         return [-math.inf] * len(scores)
-    largest = torch.topk(torch.from_numpy(scores), num_candidates, dim=1, sorted=False).values
-    return [float(floor) for floor in largest.amin(dim=1)]
+    num_groups = num_candidates * _GROUPS_PER_CANDIDATE
+    tops = scores if 2 * num_groups > scores.shape[1] else _group_maxima(scores, num_groups)
+    return [float(row) for row in np.partition(tops, -num_candidates, axis=1)[:, -num_candidates]]
+
+
+def _group_maxima(scores: np.ndarray, num_groups: int) -> np.ndarray:
+    """[num_rows, num_groups]: group g has every num_groups-th score from g on; a rest is left out.
+
+    Groups of neighbours would be reduced one by one; these are as wide as memory is read.
+    """
+    num_rows, vocab_size = scores.shape
+    depth = vocab_size // num_groups
+    whole: np.ndarray = scores[:, : depth * num_groups]
+    return whole.reshape(num_rows, depth, num_groups).max(axis=1)
 
 
 def _best_first(scores: np.ndarray, floor: float) -> np.ndarray:
     """Ids of all scores >= floor, but not of -inf, by descending score; ties by lower id.
 
-    Every score that equals the floor is taken: which of them topk would pick is not defined.
+    Every score that equals the floor is taken, or the answer would depend on the floor.
     """
     ids = np.flatnonzero(scores >= max(floor, _LOWEST))
     return ids[np.argsort(-scores[ids], kind="stable")]

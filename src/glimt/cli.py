@@ -552,7 +552,7 @@ def bench_synthetic(
     quant_head: QuantHead = "auto",
     quant_tower: QuantTower = "none",
     device: DeviceName = "cpu",
-    threads: Threads = None,
+    num_threads: Threads = None,
     memory_limit_bytes: MemoryLimit = None,
     batch: Annotated[
         str, _option("--batch", "Rows that decode together, with commas.", _ASK, "N,N")
@@ -584,8 +584,8 @@ def bench_synthetic(
         quant_head=quant_head,
         quant_tower=quant_tower,
         device=device,
-        threads=threads,
+        num_threads=num_threads,
         memory_limit_bytes=memory_limit_bytes,
-        output_tokens=output_len,
+        output_len=output_len,
         repeats=repeats,
     )

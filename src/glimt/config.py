@@ -37,7 +37,10 @@ _LEAST = {
     "memory_limit_bytes": 1,
 }
 _CHOICES = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "rotary_table": ROTARY_TABLES}
-_MOST = {"num_draft_tokens": 16}  # beyond, guesses are wrong more often than a step is saved
+_MOST = {
+    "num_threads": 1024,  # a process that may not start so many would be ended by its C++ library
+    "num_draft_tokens": 16,  # beyond, drafts are wrong more often than a step is saved
+}
 _OPTIONAL = ("num_threads", "max_model_len", "num_blocks", "kv_bytes", "memory_limit_bytes")
 
 

@@ -101,9 +101,10 @@ REFUSED = [
     (("glm-4v-9b", "--layers", 0), "layers is '0'"),
     (("glm-4v-9b", "--batch", "1,x"), "batch: is '1,x'"),
     (("glm-4v-9b", "--batch", "0"), "batch: is '0'"),
-    (("glm-4v-9b", "--output-len", 1), "output_tokens is 1; at least 2 is needed"),
+    (("glm-4v-9b", "--output-len", 1), "output_len is 1; at least 2 is needed"),
     (("glm-4v-9b", "--repeats", 0), "repeats is 0"),
-    (("glm-4v-9b", "--threads", 0), "threads is 0"),
+    (("glm-4v-9b", "--threads", 0), "num_threads is 0"),
+    (("glm-4v-9b", "--threads", 100_000), "num_threads is 100000; a whole number from 1 to 1024"),
     (("glm-4v-9b", "--dtype", "int3"), "dtype 'int3' is unknown"),
     (("glm-4v-9b", "--device", "abacus"), "'abacus' is unknown"),
     (("glm-4v-9b", "--quant", "no-such-form"), "no-such-form"),
@@ -128,7 +129,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
     write_noise_model(tmp_path, "glm4v_9b")
     name = SyntheticName(str(tmp_path))
     with pytest.raises(ConfigError, match="exceed the context of 1024"):
-        synthetic.run(SyntheticJob(name=name, output_tokens=1000))
+        synthetic.run(SyntheticJob(name=name, output_len=1000))
 
 
 def test_a_memory_size_is_read_as_people_type_it():

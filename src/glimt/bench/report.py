@@ -63,7 +63,7 @@ def _settings(found: Findings) -> dict[str, Any]:
         "batches": list(job.batches),
         "prompt_tokens": found.prompt_tokens,
         "picture_tokens": found.picture_tokens,
-        "output_tokens": job.output_tokens,
+        "output_tokens": job.output_len,
         "repeats": job.repeats,
     }
 

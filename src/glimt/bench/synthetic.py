@@ -10,7 +10,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -38,9 +38,9 @@ _MAX_TRIES = 2  # times the samples asked for, where the machine does not keep s
 class SyntheticJob:
     """What was asked for.
 
-    output_tokens: of each answer
+    output_len: tokens of each answer
     repeats: steady samples of each first token
-    threads: None: as many as this process may run on
+    num_threads: None: as many as this process may run on
     """
 
     name: SyntheticName
@@ -50,10 +50,10 @@ class SyntheticJob:
     quant_head: str = "auto"
     quant_tower: str = "none"
     batches: tuple[int, ...] = (1, 2, 4, 8, 10)
-    output_tokens: int = 64
+    output_len: int = 64
     repeats: int = 5
     device: str = "cpu"
-    threads: int | None = None
+    num_threads: int | None = None
     memory_limit_bytes: int | None = None
     meter_bytes: int = BUFFER_BYTES
 
@@ -61,11 +61,9 @@ class SyntheticJob:
         problems = []
         if not self.batches or min(self.batches) < 1:
             problems.append(f"batch is {list(self.batches)}; whole numbers >= 1 are needed")
-        for name, least in (("output_tokens", 2), ("repeats", 1)):
+        for name, least in (("output_len", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 problems.append(f"{name} is {getattr(self, name)}; at least {least} is needed")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"threads is {self.threads}; at least 1 is needed")
         if problems:
             raise ConfigError("bench", problems)
 
@@ -134,12 +132,13 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
 
     Raises ConfigError for what cannot be run, EngineError if a request ends with an error.
     """
-    published_config(job.name)  # before anything large is made
-    threads = plan_threads(job.threads).count
+    published_config(job.name)  # before anything large is made, and so are the settings checked
+    config = _engine_config(job)
+    threads = plan_threads(config.num_threads).count
     meter = LimitMeter(threads, num_bytes=job.meter_bytes)
     on_stage("making the weights")
     began = time.perf_counter()
-    engine = Engine.load(_engine_config(job, threads))
+    engine = Engine.load(replace(config, num_threads=threads))
     load_s = time.perf_counter() - began
     opened = engine.opened
     costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
@@ -178,7 +177,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     )
 
 
-def _engine_config(job: SyntheticJob, threads: int) -> EngineConfig:
+def _engine_config(job: SyntheticJob) -> EngineConfig:
     return EngineConfig(
         model=str(job.name),
         dtype=job.dtype,
@@ -187,7 +186,7 @@ def _engine_config(job: SyntheticJob, threads: int) -> EngineConfig:
         quant_head=job.quant_head,
         quant_tower=job.quant_tower,
         device=job.device,
-        num_threads=threads,
+        num_threads=job.num_threads,
         max_num_seqs=max(job.batches),
         memory_limit_bytes=job.memory_limit_bytes,
     )
@@ -235,10 +234,10 @@ class _Bench:
 
     def check_room(self) -> None:
         """Raise ConfigError if the largest batch does not fit the context or the cache."""
-        row = self.prompt_tokens + self.job.output_tokens
+        row = self.prompt_tokens + self.job.output_len
         limits, batch = self.engine.inputs.limits, max(self.job.batches)
         if row > limits.context_tokens:
-            said = f"a prompt of {self.prompt_tokens} tokens and {self.job.output_tokens} more"
+            said = f"a prompt of {self.prompt_tokens} tokens and {self.job.output_len} more"
             raise ConfigError(
                 "output_len", [f"{said} exceed the context of {limits.context_tokens}"]
             )
@@ -317,7 +316,7 @@ class _Bench:
         longest = self._start_rows(batch)
         first, samples = longest, []
         before = self.meter.read()
-        while (room := self.job.output_tokens - longest) > 0:
+        while (room := self.job.output_len - longest) > 0:
             seconds, count = self._timed_steps(batch, room)
             longest += count
             after = self.meter.read()
@@ -334,7 +333,7 @@ class _Bench:
         """Run until every row has a first token; tells how many the longest has."""
         counts: dict[str, int] = {}
         requests = [
-            self._request(self._seen, self.job.output_tokens, self._letters()) for _ in range(batch)
+            self._request(self._seen, self.job.output_len, self._letters()) for _ in range(batch)
         ]
         for request in requests:
             self.engine.add_request(request)

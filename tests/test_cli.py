@@ -176,6 +176,20 @@ def test_a_reader_that_leaves_is_no_error_message(glm4v):
     assert said == ""
 
 
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [(">&-", 0, ""), ("<&- 2>&1", 0, ""), ("> /dev/full", 1, "error: [Errno 28] No space left")],
+)
+def test_a_stream_that_is_closed_or_full_is_no_traceback(glm4v, shell, code, said):
+    """Catches None as sys.stdout, and OSError from a full disk behind a redirection."""
+    answer = f"generate --model {glm4v} -p hi --max-tokens 2 --quiet {shell}"
+    python = f"{sys.executable} -c 'from glimt.cli import main; main()'"
+    ran = subprocess.run(f"{python} {answer}", shell=True, capture_output=True, text=True)
+    assert ran.returncode == code
+    assert ran.stderr.startswith(said)
+    assert "Traceback" not in ran.stderr
+
+
 def test_a_terminal_without_utf8_gets_an_answer_and_no_traceback(glm4v):
     """Catches UnicodeEncodeError where stdout is Latin-1, and JSON with question marks there."""
     command = [sys.executable, "-c", "from glimt.cli import main; main()", "generate"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,9 @@ class _Commands(TyperGroup):
 
                 print_json(usage_object(error.format_message()))
             raise
-        except GlimtError as error:
+        except BrokenPipeError:  # whoever read has left, and needs no message
+            raise
+        except (GlimtError, OSError) as error:
             from glimt.commands.console import exit_code, say_error
 
             say_error(error, with_traceback=bool(ctx.params.get("debug")))
@@ -53,9 +56,13 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the installed command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            nothing = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 open until the end
+            setattr(sys, name, nothing)
     for stream in (sys.stdout, sys.stderr):
         # Where the terminal is not UTF-8, an answer with question marks beats a traceback.
-        if isinstance(stream, io.TextIOWrapper):  # it is None after >&-
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     app(prog_name="glimt")
 

@@ -278,7 +278,7 @@ def test_saving_writes_messages_with_paths_as_given_and_never_overwrites(picture
     assert path.read_text(encoding="utf-8") == "precious"
     run_command(state, "/save!", str(path))
     assert json.loads(path.read_text(encoding="utf-8")) == saved
-    with pytest.raises(RequestError, match="cannot write"):
+    with pytest.raises(RequestError, match="cannot be written"):
         run_command(state, "/save", str(tmp_path / "no" / "talk.json"))
 
 

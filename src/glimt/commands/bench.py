@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.machine import installed_version, read_processor
 from glimt.commands.memory import plan_rows
 from glimt.commands.tables import figures, key_values
+from glimt.commands.writing import write_file
 from glimt.devices.host import read_memory, read_numa_nodes
 from glimt.errors import ConfigError
 from glimt.synthetic import SyntheticName, parse_name
@@ -48,10 +50,9 @@ def bench_synthetic(
         job = SyntheticJob(name=name, batches=parse_batches(batches), **options)
         found = run(job, note)
     data = report.as_dict(found, machine_facts(), command_line())
-    if out is not None:
-        text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
-        out.write_text(text + "\n", encoding="utf-8")
     print_json(data) if as_json else _print(found)
+    if out is not None:  # last: what was measured is told even if it cannot be written
+        _write_report(out, data)
 
 
 def _name(model: str, layers: int | None, vision_layers: int | None, seed: int) -> SyntheticName:
@@ -64,6 +65,15 @@ def _check_out(out: Path | None) -> None:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         said = "is a folder" if out.is_dir() else f"lies in {out.parent}, which does not exist"
         raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
+
+
+def _write_report(out: Path, data: Mapping[str, Any]) -> None:
+    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    try:
+        write_file(out, text.encode())
+    except OSError as error:
+        said = f"{out} cannot be written: {error.strerror or error}"
+        raise ConfigError("out", [f"{said}; the report is on stdout with --json"]) from error
 
 
 def command_line() -> str:

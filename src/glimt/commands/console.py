@@ -51,7 +51,7 @@ def warn(text: str) -> None:
     _say(Text(printable(text), style="yellow"))
 
 
-def say_error(error: GlimtError, with_traceback: bool = False) -> None:
+def say_error(error: GlimtError | OSError, with_traceback: bool = False) -> None:
     """Print an error's message on stderr, after its traceback if that is wanted."""
     if with_traceback:
         traceback.print_exception(error)
@@ -63,7 +63,7 @@ def _say(text: Text) -> None:
     error_console().print(text)
 
 
-def exit_code(error: GlimtError) -> int:
+def exit_code(error: GlimtError | OSError) -> int:
     """2 for what the caller can mend, 1 for what went wrong here."""
     return 2 if isinstance(error, (RequestError, SetupError)) else 1
 

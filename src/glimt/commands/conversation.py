@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from glimt.commands.pictures import Picture
+from glimt.commands.writing import write_file
 from glimt.errors import RequestError
 
 # What the original's command line asks of a picture when nothing is typed.
@@ -79,14 +80,13 @@ class Conversation:
     def save(self, path: Path, overwrite: bool) -> None:
         """Write the messages as JSON. Raises RequestError and leaves an existing file alone."""
         text = json.dumps(self.saved(), ensure_ascii=False, indent=2) + "\n"
+        if path.exists() and not overwrite:
+            raise RequestError("save", f"{path} exists; /save! {path} overwrites it")
         try:
-            with path.open("wb" if overwrite else "xb") as file:
-                file.write(text.encode("utf-8", "surrogatepass"))
-        except FileExistsError:
-            advice = f"/save! {path} overwrites it"
-            raise RequestError("save", f"{path} exists; {advice}") from None
+            write_file(path, text.encode("utf-8", "surrogatepass"))
         except OSError as error:
-            raise RequestError("save", f"cannot write {path}: {error.strerror}") from error
+            said = f"{path} cannot be written: {error.strerror or error}"
+            raise RequestError("save", f"{said}; choose another path") from error
 
     @property
     def is_beyond_training(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glimt.checkpoint import TensorInfo
+from glimt.commands.console import size_text
 from glimt.errors import ConfigError
 
 
@@ -50,15 +51,12 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
     """A folder to write into that becomes `target` at the end, or vanishes on any error.
 
     is_replaced: what lies at `target` gives way; else it must be absent or empty
-    Raises ConfigError where the disk has no room for nbytes.
+    Raises ConfigError where the disk has no room for nbytes, or cannot be written to.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < nbytes:
-        said = f"needs {nbytes} bytes, but {free} are free in {target.parent}"
-        raise ConfigError("target", [said])
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir()
     try:
+        _check_room(target, nbytes)
+        partial.mkdir(parents=True)
         yield partial
         for file in partial.iterdir():
             _sync(file)
@@ -68,8 +66,32 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
         else:
             partial.rename(target)  # replaces an empty folder
         _sync(target.parent)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        said = f"{target} cannot be written: {error.strerror or error}{where}"
+        raise ConfigError("target", [f"{said}; make room, or choose another folder"]) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(target: Path, nbytes: int) -> None:
+    """Ask the nearest folder that exists, so that a refusal makes none."""
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(above).free) < nbytes:
+        said = f"{target} needs {size_text(nbytes)}, but {size_text(free)} are free in {above}"
+        raise ConfigError("target", [f"{said}; make room, or choose another folder"])
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole, or leave what was there. Raises OSError."""
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _exchange(new: Path, target: Path) -> None:

@@ -1,0 +1,57 @@
+"""Files and folders are written whole or not at all, and what stood in the way is told."""
+
+from pathlib import Path
+
+import pytest
+
+from glimt.commands import writing
+from glimt.commands.writing import whole_folder, write_file
+from glimt.errors import ConfigError
+
+
+def test_a_folder_below_a_file_is_refused_with_its_path(tmp_path):
+    """Catches the traceback of NotADirectoryError, and folders made for nothing."""
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ConfigError, match="file/out cannot be written: Not a directory"),
+        whole_folder(tmp_path / "file" / "out", 10),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_makes_no_folder(tmp_path, monkeypatch):
+    """Catches empty parents left behind by a refusal."""
+    monkeypatch.setattr(
+        writing.shutil, "disk_usage", lambda path: writing.shutil._ntuple_diskusage(3, 2, 1)
+    )
+    with (
+        pytest.raises(ConfigError, match=r"needs 2\.0 KiB, but 1 bytes are free in"),
+        whole_folder(tmp_path / "new" / "out", 2048),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    """Catches /save! that loses the old conversation on a full disk."""
+    path = tmp_path / "talk.json"
+    path.write_text("precious")
+
+    def half(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, b"new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"talk.json": "precious"}
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Catches a linked file that is replaced by a plain one."""
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"

@@ -243,6 +243,9 @@ def test_convert_passes_its_options_on_and_tells_the_notes(monkeypatch, tmp_path
     options = ("--qkv-layout", "blocks", "--tokenizer", tmp_path / "t")
     result = invoke("convert", tmp_path, tmp_path / "out", *options)
     assert result.exit_code == 0
+    as_data = json.loads(invoke("convert", tmp_path, tmp_path / "out", *options, "--json").stdout)
+    assert as_data["dropped"] == ["x.[y]"]
+    assert as_data["num_tensors"] == 7
     assert given == {
         "source": tmp_path,
         "target": tmp_path / "out",
@@ -261,4 +264,4 @@ def test_convert_of_nothing_is_an_error(tmp_path):
     """Catches a bar's size lookup that fails before the real check can speak."""
     result = invoke("convert", tmp_path / "absent", tmp_path / "out")
     assert result.exit_code == 2
-    assert "mp_rank_00_model_states.pt" in result.stderr
+    assert "absent: does not exist; give VisualGLM's SAT folder" in result.stderr

@@ -38,8 +38,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 STAGES = ("inputs", "outputs", "runner", "sampling", "scheduler")
 CLOSED = {STAGES}  # they meet in `engine`, through `types`
 FROM_THE_PACKAGE = ("__version__",)  # and nothing else: the public names are for users
-COMMON = ("types", "config", "errors")  # all may import these
-COMMON_MAY = {"types": ("errors",), "config": ("errors",), "errors": ()}  # and they themselves
+COMMON = ("types", "config", "errors", "sizes")  # all may import these
+COMMON_MAY = {
+    "types": ("errors",),
+    "config": ("errors",),
+    "errors": (),
+    "sizes": (),
+}  # and they themselves
 
 # Packages that must not be imported: (what, where not, why).
 EVERYWHERE = ("",)

@@ -94,46 +94,83 @@ def root(
 # --- options that several commands have ------------------------------------------------------
 
 
-def _option(names: str, say: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names.split(), help=say, rich_help_panel=panel, metavar=metavar)
+def _option(
+    names: str, say: str, panel: str, metavar: str | None = None, parser: Any = None
+) -> Any:
+    return typer.Option(
+        *names.split(), help=say, rich_help_panel=panel, metavar=metavar, parser=parser
+    )
 
 
-_MODEL, _ASK, _SAMPLE, _OUT = "Model", "Question", "Sampling", "Output"
+def _size(text: str | int) -> int:
+    from glimt.sizes import parse_size
+
+    try:
+        return parse_size(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+_MODEL, _ASK, _SAMPLE, _RUN, _OUT = "Model", "Question", "Sampling", "Run", "Output"
 _FAMILY = "Default: the family's."
 
 Model = Annotated[
     str,
     _option(
         "--model -m",
-        "Folder with config.json, weights and tokenizer; or demo, demo-visualglm.",
+        "A model folder (config.json, weights, tokenizer), demo, demo-visualglm, or a synthetic "
+        "model such as synthetic:glm-4v-9b.",
         _MODEL,
         "DIR",
     ),
 ]
 Dtype = Annotated[
     str,
-    _option("--dtype", "auto, float32, bfloat16 or float16: to compute in.", _MODEL, "TYPE"),
+    _option(
+        "--dtype",
+        "What to compute in: auto, float32, bfloat16 or float16; auto: the checkpoint's, "
+        "if the device likes it.",
+        _MODEL,
+        "TYPE",
+    ),
 ]
 DeviceName = Annotated[
-    str, _option("--device", "To compute on; glimt doctor lists them.", _MODEL, "NAME")
+    str, _option("--device", "What to compute on; glimt doctor lists them.", _MODEL, "NAME")
 ]
 Threads = Annotated[
     int | None,
-    _option("--threads", "Default: as many as this process may run on.", _MODEL, "N"),
+    _option(
+        "--threads",
+        "How many threads compute. Default: one for each core that this process may run on.",
+        _MODEL,
+        "N",
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,
-    _option("--max-model-len", "Tokens of context, pictures included.", _MODEL, "N"),
+    _option(
+        "--max-model-len",
+        "Longest context in tokens, pictures and answer included. Default: the checkpoint's.",
+        _MODEL,
+        "N",
+    ),
 ]
 KvBytes = Annotated[
     int | None,
-    _option("--kv-bytes", "Memory for the cached contexts; bytes.", _MODEL, "N"),
+    _option(
+        "--kv-bytes",
+        "Size of the KV cache: 4G, 512M or bytes. Default: what can be used, at most a quarter "
+        "of the free memory.",
+        _MODEL,
+        "SIZE",
+        _size,
+    ),
 ]
 KvDtype = Annotated[
     str,
     _option(
         "--kv-dtype",
-        "auto or int8: of the cached contexts; int8 takes half of the memory.",
+        "How the KV cache is stored: auto or int8; auto: as --dtype, int8: a byte per value.",
         _MODEL,
         "TYPE",
     ),
@@ -142,37 +179,29 @@ DraftTokens = Annotated[
     int,
     _option(
         "--draft-tokens",
-        "Guess up to N tokens from earlier text and check them in one step, 4 say; 0: do not.",
+        "Draft up to N tokens, at most 16, from earlier text (prompt lookup) and check them in "
+        "one step; 0: none.",
         _MODEL,
         "N",
     ),
 ]
 
-
-def _size(text: str | int) -> int:
-    from glimt.commands.sizes import parse_size
-
-    try:
-        return parse_size(str(text))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 MemoryLimit = Annotated[
     int | None,
-    typer.Option(
+    _option(
         "--memory-limit",
-        help="For weights, caches and work together: 16G, 512M or bytes.",
-        rich_help_panel=_MODEL,
-        metavar="SIZE",
-        parser=_size,
+        "Weights, caches and work together take at most this much: 16G, 512M or bytes. "
+        "Default: no limit.",
+        _MODEL,
+        "SIZE",
+        _size,
     ),
 ]
 RotaryTable = Annotated[
     str,
     _option(
         "--rotary-table",
-        "auto, hub_fp16 or fp32_product: how VisualGLM's positions are rounded.",
+        "How VisualGLM's rotary tables are rounded: auto, hub_fp16 or fp32_product.",
         _MODEL,
         "NAME",
     ),
@@ -182,13 +211,20 @@ Quant = Annotated[
     str,
     _option(
         "--quant",
-        "int8, w8a8, int4 …: quantise the language model while loading; see glimt quantize.",
+        "Quantise the language model while loading: none, int8, w8a8, int4, int4-g32, "
+        "int4-g128, int4-asym …",
         _MODEL,
         "NAME",
     ),
 ]
 QuantHead = Annotated[
-    str, _option("--quant-head", "The same for the output head; auto: what suits.", _MODEL, "NAME")
+    str,
+    _option(
+        "--quant-head",
+        "The same for the output head; auto: what suits --quant.",
+        _MODEL,
+        "NAME",
+    ),
 ]
 QuantTower = Annotated[
     str, _option("--quant-tower", "The same for the vision tower.", _MODEL, "NAME")
@@ -202,22 +238,33 @@ System = Annotated[
     str | None, _option("--system -s", "What the model is told before the question.", _ASK, "TEXT")
 ]
 Language = Annotated[
-    str, _option("--lang", "auto, zh or en: of the prompt template.", _ASK, "LANG")
+    str,
+    _option(
+        "--lang",
+        "Language of VisualGLM's prompt template: auto, zh or en; auto: the last question's.",
+        _ASK,
+        "LANG",
+    ),
 ]
 
 MaxTokens = Annotated[
     int | None,
     _option(
-        "--max-tokens", "Longest answer; to the end of the context if not given.", _SAMPLE, "N"
+        "--max-tokens", "Longest answer, in tokens. Default: to the context's end.", _SAMPLE, "N"
     ),
 ]
 MinTokens = Annotated[
     int | None,
-    _option("--min-tokens", "Shortest answer, before the model may end it.", _SAMPLE, "N"),
+    _option("--min-tokens", f"Tokens before the model may end the answer. {_FAMILY}", _SAMPLE, "N"),
 ]
 Temperature = Annotated[
     float | None,
-    _option("--temperature -t", f"0: always the likeliest token. {_FAMILY}", _SAMPLE, "T"),
+    _option(
+        "--temperature -t",
+        f"Higher: more varied; 0: always the likeliest token. {_FAMILY}",
+        _SAMPLE,
+        "T",
+    ),
 ]
 TopP = Annotated[
     float | None,
@@ -228,7 +275,12 @@ TopK = Annotated[
 ]
 MinP = Annotated[
     float | None,
-    _option("--min-p", "Only tokens at least P times as likely as the likeliest.", _SAMPLE, "P"),
+    _option(
+        "--min-p",
+        f"Only tokens at least P times as likely as the likeliest. {_FAMILY}",
+        _SAMPLE,
+        "P",
+    ),
 ]
 RepetitionPenalty = Annotated[
     float | None,
@@ -236,22 +288,30 @@ RepetitionPenalty = Annotated[
 ]
 PresencePenalty = Annotated[
     float | None,
-    _option("--presence-penalty", "Taken once from every token of the answer.", _SAMPLE, "A"),
+    _option(
+        "--presence-penalty",
+        "Above 0: what the answer holds comes again less. Default: 0.",
+        _SAMPLE,
+        "A",
+    ),
 ]
 FrequencyPenalty = Annotated[
     float | None,
-    _option("--frequency-penalty", "Taken at each occurrence in the answer.", _SAMPLE, "A"),
+    _option(
+        "--frequency-penalty", "The same, for each time that it holds it. Default: 0.", _SAMPLE, "A"
+    ),
 ]
 Seed = Annotated[
-    int | None, _option("--seed", "The same seed gives the same answer.", _SAMPLE, "S")
+    int | None,
+    _option("--seed", "The same seed gives the same answer. Default: a random one.", _SAMPLE, "S"),
 ]
 Stop = Annotated[
     list[str] | None,
-    _option("--stop", "Ends the answer where this text appears; may be repeated.", _SAMPLE, "TEXT"),
+    _option("--stop", "End the answer where this text appears; may be repeated.", _SAMPLE, "TEXT"),
 ]
 StopTokenIds = Annotated[
     list[int] | None,
-    _option("--stop-token-id", "Ends the answer at this token; may be repeated.", _SAMPLE, "ID"),
+    _option("--stop-token-id", "End the answer at this token; may be repeated.", _SAMPLE, "ID"),
 ]
 IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on where the model would end.", _SAMPLE)]
 Verbose = Annotated[
@@ -296,7 +356,12 @@ def generate(
     ] = None,
     messages: Annotated[
         Path | None,
-        _option("--messages", "A JSON file with a whole conversation instead.", _ASK, "FILE"),
+        _option(
+            "--messages",
+            "A JSON file with a whole conversation, instead of --prompt.",
+            _ASK,
+            "FILE",
+        ),
     ] = None,
     image: Images = None,
     system: System = None,
@@ -311,12 +376,12 @@ def generate(
     presence_penalty: PresencePenalty = None,
     frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
-    n: Annotated[int, _option("--n -n", "How many answers.", _SAMPLE, "N")] = 1,
+    n: Annotated[int, _option("--n -n", "How many answers, at most 64.", _SAMPLE, "N")] = 1,
     stop: Stop = None,
     stop_token_ids: StopTokenIds = None,
     logprobs: Annotated[
         int | None,
-        _option("--logprobs", "With --json: the K likeliest tokens at each place.", _SAMPLE, "K"),
+        _option("--logprobs", "With --json: log-probabilities, and the K likeliest.", _SAMPLE, "K"),
     ] = None,
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
@@ -405,7 +470,9 @@ def chat(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A model folder; or demo, demo-visualglm.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Tell what a model folder holds, what it takes to run, and what is wrong with it."""
@@ -420,12 +487,14 @@ def convert(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="VisualGLM's SAT folder, or its .pt file.")
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that does not exist.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write; new or empty.")
+    ],
     qkv_layout: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, blocks or interleaved: order of the source's query, key and value rows.",
+            help="Order of the source's query, key and value rows: auto, blocks or interleaved.",
         ),
     ] = "auto",
     tokenizer: Annotated[
@@ -434,11 +503,12 @@ def convert(
             metavar="PATH", help="ice_text.model or its folder; else looked for beside SRC."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a model folder of a VisualGLM checkpoint in its SAT form."""
     from glimt.commands.show import convert_with_bar
 
-    convert_with_bar(source, target, qkv_layout, tokenizer)
+    convert_with_bar(source, target, qkv_layout, tokenizer, as_json)
 
 
 @app.command()
@@ -446,13 +516,15 @@ def quantize(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="A model folder; or demo, demo-visualglm.")
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write; new or empty.")
+    ],
     blocks: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="int8, w8a8, int4, int4-g32, int4-g128, int4-asym …: of the language blocks.",
+            help="Of the language model: none, int8, w8a8, int4, int4-g32, int4-g128, int4-asym …",
         ),
     ] = "int8",
     head: Annotated[
@@ -464,7 +536,7 @@ def quantize(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model folder with weights in few bits; it loads in seconds and takes less memory."""
+    """Write a model folder with quantised weights; it loads in seconds and takes less memory."""
     from glimt.commands.show import quantize_with_bar
 
     quantize_with_bar(source, target, (blocks, head, tower), force, as_json)
@@ -479,11 +551,15 @@ def evaluate(
     model: Model = "demo",
     against: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="Compare with the same model in this dtype as well."),
+        typer.Option(
+            metavar="TYPE", help="Compare with the same model in this dtype, not quantised."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Questions of each task and language at most."),
+        typer.Option(
+            metavar="N", help="Ask at most N questions of each task and language. Default: all."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device: DeviceName = "cpu",
@@ -548,10 +624,10 @@ def bench_synthetic(
         ),
     ],
     layers: Annotated[
-        int | None, _option("--layers", "Of the language model; as published.", _MODEL, "L")
+        int | None, _option("--layers", "Of the language model. Default: all.", _MODEL, "N")
     ] = None,
     vision_layers: Annotated[
-        int | None, _option("--vision-layers", "Of the tower; as published.", _MODEL, "V")
+        int | None, _option("--vision-layers", "Of the vision tower. Default: all.", _MODEL, "N")
     ] = None,
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -562,13 +638,18 @@ def bench_synthetic(
     num_threads: Threads = None,
     memory_limit_bytes: MemoryLimit = None,
     batch: Annotated[
-        str, _option("--batch", "Rows that decode together, with commas.", _ASK, "N,N")
+        str,
+        _option(
+            "--batch", "How many sequences decode together: sizes with commas between.", _RUN, "N,N"
+        ),
     ] = "1,2,4,8,10",
-    output_len: Annotated[int, _option("--output-len", "Tokens of each answer.", _ASK, "N")] = 64,
+    output_len: Annotated[
+        int, _option("--output-len", "Tokens of each answer, at least 2.", _RUN, "N")
+    ] = 64,
     repeats: Annotated[
-        int, _option("--repeats", "Samples of each first token that must count.", _ASK, "N")
+        int, _option("--repeats", "Steady samples of each first token.", _RUN, "N")
     ] = 5,
-    seed: Annotated[int, _option("--seed", "Of weights, texts and pictures.", _ASK, "S")] = 0,
+    seed: Annotated[int, _option("--seed", "Seed of weights, texts and pictures.", _RUN, "S")] = 0,
     as_json: AsJson = False,
     out: Annotated[
         Path | None, _option("--out", "Write the JSON object to a file as well.", _OUT, "FILE")

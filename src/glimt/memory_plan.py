@@ -19,6 +19,7 @@ from glimt.devices.base import Device
 from glimt.errors import ConfigError
 from glimt.models.base import Model
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
+from glimt.sizes import size_text
 
 # First parts of the parameter names of everything that only pictures pass through.
 VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
@@ -190,17 +191,15 @@ def _workspace_bytes(config: EngineConfig, model: Model, dtype: torch.dtype) -> 
 
 
 def _beyond_limit(plan: MemoryPlan) -> ConfigError:
-    parts = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in plan.parts().items() if nbytes)
-    said = f"is {_gib(plan.limit or 0)}, but {_gib(plan.total)} are needed: {parts}"
+    parts = ", ".join(
+        f"{name} {size_text(nbytes)}" for name, nbytes in plan.parts().items() if nbytes
+    )
+    said = f"is {size_text(plan.limit or 0)}, but {size_text(plan.total)} are needed: {parts}"
     return ConfigError("memory_limit_bytes", [f"{said}; raise it (--memory-limit)"])
 
 
 def _too_small(config: EngineConfig, bare: MemoryPlan, room: int, per_block: int) -> ConfigError:
     if config.kv_bytes is None and bare.limit is not None:
         return _beyond_limit(_with_kv(bare, per_block))
-    said = f"is {room} but one cache block takes {per_block} bytes; raise it"
-    return ConfigError("kv_bytes", [said])
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+    said = f"is {size_text(room)}, but one cache block takes {size_text(per_block)}"
+    return ConfigError("kv_bytes", [f"{said}; raise it (--kv-bytes)"])

@@ -127,16 +127,7 @@ def told_as_json(as_json: bool) -> Iterator[None]:
         raise
 
 
-# --- sizes and progress ----------------------------------------------------------------------
-
-
-def size_text(nbytes: float) -> str:
-    """12.3 GiB and the like."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GiB"
+# --- progress --------------------------------------------------------------------------------
 
 
 def byte_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[int], None] | None]:
@@ -144,7 +135,7 @@ def byte_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[
 
     total: bytes in all, None if unknown. Where stderr is no terminal there is no bar.
     """
-    return _bar(label, total, DownloadColumn(), TransferSpeedColumn())
+    return _bar(label, total, DownloadColumn(binary_units=True), TransferSpeedColumn())
 
 
 def count_bar(label: str, total: int) -> AbstractContextManager[Callable[[int], None] | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class ConvertReport:
     is_guess: bool
     dropped: tuple[str, ...]
     tokenizer: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return {**asdict(self), "target": str(self.target), "notes": self.notes}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -127,8 +131,9 @@ def convert_sat(
 
 def _check_arguments(target: Path, qkv_layout: str, max_shard_bytes: int) -> None:
     problems = []
+    known = ", ".join(QKV_LAYOUTS)
     if qkv_layout not in QKV_LAYOUTS:
-        problems.append(f"qkv_layout {qkv_layout!r} is unknown; choose {', '.join(QKV_LAYOUTS)}")
+        problems.append(f"qkv_layout {qkv_layout!r} is unknown; choose one of {known}")
     if max_shard_bytes < 1:
         problems.append(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -149,7 +154,7 @@ def _find_source(source: Path) -> tuple[Path, Path]:
     for folder in (source, weights.parent, weights.parent.parent):
         if (folder / "model_config.json").is_file():
             return weights, folder / "model_config.json"
-    said = "model_config.json is neither beside the weights nor in the folder above"
+    said = "model_config.json is neither beside the weights nor in the folder above; copy it there"
     raise CheckpointError(str(weights), [said])
 
 
@@ -161,6 +166,9 @@ _SPLIT = (
 
 def _weights_in(folder: Path) -> Path:
     """The weight file of a SAT folder: the one that `latest` names, or the only one."""
+    advice = "give VisualGLM's SAT folder, or its .pt file"
+    if not folder.is_dir():
+        raise CheckpointError(str(folder), [f"does not exist; {advice}"])
     if (folder / SAT_FILE).is_file():
         return folder / SAT_FILE
     if (folder / "latest").is_file():
@@ -174,7 +182,9 @@ def _weights_in(folder: Path) -> Path:
     if found:
         said = f"holds {len(found)} checkpoints and no file latest; give the path of one {SAT_FILE}"
         raise CheckpointError(str(folder), [said])
-    raise CheckpointError(str(folder), [f"holds no {SAT_FILE}, itself or one folder down"])
+    raise CheckpointError(
+        str(folder), [f"holds no {SAT_FILE}, itself or one folder down; {advice}"]
+    )
 
 
 def _find_tokenizer(given: Path | None, weights: Path) -> Path | None:

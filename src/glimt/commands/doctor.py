@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from glimt.commands.machine import Library, Processor, read_libraries, read_processor
 from glimt.devices.host import Memory, Threads, plan_threads, read_memory, read_numa_nodes
+from glimt.sizes import size_text
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -294,24 +295,29 @@ def _check_memory(memory: Memory) -> Iterator[Check]:
         says = "cannot be read: there is no /proc/meminfo"
         yield Check("memory", "warning", says, "see for yourself that enough is free")
         return
-    free = f"{_gib(memory.usable)} of memory can be had"
+    free = f"{size_text(memory.usable)} of memory can be had"
     free += ", by the container's limit" if memory.usable < memory.available else ""
     yield _check_fit(memory, free)
     if memory.swap_used > 2**30:
-        says = f"{_gib(memory.swap_used)} are in use: weights that are swapped out stall an answer"
+        used = size_text(memory.swap_used)
+        says = f"{used} are in use: weights that are swapped out stall an answer"
         yield Check("swap", "warning", says, "close other programs, then swapoff -a; swapon -a")
     if memory.cgroup_limit is not None and memory.usable < min(_NEEDS.values()):
-        says = f"this container may use {_gib(memory.cgroup_limit)} of {_gib(memory.total)}"
+        says = (
+            f"this container may use {size_text(memory.cgroup_limit)} of {size_text(memory.total)}"
+        )
         yield Check("container", "warning", says, "start it with a higher limit (docker: --memory)")
     elif memory.disk_cache > 0:
-        says = f"{_gib(memory.disk_cache)} of files are kept in memory and given back when needed"
+        says = (
+            f"{size_text(memory.disk_cache)} of files are kept in memory and given back when needed"
+        )
         yield Check("disk cache", "ok", says)
 
 
 def _check_fit(memory: Memory, free: str) -> Check:
     if memory.usable < _LEAST:
         return Check("memory", "problem", f"{free}, too little for anything", _MEMORY_FIX)
-    short = [f"{name} ({_gib(need)})" for name, need in _NEEDS.items() if need > memory.usable]
+    short = [f"{name} ({size_text(need)})" for name, need in _NEEDS.items() if need > memory.usable]
     if short:
         says = f"{free}; in 16 bits there is no room for {' and '.join(short)}"
         return Check("memory", "warning", says, _MEMORY_FIX)
@@ -348,10 +354,6 @@ def _check_encoding(encoding: str) -> Check:
 def is_healthy(checks: list[Check]) -> bool:
     """No check found a problem; warnings do not stop anything."""
     return not any(check.level == "problem" for check in checks)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
 
 
 # --- telling ---------------------------------------------------------------------------------

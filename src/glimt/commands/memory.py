@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from glimt.commands.console import note, size_text
+from glimt.commands.console import note
 from glimt.engine import Engine
 from glimt.memory_plan import MemoryPlan
+from glimt.sizes import size_text
 
 _SAID = {
     "language": "weights, language blocks",

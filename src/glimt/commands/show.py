@@ -12,7 +12,6 @@ from glimt.commands.console import (
     note,
     out_console,
     print_json,
-    size_text,
     told_as_json,
     warn,
 )
@@ -22,6 +21,7 @@ from glimt.commands.quantize import QuantizeReport, plan_quantize, quantize
 from glimt.commands.tables import figures, key_values
 from glimt.loader import model_folder
 from glimt.quant.plan import QuantOptions
+from glimt.sizes import size_text
 
 
 def show_checkpoint(folder: Path, as_json: bool) -> bool:
@@ -88,13 +88,15 @@ def _memory(summary: CheckpointSummary) -> Table:
 # --- convert ---------------------------------------------------------------------------------
 
 
-def convert_with_bar(source: Path, target: Path, qkv_layout: str, tokenizer: Path | None) -> None:
+def convert_with_bar(
+    source: Path, target: Path, qkv_layout: str, tokenizer: Path | None, as_json: bool
+) -> None:
     """Convert a SAT checkpoint, showing progress, and tell what was written."""
-    with byte_bar("converting", _size_of(source)) as on_tensor:
+    with told_as_json(as_json), byte_bar("converting", _size_of(source)) as on_tensor:
         report = convert_sat(
             source, target, qkv_layout=qkv_layout, tokenizer=tokenizer, on_tensor=on_tensor
         )
-    _tell(report)
+    print_json(report.as_dict()) if as_json else _tell(report)
 
 
 def _size_of(source: Path) -> int | None:

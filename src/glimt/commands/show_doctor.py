@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.text import Text
 
 from glimt import __version__
-from glimt.commands.console import out_console, size_text
+from glimt.commands.console import out_console
 from glimt.commands.doctor import Check, Facts, NativeKernels, is_healthy
 from glimt.commands.machine import Library
 from glimt.commands.tables import key_values
 from glimt.devices.host import Threads
+from glimt.sizes import size_text
 
 _MARKS = {
     "ok": ("ok      ", "green"),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from glimt.checkpoint import TensorInfo
-from glimt.commands.console import size_text
 from glimt.errors import ConfigError
+from glimt.sizes import size_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +67,7 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
             partial.rename(target)  # replaces an empty folder
         _sync(target.parent)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        said = f"{target} cannot be written: {error.strerror or error}{where}"
+        said = f"{target} cannot be written: {error.strerror or error}"
         raise ConfigError("target", [f"{said}; make room, or choose another folder"]) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

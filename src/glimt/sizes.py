@@ -1,4 +1,4 @@
-"""Sizes as people type them. Imports nothing heavy: the command line's help needs it."""
+"""Sizes in bytes as people type and read them; imports nothing, as the help of cli.py must."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def parse_size(text: str) -> int:
     if not match or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
         raise ValueError(f"{text!r} is no size; 16G, 512M or a number of bytes is needed")
     return size
+
+
+def size_text(nbytes: float) -> str:
+    """12.3 GiB and the like."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"

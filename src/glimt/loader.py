@@ -233,11 +233,14 @@ class Findings:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        said = f"{str(folder)!r} {'is a file' if folder.exists() else 'does not exist'}"
-        known = " or ".join(BUILT_IN)
-        advice = f"give the folder that holds config.json and the weights, or {known}"
-        raise ConfigError("model", [f"{said}; {advice}"])
+    if folder.is_dir():
+        return
+    said = "is a file" if folder.exists() else "does not exist"
+    if is_synthetic(str(folder)):
+        said = "is made when it runs and has no files"
+    known = " or ".join(BUILT_IN)
+    advice = f"give the folder that holds config.json and the weights, or {known}"
+    raise ConfigError("model", [f"{str(folder)!r} {said}; {advice}"])
 
 
 def _choose_dtype(wanted: str, config: FamilyConfig, device: Device) -> torch.dtype:

@@ -118,21 +118,22 @@ class SamplingParams:
             raise RequestError("ignore_eos", f"must be true or false, not {self.ignore_eos!r}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(
-                "min_tokens", f"is {self.min_tokens} but max_tokens is {self.max_tokens}"
+                "min_tokens", f"is {self.min_tokens}, but max_tokens is {self.max_tokens}"
             )
         self._check_stop_lengths()
 
     def _check_stop_lengths(self) -> None:
         if len(self.stop) > _MAX_STOP_STRINGS:
-            raise RequestError("stop", f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS}")
-        lengths = [len(text) for text in self.stop]
-        if any(not 1 <= length <= _MAX_STOP_CHARS for length in lengths):
-            raise RequestError(
-                "stop", f"every stop string must have 1 to {_MAX_STOP_CHARS} characters"
-            )
-        if sum(lengths) > _MAX_STOP_CHARS_IN_ALL:
-            said = f"has {sum(lengths)} characters in all; at most {_MAX_STOP_CHARS_IN_ALL}"
+            said = f"has {len(self.stop)} strings; at most {_MAX_STOP_STRINGS} are accepted"
             raise RequestError("stop", said)
+        lengths = [len(text) for text in self.stop]
+        for i, length in enumerate(lengths):
+            if not 1 <= length <= _MAX_STOP_CHARS:
+                said = f"has {length} characters; 1 to {_MAX_STOP_CHARS} are accepted"
+                raise RequestError(f"stop[{i}]", said)
+        if sum(lengths) > _MAX_STOP_CHARS_IN_ALL:
+            most = f"at most {_MAX_STOP_CHARS_IN_ALL} are accepted"
+            raise RequestError("stop", f"has {sum(lengths)} characters in all; {most}")
 
     def _check_logit_bias(self) -> None:
         given: Any = {} if self.logit_bias is None else self.logit_bias

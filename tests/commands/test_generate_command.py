@@ -165,7 +165,7 @@ def test_several_choices_are_listed_and_the_first_stands_on_top(glm4v):
     assert said["usage"]["completion_tokens"] == sum(lengths)
     assert len({tuple(choice["token_ids"]) for choice in said["choices"]}) == 3
     shown = run(glm4v, "-p", "Hello", "--n", "3", "--seed", "5", "--max-tokens", "6").stdout
-    parts = [f"--- choice {c['index'] + 1} of 3 ---\n{c['text']}\n" for c in said["choices"]]
+    parts = [f"--- answer {c['index'] + 1} of 3 ---\n{c['text']}\n" for c in said["choices"]]
     assert shown == "".join(parts)
 
 
@@ -288,6 +288,13 @@ def test_a_refusal_in_json_is_one_object_and_exit_2(glm4v, arguments, kind, fiel
     assert (error["type"], error["field"]) == (kind, field)
     assert said in error["message"]
     assert result.stderr.startswith("error: ")
+
+
+def test_logprobs_without_json_are_refused(glm4v):
+    """Catches an option that is accepted and shows nothing."""
+    result = run(glm4v, "-p", "x", "--logprobs", "3")
+    assert result.exit_code == 2
+    assert "logprobs: are told in JSON only; add --json" in result.stderr
 
 
 def test_without_json_a_refusal_leaves_stdout_empty(glm4v):

@@ -229,9 +229,9 @@ def test_the_command_tells_what_it_wrote(source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--format", "int5"], "quant: 'int5' is unknown"),
+        (["--format", "int5"], "error: format: 'int5' is unknown"),
         (["--format", "none"], "every format is none"),
-        (["--tower", "fp8"], "quant_tower: 'fp8' is unknown"),
+        (["--tower", "fp8"], "error: tower: 'fp8' is unknown"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(source, tmp_path, arguments, said):

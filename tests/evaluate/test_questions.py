@@ -92,7 +92,7 @@ WRONG = [
     ("", "is not JSON: "),
     ("[" * 100_000, "is not JSON: "),
     ("5", "is a int, not an object"),
-    ({}, "id and task and language and answer and messages are missing"),
+    ({}, "id, task, language, answer, messages are missing"),
     ({k: v for k, v in row().items() if k != "answer"}, "answer is missing"),
     (row(answer=5), "answer is 5, not a text"),
     (row(messages=[]), "messages: is empty"),

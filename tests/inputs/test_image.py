@@ -235,6 +235,17 @@ def test_mode_that_pillow_cannot_convert_is_refused():
         decode(Image.new("La", (5, 3)))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBPVP8X", b"GIF89a\0", b"BM\0\0"],
+    ids=["PNG", "WebP", "GIF", "BMP"],
+)
+def test_a_header_that_is_cut_off_is_told_in_plain_words(data):
+    """Catches the buffer sizes of Python's struct module shown to a user."""
+    with pytest.raises(ImageError, match="the data ends too soon; save or download it again"):
+        open_(data)
+
+
 @pytest.mark.parametrize("picture_format", ["TIFF", "PPM", "ICO", "TGA", "JPEG2000", "PCX"])
 def test_other_formats_are_refused(picture_format):
     """Catches a decoder that we do not mean to offer to strangers."""

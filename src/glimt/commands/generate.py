@@ -59,6 +59,8 @@ def generate(job: GenerateJob) -> None:
     """
     with told_as_json(job.as_json):
         sampling = SamplingParams(**job.sampling)
+        if sampling.logprobs is not None and not job.as_json:
+            raise RequestError("logprobs", "are told in JSON only; add --json")
         config = EngineConfig(**job.engine, max_num_seqs=sampling.n)
         check_language(job.language)
         messages = _messages(job, config.image_limits)
@@ -141,11 +143,11 @@ def _run(engine: Engine, request: Request, streams: bool) -> RequestOutput:
 
 
 def _print_rest(output: RequestOutput, is_quiet: bool) -> None:
-    """What streaming left out: the final line feed, several choices, the facts."""
+    """What streaming left out: the final line feed, several answers, the facts."""
     if len(output.completions) == 1:
         write_answer("\n")
     for choice in output.completions if len(output.completions) > 1 else ():
-        write_answer(f"--- choice {choice.index + 1} of {len(output.completions)} ---\n")
+        write_answer(f"--- answer {choice.index + 1} of {len(output.completions)} ---\n")
         write_answer(f"{choice.text}\n")
     if not is_quiet:
         reasons = ", ".join(choice.finish_reason for choice in output.completions)

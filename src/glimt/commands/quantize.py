@@ -17,8 +17,8 @@ from glimt.devices.base import open_device
 from glimt.errors import ConfigError
 from glimt.loader import Findings, ModelFolder, build_model, model_folder, read_folder
 from glimt.models.base import BuildContext, Model, read_model_config
-from glimt.quant.base import QuantFormat
-from glimt.quant.plan import CONFIG_KEY, QuantOptions, plan_formats
+from glimt.quant.base import QuantFormat, find_format
+from glimt.quant.plan import AUTO, CONFIG_KEY, QuantOptions, plan_formats
 from glimt.weights import Formats, LoadPlan, LoadStep, plan_weights
 
 _MAX_SHARD_BYTES = 5 * 2**30
@@ -81,6 +81,7 @@ def plan_quantize(
     force: a model folder at `target` is to be replaced
     Raises ConfigError and CheckpointError, each listing all it found.
     """
+    _check_names(options)
     folder = model_folder(str(source))
     found = read_folder(folder)
     _check(found, target, options, force)
@@ -134,10 +135,20 @@ def quantize(
 # --- checks ----------------------------------------------------------------------------------
 
 
+def _check_names(options: QuantOptions) -> None:
+    """By the names that this command gives them; loading has others for the same."""
+    find_format(options.blocks, "format")
+    find_format(options.tower, "tower")
+    if options.head != AUTO:
+        find_format(options.head, "head")
+
+
 def _check(found: ModelFolder, target: Path, options: QuantOptions, force: bool) -> None:
     folder = found.checkpoint.folder
     if options.settled().is_none:
-        raise ConfigError("quantize", ["every format is none: there is nothing to do"])
+        raise ConfigError(
+            "quantize", ["every format is none; choose one with --format, --head or --tower"]
+        )
     if not found.stored.is_none:
         said = "is quantised already; give the unquantised checkpoint that it was made of"
         raise ConfigError(str(folder), [said])

@@ -83,7 +83,7 @@ def _object(line: str) -> Mapping[str, Any]:
         raise _Wrong(f"is a {type(raw).__name__}, not an object")
     missing = [name for name in (*_WORDS, "messages") if name not in raw]
     if missing:
-        raise _Wrong(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        raise _Wrong(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     return raw
 
 

@@ -96,7 +96,8 @@ def open_image(source: Any, limits: ImageLimits, *, allow_files: bool, field: st
     data = _encoded_bytes(source, limits, allow_files, field)
     image_format = _format_of(data)
     if image_format is None:
-        raise ImageError(field, f"is no {_FORMAT_NAMES} picture; it begins {data[:12]!r}")
+        said = f"is no {_FORMAT_NAMES} picture (it begins {data[:12]!r})"
+        raise ImageError(field, f"{said}; save it as one of these")
     width, height = _read_size(data, image_format, limits, field)
     return OpenedImage(width, height, image_format.name, field, data)
 
@@ -223,7 +224,8 @@ def _read_file(
         with open(path, "rb", opener=_open_without_waiting) as file:
             return _read_regular(file, limits, field)
     except (OSError, ValueError) as error:
-        raise ImageError(field, f"cannot be read as a file: {_cut(str(error))}") from error
+        said = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise ImageError(field, f"cannot be read: {_cut(said)}") from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -237,7 +239,7 @@ def _read_regular(file: BinaryIO, limits: ImageLimits, field: str) -> bytes:
 
 def _check_file(status: os.stat_result, limits: ImageLimits, field: str) -> None:
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(field, "is a folder, not a picture")
+        raise ImageError(field, "is a folder; give the path of one picture")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(field, "is a device, pipe or socket; only regular files are read")
     _check_num_bytes(status.st_size, limits, field)
@@ -370,7 +372,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 def _check_webp(data: bytes) -> _Size:
     """Size of the canvas, which Pillow allocates to read the header (RFC 9649, section 2)."""
     if len(data) < 30:
-        raise ValueError("the data ends too soon")
+        raise IndexError("the header is cut off")
     if data[12:16] == b"VP8X":
         return 1 + _little(data[24:27]), 1 + _little(data[27:30])
     if data[12:16] == b"VP8L":
@@ -524,10 +526,12 @@ def _pillow_errors(field: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except (IndexError, struct.error) as error:
-        raise ImageError(field, "cannot be read as a picture: the data ends too soon") from error
     except Exception as error:
         said = _cut(str(error)) or type(error).__name__
+        # Where a header cannot be read, Pillow raises SyntaxError from what it met there.
+        met = error.__cause__ if isinstance(error, SyntaxError) else error
+        if isinstance(met, (IndexError, EOFError, struct.error)):
+            said = "the data ends too soon; save or download it again"
         raise ImageError(field, f"cannot be read as a picture: {said}") from error
 
 

@@ -121,7 +121,9 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a prepared request. Raises RequestError when its id is in use."""
         if self.is_open(request.request_id):
-            raise RequestError("request_id", f"{request.request_id!r} is already running")
+            raise RequestError(
+                "request_id", f"{request.request_id!r} is already running; choose another"
+            )
         self.outputs.add(request)
         self.scheduler.add(request)
 

@@ -76,5 +76,5 @@ def test_messages_become_rounds() -> None:
     assert say(("user", "甲"), ("assistant", "乙"), ("user", "丙")) == [("甲", "乙"), ("丙", "")]
     assert say(("system", "规则"), ("user", "甲")) == [("规则\n甲", "")]
     assert say(("user", "甲"), ("user", "乙")) == [("甲\n乙", "")]
-    with pytest.raises(RequestError, match="last message must not be the assistant's"):
+    with pytest.raises(RequestError, match="last message is the assistant's"):
         say(("user", "甲"), ("assistant", "乙"))

@@ -308,7 +308,9 @@ def _rounds(messages: Sequence[Message]) -> list[tuple[str, str]]:
     messages of one role are joined by a line feed.
     """
     if messages[-1].role == "assistant":
-        raise RequestError("messages", "the last message must not be the assistant's")
+        raise RequestError(
+            "messages", "the last message is the assistant's; end with the user's question"
+        )
     rounds: list[tuple[list[str], list[str]]] = [([], [])]
     for message in messages:
         if message.role == "assistant":

@@ -48,7 +48,7 @@ def test_a_matrix_in_another_form_counts_at_its_own_size():
     module.head = nn.Linear(4, 8, bias=False)
     module.blocks = nn.Module()
     module.blocks.weight = Packed(77)
-    assert weight_bytes(module) == {"language": 77, "head": 128, "embedding": 0, "tower": 0}
+    assert weight_bytes(module) == {"language": 77, "head": 128, "embedding": 0, "vision": 0}
 
 
 def test_loaded_weights_take_what_was_planned():
@@ -120,7 +120,7 @@ def test_weights_beyond_the_limit_are_refused_before_they_are_made():
     with pytest.raises(ConfigError) as refused:
         open_model(EngineConfig(model=GLM4V, dtype="bfloat16", memory_limit_bytes=16 * 2**30))
     said = str(refused.value)
-    for part in ("is 16.0 GiB", "language 15.2 GiB", "head 1.2 GiB", "tower 8.4 GiB"):
+    for part in ("is 16.0 GiB", "language 15.2 GiB", "head 1.2 GiB", "vision 8.4 GiB"):
         assert part in said
     assert "--memory-limit" in said
 

@@ -183,7 +183,7 @@ def _table(rows: Sequence[_Row], language: Language) -> str:
 
 def _divergence(found: Mapping[str, Any], language: Language) -> str:
     return _DIVERGENCE.said(language).format(
-        places=found["num_places"], kl=found["mean_kl"], top1=found["top1"]
+        places=found["num_tokens"], kl=found["mean_kl"], top1=found["top1"]
     )
 
 

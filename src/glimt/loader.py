@@ -28,8 +28,8 @@ from glimt.models.base import (
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.synthetic import (
-    StandInTokenizer,
     SyntheticName,
+    SyntheticTokenizer,
     is_synthetic,
     parse_name,
     published_config,
@@ -180,7 +180,9 @@ def read_synthetic(name: SyntheticName) -> ModelFolder:
     if family.special_ids is None:
         said = f"{family.name} does not say which special ids config.json tells (special_ids)"
         raise ConfigError(where, [said])
-    processor = family.processor(name.folder, config, StandInTokenizer(family.special_ids(config)))
+    processor = family.processor(
+        name.folder, config, SyntheticTokenizer(family.special_ids(config))
+    )
     empty = Checkpoint(Path(where), (), {})
     return ModelFolder(family, config, processor, empty, (), QuantOptions(head=NONE))
 

@@ -35,7 +35,8 @@ _BYTES_PER_LOGIT = 12  # as they come, in float32, and sorted
 class MemoryPlan:
     """Bytes of each part; limit: what all of them together may take, None for no limit.
 
-    language, head, embedding, tower: weights; tower with everything that only pictures pass
+    language, head, embedding, vision: weights; vision: tower, adapter and all that only
+        pictures pass through
     features:  the cache of picture features
     workspace: the most that one step holds besides, estimated
     reserve:   Python, torch and what waits
@@ -44,7 +45,7 @@ class MemoryPlan:
     language: int
     head: int
     embedding: int
-    tower: int
+    vision: int
     kv: int
     features: int
     workspace: int
@@ -54,7 +55,7 @@ class MemoryPlan:
     @property
     def weights(self) -> int:
         """All weights."""
-        return self.language + self.head + self.embedding + self.tower
+        return self.language + self.head + self.embedding + self.vision
 
     @property
     def total(self) -> int:
@@ -122,7 +123,7 @@ def _bare_plan(config: EngineConfig, model: Model, dtype: torch.dtype) -> Memory
     return MemoryPlan(
         **weight_bytes(model),
         kv=0,
-        features=config.feature_cache_bytes if _has_tower(model) else 0,
+        features=config.feature_cache_bytes if _has_vision(model) else 0,
         workspace=_workspace_bytes(config, model, dtype),
         reserve=_RESERVE,
         limit=config.memory_limit_bytes,
@@ -142,7 +143,7 @@ def weight_bytes(model: Model) -> dict[str, int]:
 
     A matrix that is packed or quantised is no parameter, but tells its own nbytes.
     """
-    parts = dict.fromkeys(("language", "head", "embedding", "tower"), 0)
+    parts = dict.fromkeys(("language", "head", "embedding", "vision"), 0)
     seen: set[int] = set()
     for name, module in model.named_modules():
         for value in _held(module):
@@ -164,10 +165,10 @@ def _part_of(module: str) -> str:
     first = module.partition(".")[0]
     if first in ("embedding", "head"):
         return first
-    return "tower" if first in VISION_MODULES else "language"
+    return "vision" if first in VISION_MODULES else "language"
 
 
-def _has_tower(model: Model) -> bool:
+def _has_vision(model: Model) -> bool:
     return any(name in VISION_MODULES for name, _ in model.named_children())
 
 
@@ -178,7 +179,7 @@ def _workspace_bytes(config: EngineConfig, model: Model, dtype: torch.dtype) -> 
         block = re.match(r".*?\.\d+\.", name)
         if block and value.dim() == 2:
             widths[block[0]] += value.shape[0]
-    tokens = {"language": config.max_num_batched_tokens, "tower": config.tower_patches}
+    tokens = {"language": config.max_num_batched_tokens, "vision": config.tower_patches}
     values = [width * tokens[_part_of(block)] for block, width in widths.items()]
     vocabulary = [value.shape[0] for name, value in model.named_parameters() if "head" in name]
     places = config.max_num_seqs * (1 + config.num_draft_tokens)  # each has logits of its own

@@ -156,7 +156,7 @@ def draw(name: str, shape: Shape, noise: Tensor, dtype: torch.dtype) -> Tensor:
 # --- tokenizer -------------------------------------------------------------------------------
 
 
-class StandInTokenizer:
+class SyntheticTokenizer:
     """One token a character; text comes back as printable letters. Has the family's special ids.
 
     num_plain: ids below are text's: those before the first special one but 0

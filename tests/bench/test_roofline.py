@@ -42,8 +42,8 @@ def test_a_glm4v_picture_is_the_published_arithmetic(glm4v):
     tower = 2 * n * (4 * h * h + 2 * h * f) * layers + 4 * n * n * h * layers
     patches = 2 * 6400 * 3 * 14 * 14 * h
     adapter = 2 * 1600 * (4 * h * H + H * H + 3 * H * FFN)
-    assert glm4v.picture_ops == tower + patches + adapter
-    assert glm4v.picture_ops == pytest.approx(73.96e12, rel=1e-4)
+    assert glm4v.image_ops == tower + patches + adapter
+    assert glm4v.image_ops == pytest.approx(73.96e12, rel=1e-4)
 
 
 def test_a_visualglm_picture_is_the_published_arithmetic(visualglm):
@@ -52,7 +52,7 @@ def test_a_visualglm_picture_is_the_published_arithmetic(visualglm):
     tower = 39 * (2 * n * (4 * h * h + 2 * h * f) + 4 * n * n * h) + 2 * 256 * 588 * h
     own = 12 * (2 * q * (4 * d * d + 2 * d * 4 * d) + 4 * q * q * d)
     cross = 6 * (2 * q * 2 * d * d + 2 * n * h * 2 * d + 4 * q * n * d)
-    assert visualglm.picture_ops == tower + own + cross + 2 * q * d * 4096
+    assert visualglm.image_ops == tower + own + cross + 2 * q * d * 4096
 
 
 def test_visualglm_reads_and_keeps_what_the_papers_say(visualglm):
@@ -76,7 +76,7 @@ TOY = ModelCosts(
     kv_bytes=8,
     num_layers=2,
     attention_size=4,
-    picture_ops=0,
+    image_ops=0,
 )
 
 

@@ -57,11 +57,11 @@ def test_the_report_has_every_figure(folder, tmp_path):
     assert data["model"]["kv_dtype"] == "int8"
     kv_heads = {"glm4v_9b": 2, "visualglm": 4}[data["model"]["family"]]
     assert data["costs"]["kv_bytes"] == 2 * kv_heads * (16 + 4), "one layer, 16 dims a head"
-    assert data["settings"]["prompt_tokens"] == data["settings"]["picture_tokens"] + 32
+    assert data["settings"]["prompt_tokens"] == data["settings"]["image_tokens"] + 32
     assert data["memory"]["plan"]["total"] > data["memory"]["plan"]["kv"] > 0
     assert data["limits"]["start"].keys() == {"read_bytes", "bf16_ops", "int8_ops"}
     for part in ("fresh", "again"):
-        assert data[part].keys() == {"ttft", "picture", "prefill", "cached_tokens"}
+        assert data[part].keys() == {"ttft", "image", "prefill", "cached_tokens"}
     assert [one["batch"] for one in data["decoding"]] == [1, 3]
     for one in data["decoding"]:
         assert one.keys() == {
@@ -74,8 +74,8 @@ def test_a_picture_seen_before_costs_no_tower(folder):
     """Catches a 'fresh' request that finds its picture cached, or the other way round."""
     ran = bench(folder, *SHORT, "--json")
     data = json.loads(ran.stdout)
-    assert all(sample["seconds"] > 0 for sample in data["fresh"]["picture"]["all_s"])
-    assert all(sample["seconds"] == 0 for sample in data["again"]["picture"]["all_s"])
+    assert all(sample["seconds"] > 0 for sample in data["fresh"]["image"]["all_s"])
+    assert all(sample["seconds"] == 0 for sample in data["again"]["image"]["all_s"])
     assert data["fresh"]["cached_tokens"] < 10, "no more than the template's first tokens"
 
 

@@ -109,9 +109,9 @@ def test_three_quotes_make_a_block_that_is_no_command(monkeypatch):
     """Catches pasted text whose first line begins with a slash being run as a command."""
     found = entries(monkeypatch, '"""\n/quit\n\nb\\\n"""\nnext\n"""\nopen')
     assert found == [
-        Entry("/quit\n\nb\\", is_block=True),
+        Entry("/quit\n\nb\\", is_quoted=True),
         Entry("next"),
-        Entry("open", is_block=True),
+        Entry("open", is_quoted=True),
     ]
 
 

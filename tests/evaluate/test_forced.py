@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.errors import RequestError
-from glimt.evaluate.forced import Places, compare, forced_logits, summary
+from glimt.evaluate.forced import PerToken, compare, forced_logits, summary
 from glimt.llm import LLM
 from glimt.sampling import Sampler
 from glimt.types import SampledToken, SamplingParams, StepPlan
@@ -143,7 +143,7 @@ def test_a_model_does_not_diverge_from_itself(llm):
     answers = [[5, 6, 7, 8], [9], [30, 31]]
     one, other = (forced_logits(llm, conversations(), answers) for _ in range(2))
     found = summary([compare(*both) for both in zip(one, other, strict=True)])
-    assert found.num_places == 7
+    assert found.num_tokens == 7
     assert found.top1 == 1.0
     assert found.mean_kl == pytest.approx(0, abs=1e-12)
     assert found.p99_kl == pytest.approx(0, abs=1e-12)
@@ -169,9 +169,9 @@ def test_kl_is_that_of_the_definition():
 def test_the_summary_weighs_every_place_alike():
     """Catches a mean of means, which a short answer would dominate."""
     parts = [
-        Places(torch.tensor([0.0, 0.0, 0.0]).double(), torch.tensor([True, True, False])),
-        Places(torch.tensor([4.0]).double(), torch.tensor([False])),
+        PerToken(torch.tensor([0.0, 0.0, 0.0]).double(), torch.tensor([True, True, False])),
+        PerToken(torch.tensor([4.0]).double(), torch.tensor([False])),
     ]
     found = summary(parts)
-    assert (found.num_places, found.mean_kl, found.top1) == (4, 1.0, 0.5)
+    assert (found.num_tokens, found.mean_kl, found.top1) == (4, 1.0, 0.5)
     assert found.p99_kl == pytest.approx(4.0 * 0.97)  # linear between the sorted places

@@ -106,7 +106,7 @@ def test_agreement_and_divergence_are_from_the_reference(llm, other):
     agreed = sum(a.text == b.text for a, b in zip(one, outputs, strict=True))
     assert found.tallies == (Tally("a", "en", 3, 3, agreed, 0),)
     assert found.divergence is not None
-    assert found.divergence.num_places == sum(len(output.token_ids) for output in outputs)
+    assert found.divergence.num_tokens == sum(len(output.token_ids) for output in outputs)
     assert found.divergence.mean_kl > 0.1
     assert found.as_dict()["divergence"]["mean_kl"] == found.divergence.mean_kl
 

@@ -323,7 +323,7 @@ def test_bench_times_random_weights_of_its_shapes(
     short = ("--layers", 1, "--batch", "1,2", "--output-len", 4, "--repeats", 1)
     data = json.loads(glimt_command("bench", "synthetic", folder, *short, "--json"))
     assert (data["model"]["family"], data["model"]["layers"]) == ("toy", 1)
-    assert data["settings"]["picture_tokens"] == 36
+    assert data["settings"]["image_tokens"] == 36
     ran = CliRunner().invoke(app, ["bench", "synthetic", str(folder), "--vision-layers", "1"])
     assert ran.exit_code == 2
     assert "config.json does not say how many there are (num_hidden_layers)" in ran.output

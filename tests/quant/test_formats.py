@@ -189,10 +189,10 @@ def test_w8a8_weights_are_those_of_int8():
     assert (ours.quantises_x, plain_int8.quantises_x) == (True, False)
 
 
-def test_slabs_of_rows_are_joined_in_order(monkeypatch):
-    """Catches rows lost or swapped where a large weight is quantised slab by slab."""
+def test_chunks_of_rows_are_joined_in_order(monkeypatch):
+    """Catches rows lost or swapped where a large weight is quantised chunk by chunk."""
     exact = weight(10, 4)
-    monkeypatch.setattr("glimt.quant.base._SLAB_ELEMENTS", 12)
+    monkeypatch.setattr("glimt.quant.base._CHUNK_ELEMENTS", 12)
     (joined, sizes) = by_rows(exact, lambda rows: (rows * 2, torch.tensor([len(rows)])))
     assert torch.equal(joined, exact * 2)
     assert sizes.tolist() == [3, 3, 3, 1]

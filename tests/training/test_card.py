@@ -16,7 +16,7 @@ from glimt.demo.noise import FAMILIES, write_noise_model
 from training import card
 
 TRAINED = card.Trained(12_000, 97.4, Words("2 个 CPU 核", "2 CPU cores"))
-DIVERGENCE = {"num_places": 31_234, "mean_kl": 4.2e-5, "p99_kl": 1e-3, "top1": 0.9987}
+DIVERGENCE = {"num_tokens": 31_234, "mean_kl": 4.2e-5, "p99_kl": 1e-3, "top1": 0.9987}
 
 
 def results(share: float, **changes: Any) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from glimt.bench.samples import Summary
-from glimt.bench.synthetic import Decoding, Findings, FirstToken
+from glimt.bench.synthetic import Decoding, FirstToken, Measurements
 
 NONE = "-"
 
 
-def as_dict(found: Findings, machine: Mapping[str, Any], command: str) -> dict[str, Any]:
+def as_dict(found: Measurements, machine: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Everything, with the machine and the command that gives it again."""
     costs = found.costs
     return {
@@ -39,7 +39,7 @@ def as_dict(found: Findings, machine: Mapping[str, Any], command: str) -> dict[s
     }
 
 
-def _model(found: Findings) -> dict[str, Any]:
+def _model(found: Measurements) -> dict[str, Any]:
     name = found.job.name
     return {
         "name": str(name),
@@ -55,14 +55,14 @@ def _model(found: Findings) -> dict[str, Any]:
     }
 
 
-def _settings(found: Findings) -> dict[str, Any]:
+def _settings(found: Measurements) -> dict[str, Any]:
     job = found.job
     return {
         "device": job.device,
         "threads": found.threads,
         "batches": list(job.batches),
         "prompt_tokens": found.prompt_tokens,
-        "picture_tokens": found.picture_tokens,
+        "image_tokens": found.image_tokens,
         "output_tokens": job.output_len,
         "repeats": job.repeats,
     }
@@ -71,7 +71,7 @@ def _settings(found: Findings) -> dict[str, Any]:
 def _first_token(first: FirstToken) -> dict[str, Any]:
     return {
         "ttft": first.ttft.as_dict(),
-        "picture": first.picture.as_dict(),
+        "image": first.image.as_dict(),
         "prefill": first.prefill.as_dict(),
         "cached_tokens": first.cached_tokens,
     }
@@ -94,10 +94,10 @@ def _decoding(one: Decoding) -> dict[str, Any]:
 HEADINGS = ("what", "median", "spread", "samples", "of the limit", "tokens/s")
 
 
-def rows(found: Findings) -> list[tuple[str, ...]]:
+def rows(found: Measurements) -> list[tuple[str, ...]]:
     """One row of texts for each thing measured, under HEADINGS."""
     first = [
-        ("picture", found.fresh.picture),
+        ("picture", found.fresh.image),
         (f"prefill, {found.prompt_tokens} tokens", found.fresh.prefill),
         ("first token (TTFT)", found.fresh.ttft),
         ("first token, seen before", found.again.ttft),
@@ -129,7 +129,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
-def limit_rows(found: Findings) -> dict[str, str]:
+def limit_rows(found: Measurements) -> dict[str, str]:
     """The machine's limits at the start and at the end."""
     start, end = found.limits
     shown = {

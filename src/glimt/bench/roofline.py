@@ -28,7 +28,7 @@ class ModelCosts:
     step_bytes:      of the weights that every step reads: blocks, last norm and head
     kv_bytes:        of one cached token
     num_layers, attention_size: blocks, and query heads times their width
-    picture_ops:     operations of one picture through tower and adapter
+    image_ops:       operations of one picture through tower and adapter
     """
 
     layer_products: int
@@ -37,7 +37,7 @@ class ModelCosts:
     kv_bytes: int
     num_layers: int
     attention_size: int
-    picture_ops: int
+    image_ops: int
 
     def with_weights(self, step_bytes: int) -> ModelCosts:
         """The same for weights in another form, such as quantised ones."""
@@ -102,20 +102,20 @@ def costs_of(
         kv_bytes=kv_bytes_per_token(model, dtype),
         num_layers=model.num_layers,
         attention_size=config.num_heads * model.head_dim,
-        picture_ops=_picture_ops(model, processor),
+        image_ops=_image_ops(model, processor),
     )
 
 
-def _picture_ops(model: Model, processor: Processor) -> int:
+def _image_ops(model: Model, processor: Processor) -> int:
     """torch counts the products and attentions of the plain path; 0 for a text model."""
     if not any(name in VISION_MODULES for name, _ in model.named_children()):
         return 0
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.image_features([blank_picture(processor)])
+        model.image_features([blank_image(processor)])
     return int(counter.get_total_flops())
 
 
-def blank_picture(processor: Processor) -> ImageInput:
+def blank_image(processor: Processor) -> ImageInput:
     """A black picture as the tower takes it."""
     from PIL import Image
 

@@ -72,11 +72,11 @@ class SyntheticJob:
 class FirstToken:
     """Until the first token of one request alone; ttft includes opening and resizing the picture.
 
-    picture: tower and adapter; prefill: the language model's step, picture excluded
+    image: tower and adapter; prefill: the language model's step, picture excluded
     """
 
     ttft: Summary
-    picture: Summary
+    image: Summary
     prefill: Summary
     cached_tokens: int
 
@@ -100,7 +100,7 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class Measurements:
     """All that was measured, and what it was measured on.
 
     limits:        the machine's, once at the start and once at the end
@@ -117,7 +117,7 @@ class Findings:
     limits: tuple[Limits, Limits]
     costs: ModelCosts
     prompt_tokens: int
-    picture_tokens: int
+    image_tokens: int
     load_s: float
     memory: MemoryPlan
     peak_rss: int
@@ -127,7 +127,7 @@ class Findings:
     decoding: tuple[Decoding, ...]
 
 
-def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None) -> Findings:
+def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None) -> Measurements:
     """Make the model, run everything. on_stage: told what begins.
 
     Raises ConfigError for what cannot be run, EngineError if a request ends with an error.
@@ -156,7 +156,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     for batch in job.batches:
         on_stage(f"decoding {batch} at a time")
         decoding.append(bench.decode(batch))
-    return Findings(
+    return Measurements(
         job=job,
         family=opened.family.name,
         dtype=str(opened.dtype).removeprefix("torch."),
@@ -166,7 +166,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
         limits=(first, meter.measure()),
         costs=costs,
         prompt_tokens=bench.prompt_tokens,
-        picture_tokens=bench.picture_tokens,
+        image_tokens=bench.image_tokens,
         load_s=load_s,
         memory=engine.memory,
         peak_rss=_peak_rss() - meter.buffer.numel(),
@@ -210,9 +210,9 @@ class _Bench:
         self._random = random.Random(job.name.seed)
         picture = self._picture()
         bare = self._request(picture, 1)
-        self.picture_tokens = sum(span.length for span in bare.prompt.spans)
-        self._num_letters = 1 + _TEXT_TOKENS - (len(bare.prompt.token_ids) - self.picture_tokens)
-        self.prompt_tokens = self.picture_tokens + _TEXT_TOKENS
+        self.image_tokens = sum(span.length for span in bare.prompt.spans)
+        self._num_characters = 1 + _TEXT_TOKENS - (len(bare.prompt.token_ids) - self.image_tokens)
+        self.prompt_tokens = self.image_tokens + _TEXT_TOKENS
 
     # --- requests ---
 
@@ -221,9 +221,9 @@ class _Bench:
         noise = np.random.default_rng(self._random.getrandbits(32))
         return Image.fromarray(noise.integers(0, 256, (1120, 1120, 3), dtype=np.uint8))
 
-    def _letters(self) -> str:
-        """Random Chinese letters: the stand-in tokenizer makes a random id of each."""
-        count = max(1, self._num_letters)
+    def _characters(self) -> str:
+        """Random Chinese characters: the synthetic tokenizer makes a random id of each."""
+        count = max(1, self._num_characters)
         return "".join(chr(self._random.randrange(0x4E00, 0x9FA5)) for _ in range(count))
 
     def _request(self, picture: Image.Image | None, num_tokens: int, text: str = "中") -> Request:
@@ -259,33 +259,33 @@ class _Bench:
         """Of requests never seen, and of one that was seen before."""
         pictures = [self._picture() for _ in range(self.job.repeats * _MAX_TRIES)]
         self._seen = pictures[0]
-        text = self._letters()
-        fresh = self._first_tokens(lambda i: (pictures[i], text), self.costs.picture_ops)
+        text = self._characters()
+        fresh = self._first_tokens(lambda i: (pictures[i], text), self.costs.image_ops)
         again = self._first_tokens(lambda i: (pictures[0], text), 0)
         return fresh, again
 
     def _first_tokens(
-        self, ask: Callable[[int], tuple[Image.Image, str]], picture_ops: int
+        self, ask: Callable[[int], tuple[Image.Image, str]], image_ops: int
     ) -> FirstToken:
         ttft: list[Sample] = []
-        picture: list[Sample] = []
+        image: list[Sample] = []
         prefill: list[Sample] = []
         cached = 0
         before = self._math_limit()
         while not self._is_enough(ttft):
             began = time.perf_counter()
             request = self._request(ask(len(ttft))[0], 2, ask(len(ttft))[1])
-            picture_s, step_s, cached = self._until_first(request)
+            image_s, step_s, cached = self._until_first(request)
             total = time.perf_counter() - began
             after = self._math_limit()
             ttft.append(Sample(total, before, after))
-            picture.append(Sample(picture_s, before, after))
-            prefill.append(Sample(step_s - picture_s, before, after))
+            image.append(Sample(image_s, before, after))
+            prefill.append(Sample(step_s - image_s, before, after))
             before = after
-        prefill_ops = self.costs.prefill_ops(self.prompt_tokens) if picture_ops else 0
+        prefill_ops = self.costs.prefill_ops(self.prompt_tokens) if image_ops else 0
         return FirstToken(
-            ttft=summarise(ttft, picture_ops + prefill_ops),
-            picture=summarise(picture, picture_ops),
+            ttft=summarise(ttft, image_ops + prefill_ops),
+            image=summarise(image, image_ops),
             prefill=summarise(prefill, prefill_ops),
             cached_tokens=cached,
         )
@@ -333,7 +333,7 @@ class _Bench:
         """Run until every row has a first token; tells how many the longest has."""
         counts: dict[str, int] = {}
         requests = [
-            self._request(self._seen, self.job.output_len, self._letters()) for _ in range(batch)
+            self._request(self._seen, self.job.output_len, self._characters()) for _ in range(batch)
         ]
         for request in requests:
             self.engine.add_request(request)

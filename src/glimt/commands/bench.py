@@ -13,7 +13,7 @@ from typing import Any
 
 from glimt import __version__
 from glimt.bench import report
-from glimt.bench.synthetic import Findings, SyntheticJob, run
+from glimt.bench.synthetic import Measurements, SyntheticJob, run
 from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.machine import installed_version, read_processor
 from glimt.commands.memory import plan_rows
@@ -97,7 +97,7 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _print(found: Findings) -> None:
+def _print(found: Measurements) -> None:
     console = out_console()
     title = f"{found.job.name}, {found.dtype}, {found.threads} threads, quant {found.job.quant}"
     if found.job.kv_dtype != "auto":

@@ -87,7 +87,7 @@ class Chat:
             note(f"an empty line asks: {default_question(self.language, os.environ)}")
 
     def _take(self, entry: Entry) -> None:
-        command = None if entry.is_block else as_command(entry.text)
+        command = None if entry.is_quoted else as_command(entry.text)
         try:
             if command is None:
                 self._ask(entry.text)

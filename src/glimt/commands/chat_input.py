@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_BLOCK = '"""'
+_QUOTES = '"""'
 _PROMPT, _MORE = "> ", ". "
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What was typed. is_block: it stood between lines of three quotes, so it is no command."""
+    """What was typed. is_quoted: it stood between lines of three quotes, so it is no command."""
 
     text: str
-    is_block: bool = False
+    is_quoted: bool = False
 
 
 class Reader:
@@ -53,8 +53,8 @@ class Reader:
 
     def _whole(self, line: str) -> Entry:
         """Add the lines that belong to the first one."""
-        if line.strip() == _BLOCK:
-            return Entry("\n".join(self._block()), is_block=True)
+        if line.strip() == _QUOTES:
+            return Entry("\n".join(self._quoted()), is_quoted=True)
         lines = [line]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -64,9 +64,9 @@ class Reader:
             lines.append(more)
         return Entry("\n".join(lines))
 
-    def _block(self) -> list[str]:
+    def _quoted(self) -> list[str]:
         lines: list[str] = []
-        while (line := self._line(_MORE)) is not None and line.strip() != _BLOCK:
+        while (line := self._line(_MORE)) is not None and line.strip() != _QUOTES:
             lines.append(line)
         return lines
 

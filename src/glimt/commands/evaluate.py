@@ -88,7 +88,7 @@ def _print(found: Evaluation, against: str | None) -> None:
     if found.divergence:
         far = found.divergence
         console.print(
-            f"from {against}, over {far.num_places:,} tokens: mean KL {far.mean_kl:.2e}, "
+            f"from {against}, over {far.num_tokens:,} tokens: mean KL {far.mean_kl:.2e}, "
             f"99th percentile {far.p99_kl:.2e} nats, same likeliest token {far.top1:.2%}",
             soft_wrap=True,
         )

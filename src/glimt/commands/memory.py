@@ -8,10 +8,10 @@ from glimt.memory_plan import MemoryPlan
 from glimt.sizes import size_text
 
 _SAID = {
-    "language": "weights, language blocks",
-    "head": "weights, head",
+    "language": "weights, language model",
+    "head": "weights, output head",
     "embedding": "weights, embedding",
-    "tower": "weights, vision",
+    "vision": "weights, vision",
     "kv": "KV cache",
     "features": "picture features",
     "workspace": "workspace, estimated",
@@ -34,7 +34,7 @@ def plan_line(plan: MemoryPlan) -> str:
     """The whole plan in one line: a large model's is told at every start."""
     parts = {
         "weights": plan.language + plan.head + plan.embedding,
-        "vision": plan.tower,
+        "vision": plan.vision,
         "KV cache": plan.kv,
         "picture features": plan.features,
         "work and reserve": plan.workspace + plan.reserve,

@@ -97,37 +97,37 @@ def _forced_request(
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How far one setting's distributions are from the reference's, over all places.
+    """How far one setting's distributions are from the reference's, over all tokens.
 
     mean_kl, p99_kl: of KL(reference || setting), nats
-    top1:            share of places where both have the same likeliest token
+    top1:            share of tokens for which both have the same likeliest token
     """
 
-    num_places: int
+    num_tokens: int
     mean_kl: float
     p99_kl: float
     top1: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Places:
-    """The divergence at each of some places: [num_places] float64 nats, and bool."""
+class PerToken:
+    """The divergence at each of some tokens: [num_tokens] float64 nats, and bool."""
 
     kl: Tensor
     same_top: Tensor
 
 
-def compare(reference: Tensor, setting: Tensor) -> Places:
-    """Compare the logits of the same places, [num_places, vocab_size] each.
+def compare(reference: Tensor, setting: Tensor) -> PerToken:
+    """Compare the logits of the same tokens, [num_tokens, vocab_size] each.
 
     Source of the measure: Kullback and Leibler, 1951; natural logarithms.
     """
     p, q = reference.double().log_softmax(-1), setting.double().log_softmax(-1)
-    return Places((p.exp() * (p - q)).sum(-1), setting.argmax(-1) == reference.argmax(-1))
+    return PerToken((p.exp() * (p - q)).sum(-1), setting.argmax(-1) == reference.argmax(-1))
 
 
-def summary(parts: Sequence[Places]) -> Divergence:
-    """All places together."""
+def summary(parts: Sequence[PerToken]) -> Divergence:
+    """All tokens together."""
     kl = torch.cat([part.kl for part in parts])
     same = torch.cat([part.same_top for part in parts])
     p99 = float(np.quantile(kl.numpy(), 0.99))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from glimt.errors import RequestError
-from glimt.evaluate.forced import Divergence, Places, compare, forced_logits, summary
+from glimt.evaluate.forced import Divergence, PerToken, compare, forced_logits, summary
 from glimt.evaluate.questions import Question
 from glimt.llm import LLM
 from glimt.types import RequestOutput, SamplingParams
@@ -71,7 +71,7 @@ def evaluate(
     on_failed: called for each question that could not be asked or answered; the others go on
     """
     counts: Counts = defaultdict(lambda: [0, 0, 0, 0])
-    places: list[Places] = []
+    compared: list[PerToken] = []
     for batch in _batches(questions):
         ours = _ask(llm, dict(enumerate(batch)), on_failed)
         could = {i: batch[i] for i in ours}
@@ -79,10 +79,11 @@ def evaluate(
         for i, question in enumerate(batch):
             _count(counts, question, finished(llm, question.answer), ours.get(i), theirs.get(i))
         if reference:
-            places += _compare(reference, llm, could, theirs)
+            compared += _compare(reference, llm, could, theirs)
         if on_done:
             on_done(len(batch))
-    return Evaluation(_tallies(counts, reference is not None), summary(places) if places else None)
+    divergence = summary(compared) if compared else None
+    return Evaluation(_tallies(counts, reference is not None), divergence)
 
 
 def _count(
@@ -108,7 +109,7 @@ def _tallies(counts: Counts, has_reference: bool) -> tuple[Tally, ...]:
 
 def _compare(
     reference: LLM, llm: LLM, questions: Mapping[int, Question], answers: Answers
-) -> list[Places]:
+) -> list[PerToken]:
     """Both models' distributions along the reference's own answers, one part per answer."""
     conversations = [questions[i].messages for i in answers]
     tokens = [answer.token_ids for answer in answers.values()]

@@ -71,15 +71,15 @@ class DecodedImage:
     """A decoded picture.
 
     rgb:            mode RGB
-    picture_digest: SHA-256 of the picture before it became RGB: mode, size, palette and pixels
+    image_digest: SHA-256 of the picture before it became RGB: mode, size, palette and pixels
     """
 
     rgb: Image.Image
-    picture_digest: bytes
+    image_digest: bytes
 
     def digest(self, settings: str) -> bytes:
         """SHA-256, 32 bytes, of the picture and of the settings it will be prepared with."""
-        return _hash_parts(self.picture_digest, settings.encode())
+        return _hash_parts(self.image_digest, settings.encode())
 
 
 def open_image(source: Any, limits: ImageLimits, *, allow_files: bool, field: str) -> OpenedImage:
@@ -112,7 +112,7 @@ def decode_image(opened: OpenedImage) -> DecodedImage:
         image = _pillow_image(opened)
         image.load()
         image = _without_transparency(image)
-        return DecodedImage(image.convert("RGB"), _hash_picture(image))
+        return DecodedImage(image.convert("RGB"), _hash_image(image))
 
 
 # --- source -> encoded bytes -----------------------------------------------------------------
@@ -482,7 +482,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
     return image
 
 
-def _hash_picture(image: Image.Image) -> bytes:
+def _hash_image(image: Image.Image) -> bytes:
     """SHA-256 of a loaded picture: mode, size, palette and pixels."""
     palette = image.getpalette("RGB") if image.mode in ("P", "PA") else None
     size = struct.pack(">QQ", *image.size)

@@ -191,14 +191,14 @@ def find_format(name: str, field: str = "quant") -> QuantFormat | None:
     return formats[name]
 
 
-_SLAB_ELEMENTS = 2**22  # of float32: the working memory stays below 100 MB
+_CHUNK_ELEMENTS = 2**22  # of float32: the working memory stays below 100 MB
 
 
 def by_rows(weight: Tensor, quantise: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """quantise(rows [m, k] float32) over slabs of a [n, k] weight, joined along the rows.
+    """quantise(rows [m, k] float32) over chunks of a [n, k] weight, joined along the rows.
 
     A head of 150,000 rows would take gigabytes of float32 at once.
     """
-    rows = max(1, _SLAB_ELEMENTS // max(1, weight.shape[1]))
-    slabs = [quantise(slab.float()) for slab in weight.split(rows)]
-    return tuple(torch.cat(joined) for joined in zip(*slabs, strict=True))
+    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    chunks = [quantise(chunk.float()) for chunk in weight.split(rows)]
+    return tuple(torch.cat(joined) for joined in zip(*chunks, strict=True))

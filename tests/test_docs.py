@@ -221,6 +221,70 @@ def test_every_name_in_the_text_is_in_the_code(page):
             assert set(span.partition("(")[0].split(".")) <= words, span
 
 
+@dataclass(frozen=True)
+class Defined:
+    """What one file of the package defines: members of each class, and everything at its top."""
+
+    file: str
+    classes: dict[str, set[str]]
+    bases: dict[str, list[str]]
+    top: set[str]
+
+
+def defined_in(path: Path) -> Defined:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bases = {c.name: [base.id for base in c.bases if isinstance(base, ast.Name)] for c in classes}
+    members = {node.name: members_of(node) for node in classes}
+    return Defined(str(path.relative_to(SRC)), members, bases, names_in(tree.body))
+
+
+def names_in(body: list[ast.stmt]) -> set[str]:
+    """Functions, classes and variables that statements define."""
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = {node.name for node in body if isinstance(node, named)}
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return names | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def members_of(node: ast.ClassDef) -> set[str]:
+    """Also what a method sets on `self`, and the class's own name for its constructor."""
+    stores = (n for n in ast.walk(node) if isinstance(n, ast.Attribute))
+    own = {n.attr for n in stores if isinstance(n.value, ast.Name) and n.value.id == "self"}
+    return names_in(node.body) | own
+
+
+ALL_DEFINED = [defined_in(path) for path in sorted(SRC.rglob("*.py"))]
+
+
+def members(name: str) -> set[str] | None:
+    """Members of a class of the package, inherited ones too; None for a name that is none."""
+    found = [(d.classes[name], d.bases[name]) for d in ALL_DEFINED if name in d.classes]
+    inherited = [members(base) or set() for _, bases in found for base in bases]
+    return set().union(*(own for own, _ in found), *inherited) if found else None
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=page_name)
+def test_every_member_in_the_text_belongs_to_its_class(page):
+    """Catches `Engine.plan_step`: both words are in the code, but not one of the other."""
+    for span in filter(NAME.fullmatch, spans(page)):
+        first, _, rest = span.partition("(")[0].partition(".")
+        if rest and (known := members(first)) is not None:
+            assert rest.split(".")[0] in known, span
+
+
+def test_every_step_of_the_walk_stands_in_the_file_that_it_names():
+    """Catches a row of docs/design.md whose function was moved to another file."""
+    rows = [line.split("|")[1:-1] for line in prose(ROOT / "docs" / "design.md").splitlines()]
+    walked = [(SPAN.findall(row[1]), SPAN.findall(row[2])) for row in rows if len(row) == 4]
+    steps = [(file, name) for files, names in walked for file in files for name in names]
+    assert len(steps) > 20
+    by_file = {defined.file: defined for defined in ALL_DEFINED}
+    for file, name in steps:
+        assert name.split(".")[0] in by_file[file].top, (file, name)
+
+
 # --- Python ----------------------------------------------------------------------------------
 
 

@@ -99,6 +99,10 @@ def convert_with_bar(
     print_json(report.as_dict()) if as_json else _tell(report)
 
 
+def _files(names: Sequence[str]) -> str:
+    return "1 file" if len(names) == 1 else f"{len(names)} files"
+
+
 def _size_of(source: Path) -> int | None:
     """Bytes of the one checkpoint file, which are about those of its tensors."""
     files = [source] if source.is_file() else sorted(source.rglob(SAT_FILE))
@@ -108,7 +112,7 @@ def _size_of(source: Path) -> int | None:
 def _tell(report: ConvertReport) -> None:
     out_console().print(
         f"{report.target}: {report.num_tensors} tensors, {size_text(report.nbytes)} "
-        f"in {len(report.files)} files, QKV layout {report.qkv_layout}",
+        f"in {_files(report.files)}, QKV layout {report.qkv_layout}",
         soft_wrap=True,
     )
     for name in report.dropped:
@@ -141,6 +145,6 @@ def _tell_quantised(report: QuantizeReport) -> None:
     sizes = f"{size_text(report.source_bytes)} -> {size_text(report.nbytes)}"
     out_console().print(
         f"{report.target}: {report.num_weights} weights quantised ({roles}), {sizes} "
-        f"in {len(report.files)} files",
+        f"in {_files(report.files)}",
         soft_wrap=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +70,14 @@ def scanned_too(package: ModuleType, folder: Path) -> Iterator[None]:
     package.__path__.remove(str(folder))
     for file in folder.glob("*.py"):
         sys.modules.pop(f"{package.__name__}.{file.stem}", None)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the example pictures, where the pages' code is run."""
+    shutil.copytree(Path(__file__).parents[1] / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 class IdTokenizer:
@@ -166,6 +175,17 @@ class Oracle:
             max_tokens=params.max_tokens or 24,
             arrival_s=0.0,
         )
+
+
+def run_greedy(engine: Engine, request: Request) -> list[int]:
+    """The tokens of a request that runs alone."""
+    engine.add_request(request)
+    ids: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            ids += output.token_ids
+    return ids
 
 
 def glm_prompt(config: Any, ids: Sequence[int]) -> EncodedPrompt:

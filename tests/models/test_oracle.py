@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import run_greedy
 from glimt.engine import Engine
 from glimt.kernels.native import ISAS
 from glimt.models.base import CLIP_MEAN, CLIP_STD, normalise, patchify
@@ -32,16 +33,6 @@ class Capture:
     def logits(self) -> np.ndarray:
         with torch.inference_mode():
             return self.engine.runner.model.logits(self.hidden).float().numpy()
-
-
-def run_greedy(engine: Engine, request: Any) -> list[int]:
-    engine.add_request(request)
-    ids: list[int] = []
-    while engine.has_work:
-        for output in engine.step():
-            assert output.error is None
-            ids += output.token_ids
-    return ids
 
 
 def every_case(oracle: Any) -> list[str]:

@@ -23,6 +23,7 @@ from training.data.texts import FONT
 
 from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
+from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices.base import open_device
 from glimt.engine import Engine
 from glimt.kernels.choose import reasons
@@ -30,7 +31,7 @@ from glimt.kernels.native import ISAS, library_path
 from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
-from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams
+from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams, StepRow
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -177,6 +178,30 @@ class Oracle:
         )
 
 
+def step_row(**given: Any) -> StepRow:
+    """A row of one known token of plain text, but for what is given."""
+    count = len(given.get("token_ids", (0,)))
+    start = given.get("start", 0)
+    row = {
+        "sequence_id": 0,
+        "request_id": "",
+        "index": 0,
+        "token_ids": (0,),
+        "positions": np.arange(start, start + count, dtype=np.int64)[None],
+        "start": 0,
+        "block_table": (0,),
+        "bidirectional_len": 0,
+        "images": (),
+        "samples": True,
+        "sampling": SamplingParams(),
+        "stop_token_ids": frozenset(),
+        "seed": 0,
+        "prompt_ids": (),
+        "output_ids": (),
+    }
+    return StepRow(**row | given)
+
+
 def run_greedy(engine: Engine, request: Request) -> list[int]:
     """The tokens of a request that runs alone."""
     engine.add_request(request)
@@ -257,6 +282,24 @@ def tiny_oracle(request: pytest.FixtureRequest) -> Oracle:
 @pytest.fixture(scope="session", params=["glm4v", "visualglm", "glm4v_wide", "visualglm_wide"])
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     return request.getfixturevalue(f"{request.param}_oracle")
+
+
+# --- noise models: nobody may change these folders -----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A noise model of each family, by its name."""
+    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in made.items():
+        write_noise_model(folder, family)
+    return made
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    """A noise model, one family after the other."""
+    return folders[request.param]
 
 
 # --- what the training data is drawn from; tests skip, with the reason, without it -------------

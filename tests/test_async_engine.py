@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import glimt
-from glimt.demo.noise import write_noise_model
 
 GREEDY = glimt.SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 ENDLESS = glimt.SamplingParams(temperature=0, ignore_eos=True)
@@ -18,10 +17,8 @@ FAR_FROM_ITS_END = 900  # tokens; ENDLESS ends by itself after about 1,000
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("noise")
-    write_noise_model(folder, "glm4v_9b")
-    return folder
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["glm4v_9b"]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import glimt
 from glimt.cli import app
 from glimt.commands import show
 from glimt.commands.convert import ConvertReport
-from glimt.demo.noise import write_noise_model
 from glimt.errors import CapacityError, ConfigError, EngineError, ImageError, MissingDependency
 
 COMMANDS = ("generate", "chat", "inspect", "convert", "doctor", "bench")
@@ -22,10 +21,8 @@ HEAVY = ("torch", "transformers", "tiktoken", "numpy", "PIL", "sentencepiece")
 
 
 @pytest.fixture(scope="module")
-def glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glm4v")
-    write_noise_model(folder, "glm4v_9b")
-    return folder
+def glm4v(folders: dict[str, Path]) -> Path:
+    return folders["glm4v_9b"]
 
 
 def invoke(*arguments: str | Path) -> Result:

@@ -32,19 +32,6 @@ from glimt.types import (
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
-    for family, folder in made.items():
-        write_noise_model(folder, family)
-    return made
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
-    return folders[request.param]
-
-
 def make_engine(folder: Path, **options: Any) -> Engine:
     settings = {"num_blocks": 64} | options
     return Engine.load(EngineConfig(model=str(folder), **settings))

@@ -10,15 +10,12 @@ import pytest
 from PIL import Image
 
 import glimt
-from glimt.demo.noise import write_noise_model
 
 GREEDY = glimt.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["glm4v_9b", "visualglm"])
-def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> glimt.LLM:
-    folder = tmp_path_factory.mktemp("noise")
-    write_noise_model(folder, request.param)
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> glimt.LLM:
     return glimt.LLM(str(folder), num_blocks=64)
 
 

@@ -16,12 +16,8 @@ GLM4V = "synthetic:glm-4v-9b"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    from glimt.demo.noise import write_noise_model
-
-    folder = tmp_path_factory.mktemp("tiny")
-    write_noise_model(folder, "glm4v_9b")
-    return str(folder)
+def tiny(folders):
+    return str(folders["glm4v_9b"])
 
 
 def engine(tiny: str, **options) -> Engine:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import glimt.sampling
+from conftest import step_row
 from glimt.sampling import Sampler, uniform, verify
 from glimt.types import SampledToken, SamplingParams, StepPlan, StepRow
 
@@ -61,16 +62,9 @@ def _row(
     sequence_id: int = 0,
     **sampling: Any,
 ) -> StepRow:
-    return StepRow(
+    return step_row(
         sequence_id=sequence_id,
         request_id=f"request-{sequence_id}",
-        index=0,
-        token_ids=(0,),
-        positions=np.zeros((1, 1), dtype=np.int64),
-        start=0,
-        block_table=(0,),
-        bidirectional_len=0,
-        images=(),
         samples=samples,
         sampling=SamplingParams(**{**NEUTRAL, **sampling}),
         stop_token_ids=frozenset(stops),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from glimt.config import EngineConfig
-from glimt.demo.noise import FAMILIES, write_noise_model
+from glimt.demo.noise import FAMILIES
 from glimt.engine import Engine
 from glimt.inputs.request import RequestOptions
 from glimt.scheduler.drafting import Drafter
@@ -25,14 +25,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=40)
 PATCHES = {"glm4v_9b": 64, "visualglm": 256}  # of the noise models' pictures
 STAGES = 3  # two blocks, and what comes after them
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
-    for family, folder in made.items():
-        write_noise_model(folder, family)
-    return made
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -16,13 +16,6 @@ from glimt.kernels import limits
 from glimt.synthetic import SyntheticName
 
 
-@pytest.fixture(scope="module", params=["glm4v_9b", "visualglm"])
-def folder(request, tmp_path_factory):
-    made = tmp_path_factory.mktemp(request.param)
-    write_noise_model(made, request.param)
-    return made
-
-
 @pytest.fixture(autouse=True)
 def small_meter(monkeypatch):
     """The limits' values do not matter here; 768 MiB of memory for them would."""

@@ -38,13 +38,6 @@ from glimt.types import SamplingDefaults
 GREEDY = ("--temperature", "0", "--max-tokens", "8", "--ignore-eos")
 
 
-@pytest.fixture(scope="module", params=["glm4v_9b", "visualglm"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(request.param)
-    write_noise_model(path, request.param)
-    return path
-
-
 @pytest.fixture(scope="module")
 def glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose context is so long that an answer goes on until it is stopped."""

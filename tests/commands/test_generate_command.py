@@ -22,18 +22,9 @@ from glimt.demo.noise import write_noise_model
 GREEDY = ("--temperature", "0", "--max-tokens", "12", "--ignore-eos")
 
 
-@pytest.fixture(scope="module", params=["glm4v_9b", "visualglm"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(request.param)
-    write_noise_model(path, request.param)
-    return path
-
-
 @pytest.fixture(scope="module")
-def glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("glm4v")
-    write_noise_model(path, "glm4v_9b")
-    return path
+def glm4v(folders: dict[str, Path]) -> Path:
+    return folders["glm4v_9b"]
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,14 @@ from PIL import Image
 
 from glimt.commands.console import printable
 from glimt.demo import __main__ as demo
-from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.demo.questions import FILE, examples_of
 from glimt.errors import ConfigError
 from glimt.llm import LLM
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folders = [tmp_path_factory.mktemp(family) for family in FAMILIES]
-    for family, folder in zip(FAMILIES, folders, strict=True):
-        write_noise_model(folder, family)
-    return [str(folder) for folder in folders]
+def models(folders: dict[str, Path]) -> list[str]:
+    return [str(folder) for folder in folders.values()]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import glimt.devices.base
-from conftest import CHOICES, use_isa
+from conftest import CHOICES, step_row, use_isa
 from glimt.devices.base import (
     Activation,
     Device,
@@ -32,7 +32,7 @@ from glimt.errors import ConfigError
 from glimt.kernels.native import ISAS
 from glimt.quant.base import all_formats
 from glimt.runner.batch import flatten
-from glimt.types import SamplingParams, StepPlan, StepRow
+from glimt.types import StepPlan, StepRow
 
 # Sums of a few hundred float32 products of unit normals; a wrong key or head is off by about 1.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -93,22 +93,11 @@ NUM_BLOCKS = 40
 
 
 def make_row(start: int, count: int, bidirectional_len: int, table: Sequence[int]) -> StepRow:
-    return StepRow(
-        sequence_id=0,
-        request_id="",
-        index=0,
+    return step_row(
         token_ids=[0] * count,
-        positions=np.zeros((1, count), dtype=np.int64),
         start=start,
         block_table=table,
         bidirectional_len=bidirectional_len,
-        images=(),
-        samples=True,
-        sampling=SamplingParams(),
-        stop_token_ids=frozenset(),
-        seed=0,
-        prompt_ids=(),
-        output_ids=(),
     )
 
 

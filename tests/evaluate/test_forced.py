@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glimt.demo.noise import FAMILIES, write_noise_model
+from glimt.demo.noise import write_noise_model
 from glimt.errors import RequestError
 from glimt.evaluate.forced import PerToken, compare, forced_logits, summary
 from glimt.llm import LLM
@@ -21,13 +21,6 @@ from glimt.types import SampledToken, SamplingParams, StepPlan
 
 SAME_SUMS = 2e-5  # other batch sizes add floats in another order
 SIZES = {"num_blocks": 96, "enable_prefix_cache": False}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(request.param)
-    write_noise_model(path, request.param)
-    return path
 
 
 @pytest.fixture(scope="module")

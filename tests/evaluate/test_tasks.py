@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from glimt.demo.noise import FAMILIES, write_noise_model
+from glimt.demo.noise import write_noise_model
 from glimt.evaluate import tasks
 from glimt.evaluate.questions import Question
 from glimt.evaluate.tasks import Tally, evaluate
@@ -21,11 +21,9 @@ from glimt.types import ImagePart, Message, RequestOutput, TextPart
 SIZES = {"num_blocks": 512}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    path = tmp_path_factory.mktemp(request.param)
-    write_noise_model(path, request.param)
-    return LLM(str(path), **SIZES)
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), **SIZES)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import step_row
 from glimt.runner.batch import Batch, flatten
-from glimt.types import SamplingParams, StepPlan, StepRow
+from glimt.types import StepPlan, StepRow
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -28,22 +29,15 @@ def make_row(
     """Token ids count on from 100 * the first block; channel c stands at 1000 * c + index."""
     index = np.arange(start, start + count)
     token_ids = [100 * table[0] + int(i) for i in index]
-    return StepRow(
+    return step_row(
         sequence_id=table[0],
         request_id=str(table[0]),
-        index=0,
         token_ids=token_ids,
         positions=np.stack([1000 * c + index for c in range(channels)]).astype(np.int64),
         start=start,
         block_table=table,
         bidirectional_len=bidirectional_len,
-        images=(),
         samples=samples,
-        sampling=SamplingParams(),
-        stop_token_ids=frozenset(),
-        seed=0,
-        prompt_ids=(),
-        output_ids=(),
         drafts=tuple(token_ids[count - num_drafts :]),
     )
 

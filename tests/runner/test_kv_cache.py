@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from conftest import step_row
 from glimt.devices.base import AttentionBatch, KVCache, open_device
 from glimt.layers.attention import cached_attention
 from glimt.models.base import BuildContext, Model, find_family
@@ -23,7 +23,7 @@ from glimt.runner.kv_cache import (
 )
 from glimt.runner.model_runner import ModelRunner
 from glimt.runner.vision import VisionRunner
-from glimt.types import SamplingParams, StepPlan, StepRow
+from glimt.types import StepPlan, StepRow
 
 # The real config.json numbers, as far as they shape the model: specs/visualglm-6b.md 1.1 and 11,
 # specs/glm-4v-9b.md 1.1 and 2.1.
@@ -205,23 +205,7 @@ class OneHead(Model):
 
 
 def one_token(token_id: int, start: int, table: tuple[int, ...]) -> StepRow:
-    return StepRow(
-        sequence_id=table[0],
-        request_id="",
-        index=0,
-        token_ids=[token_id],
-        positions=np.array([[start]]),
-        start=start,
-        block_table=table,
-        bidirectional_len=0,
-        images=(),
-        samples=True,
-        sampling=SamplingParams(),
-        stop_token_ids=frozenset(),
-        seed=0,
-        prompt_ids=(),
-        output_ids=(),
-    )
+    return step_row(sequence_id=table[0], token_ids=[token_id], start=start, block_table=table)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)

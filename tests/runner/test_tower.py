@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from glimt.config import EngineConfig
-from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.engine import Engine
 from glimt.runner.tower import TowerJob, groups_of
 from glimt.types import ImageInput
@@ -22,10 +22,8 @@ def picture(name: str, rows: int = 1, columns: int = 1) -> ImageInput:
 # --- the real towers -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_noise_model(folder, request.param)
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
     return Engine.load(EngineConfig(model=str(folder), num_blocks=8))
 
 

@@ -22,7 +22,7 @@ from glimt.commands.chat_commands import COMMANDS as CHAT_COMMANDS
 from glimt.commands.convert import convert_sat
 from glimt.demo.noise import write_noise_model
 from glimt.models import glm4v_9b, visualglm
-from glimt.models.base import ConfigReader
+from glimt.models.config_reader import ConfigReader
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "glimt"

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glimt.devices.base import AttentionBatch, Device, KVCache
-from glimt.models.base import CLIP_MEAN, CLIP_STD, BuildContext, Model, ModelFamily
+from glimt.models.base import BuildContext, Model, ModelFamily
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD
 from training.initial import initial_values
 
 

@@ -27,7 +27,7 @@ from benchmarks.peers.by_turns import FIGURES, Seconds
 from benchmarks.peers.original_glm4v import OriginalGlm4v
 from benchmarks.peers.original_visualglm import OriginalVisualGlm
 from glimt.checkpoint import Checkpoint, open_reader
-from glimt.models.base import CLIP_MEAN, CLIP_STD
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD
 
 Original = OriginalGlm4v | OriginalVisualGlm
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glimt.errors import CheckpointError, ConfigError
-from glimt.models.base import LFS_HEAD, LFS_SAID, SAT_SAID, read_json
+from glimt.models.config_reader import LFS_HEAD, LFS_SAID, SAT_SAID, read_json
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Shape = tuple[int, ...]

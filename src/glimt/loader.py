@@ -23,8 +23,8 @@ from glimt.models.base import (
     Processor,
     Tokenizer,
     find_family,
-    read_model_config,
 )
+from glimt.models.config_reader import read_model_config
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.synthetic import (

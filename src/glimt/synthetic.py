@@ -19,7 +19,8 @@ from torch import Tensor
 
 from glimt.checkpoint import Checkpoint, Shape, TensorInfo
 from glimt.errors import ConfigError
-from glimt.models.base import Model, TokenDecoder, read_model_config
+from glimt.models.base import Model, TokenDecoder
+from glimt.models.config_reader import read_model_config
 from glimt.weights import checkpoint_shapes
 
 PREFIX = "synthetic:"

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape, TensorInfo, open_reader
 from glimt.errors import CheckpointError
 from glimt.layers.linear import Product
-from glimt.models.base import Model, Weight, WeightTable, either
+from glimt.models.base import Model, Weight, WeightTable
+from glimt.models.config_reader import either
 from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised
 
 Formats = Mapping[str, QuantFormat]  # by parameter name

@@ -11,7 +11,7 @@ import torch
 from conftest import run_greedy
 from glimt.engine import Engine
 from glimt.kernels.native import ISAS
-from glimt.models.base import CLIP_MEAN, CLIP_STD, normalise, patchify
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify
 from glimt.types import Message, TextPart
 
 # What float32 arithmetic in another order may differ by; the oracle's README gives the figures.

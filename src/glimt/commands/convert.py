@@ -29,7 +29,8 @@ from glimt.checkpoint import (
 from glimt.commands.writing import Piece, split, whole_folder, write_json, write_weights
 from glimt.devices.base import open_device
 from glimt.errors import CheckpointError, ConfigError
-from glimt.models.base import BuildContext, ConfigReader, find_family, read_json
+from glimt.models.base import BuildContext, find_family
+from glimt.models.config_reader import ConfigReader, read_json
 from glimt.models.visualglm import EVA_ONLY
 from glimt.weights import plan_weights
 

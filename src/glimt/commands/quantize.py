@@ -16,7 +16,8 @@ from glimt.commands.writing import Piece, split, whole_folder, write_json, write
 from glimt.devices.base import open_device
 from glimt.errors import ConfigError
 from glimt.loader import Findings, ModelFolder, build_model, model_folder, read_folder
-from glimt.models.base import BuildContext, Model, read_model_config
+from glimt.models.base import BuildContext, Model
+from glimt.models.config_reader import read_model_config
 from glimt.quant.base import QuantFormat, find_format
 from glimt.quant.plan import AUTO, CONFIG_KEY, QuantOptions, plan_formats
 from glimt.weights import Formats, LoadPlan, LoadStep, plan_weights

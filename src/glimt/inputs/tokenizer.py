@@ -20,7 +20,7 @@ import sentencepiece
 import tiktoken
 
 from glimt.errors import CheckpointError, RequestError
-from glimt.models.base import LFS_HEAD, LFS_SAID
+from glimt.models.config_reader import LFS_HEAD, LFS_SAID
 
 if TYPE_CHECKING:
     from glimt.models.base import TokenDecoder, Tokenizer, TokenizerSpec

@@ -24,22 +24,17 @@ from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.layers.tower import PatchTower, Stages
 from glimt.models.base import (
-    CLIP_MEAN,
-    CLIP_STD,
     BuildContext,
-    ConfigReader,
     Model,
     ModelFamily,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
-    normalise,
-    patchify,
-    read_json,
     renamed,
     special_id,
-    squash,
 )
+from glimt.models.config_reader import ConfigReader, read_json
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
 
 if TYPE_CHECKING:

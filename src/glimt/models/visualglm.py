@@ -26,21 +26,17 @@ from glimt.layers.norm import LayerNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.layers.tower import PatchTower, Stages
 from glimt.models.base import (
-    CLIP_MEAN,
-    CLIP_STD,
     BuildContext,
-    ConfigReader,
     Model,
     ModelFamily,
     Tokenizer,
     TokenizerSpec,
     WeightTable,
-    normalise,
-    patchify,
     renamed,
     special_id,
-    squash,
 )
+from glimt.models.config_reader import ConfigReader
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
 
 if TYPE_CHECKING:

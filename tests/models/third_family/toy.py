@@ -28,23 +28,18 @@ from glimt.layers.linear import Linear, PatchLinear
 from glimt.layers.norm import RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.models.base import (
-    CLIP_MEAN,
-    CLIP_STD,
     BuildContext,
-    ConfigReader,
     Model,
     ModelFamily,
     Tokenizer,
     TokenizerSpec,
     Weight,
     WeightTable,
-    normalise,
-    patchify,
-    read_json,
     renamed,
     special_id,
-    squash,
 )
+from glimt.models.config_reader import ConfigReader, read_json
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
 from glimt.types import (
     EncodedPrompt,
     ImageInput,

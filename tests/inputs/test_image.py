@@ -1,6 +1,7 @@
 """Pictures from every source, format and mode; limits, damage, and digests."""
 
 import base64
+import binascii
 import dataclasses
 import io
 import os
@@ -22,6 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from glimt.config import ImageLimits
 from glimt.errors import ImageError
 from glimt.inputs import image as image_module
+from glimt.inputs import image_source
 from glimt.inputs.image import decode_image, open_image
 
 LIMITS = ImageLimits()
@@ -436,7 +438,7 @@ def test_a_file_swapped_for_a_pipe_after_its_check_is_refused(tmp_path, monkeypa
     os.mkfifo(tmp_path / "pipe")
     before = os.stat(tmp_path / "file")
     with monkeypatch.context() as patch:
-        patch.setattr(image_module.os, "stat", lambda _: before)
+        patch.setattr(os, "stat", lambda _: before)
         with pytest.raises(ImageError, match="only regular files"):
             open_(tmp_path / "pipe", allow_files=True)
 
@@ -474,7 +476,7 @@ def test_too_much_data_is_refused_before_it_is_read_or_decoded(tmp_path, monkeyp
     def decoded(*_):
         raise AssertionError("the text was decoded")
 
-    monkeypatch.setattr(image_module.binascii, "a2b_base64", decoded)
+    monkeypatch.setattr(binascii, "a2b_base64", decoded)
     with pytest.raises(ImageError, match="bytes; at most"):
         open_("A" * 4000, ImageLimits(max_bytes=2000))
 
@@ -483,7 +485,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     """Catches trusting a size asked for earlier."""
     path = tmp_path / "grows.png"
     path.write_bytes(PICTURE)
-    monkeypatch.setattr(image_module, "_check_file", lambda *_: path.write_bytes(PICTURE * 2))
+    monkeypatch.setattr(image_source, "_check_file", lambda *_: path.write_bytes(PICTURE * 2))
     with pytest.raises(ImageError, match="bytes; at most"):
         open_(path, ImageLimits(max_bytes=len(PICTURE)), allow_files=True)
 

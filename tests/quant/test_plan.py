@@ -51,6 +51,18 @@ def test_the_tower_and_the_head_are_chosen_apart(opened):
     assert set(plan) - in_tower - {"head.weight"} == blocks_of(model, family)
 
 
+def test_a_tower_that_is_not_there_cannot_be_quantised(opened):
+    """Catches a setting that is accepted and does nothing, as in a text model."""
+    model = opened[1].model
+    tower = model._modules.pop("tower")
+    try:
+        with pytest.raises(ConfigError, match="quant_tower: is 'int8', but this model has no"):
+            plan_formats(model, QuantOptions(tower="int8"))
+        assert plan_formats(model, QuantOptions(blocks="int8")).keys() > {"head.weight"}
+    finally:
+        model.tower = tower
+
+
 @pytest.mark.parametrize(("blocks", "head"), [("int4", "int8"), ("w8a8", "w8a8"), ("none", None)])
 def test_auto_gives_the_head_what_suits(opened, blocks, head):
     """Catches a head in four bits that nobody asked for, and a head alone that is quantised."""

@@ -55,14 +55,19 @@ class QuantOptions:
 def plan_formats(model: nn.Module, options: QuantOptions) -> dict[str, QuantFormat]:
     """Parameter name -> its format, for each weight that is quantised.
 
-    Raises ConfigError for a name that is no format.
+    Raises ConfigError for a name that is no format, and for a tower that is not there.
     """
     settled = options.settled()
     by_role = {role: find_format(getattr(settled, role)) for role in _PREFIXES}
     found: dict[str, QuantFormat] = {}
     linears = _linear_weights(model)
-    is_named = any(name.startswith(_PREFIXES["blocks"]) for name in linears)
-    assert is_named, f"{type(model).__name__} has no linears in `blocks` (see models/base.py)"
+    has_role = {r: any(n.startswith(start) for n in linears) for r, start in _PREFIXES.items()}
+    if by_role["tower"] and not has_role["tower"]:
+        said = f"is {settled.tower!r}, but this model has no vision tower; leave it out"
+        raise ConfigError("quant_tower", [said])
+    assert has_role["blocks"], (
+        f"{type(model).__name__} has no linears in `blocks` (see models/base.py)"
+    )
     for name in linears:
         role = next((role for role, start in _PREFIXES.items() if name.startswith(start)), None)
         chosen = by_role[role] if role else None

@@ -86,7 +86,7 @@ class EngineConfig:
     tower_slice_patches: int = 16384  # patches x layers of the tower per step while others run:
     #                                   2 layers of a GLM-4v picture, all 39 of a VisualGLM one
     enable_prefix_cache: bool = True
-    num_draft_tokens: int = 0  # guessed ahead per sequence and step, and checked in it; 0: off.
+    num_draft_tokens: int = 0  # drafted per sequence and step, and checked in it; 0: off.
     #                            4 suits answers that repeat the prompt or themselves
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 

@@ -199,7 +199,7 @@ class Engine:
         if len(plan.rows) == 1:
             return self._fail(plan, error)
         log.warning("a step of %d sequences failed; each is tried alone: %r", len(plan.rows), error)
-        pictures = (row.pictures.keys() for row in plan.rows)
+        pictures = (row.images_by_digest.keys() for row in plan.rows)
         plan = replace(plan, open_images=plan.open_images.union(*pictures))
         return [output for row in plan.rows for output in self._run(replace(plan, rows=(row,)))]
 

@@ -14,9 +14,9 @@ Promises:
 - Temperature 0 and top_k 1 choose the largest score; of equal scores, the lowest id.
 - The kept tokens never depend on `num_candidates`, which only sets how soon the answer is found.
 
-With drafts a row is sampled at each of its places as if the drafts before were output, and `verify`
-keeps the tokens up to the first that differs from its draft. Each place has the penalties, the bans
-and the random number of a step of its own, so what is kept is what such steps would have chosen.
+With drafts a row is sampled once more behind each draft, as if the drafts before were output, and
+`verify` keeps the tokens up to the first that differs from its draft. Each has the penalties, the
+bans and the random number of a step of its own, so what is kept is what such steps would choose.
 
 Where Hugging Face leaves equal scores to chance or keeps them all, ours go by lower id: top-k
 keeps exactly k tokens, so top_k 1 is greedy also when bfloat16 makes two logits equal.

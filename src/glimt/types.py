@@ -221,7 +221,7 @@ class ImageInput:
     """One picture, resized as its family wants it and ready for the tower.
 
     digest:     SHA-256 of the decoded picture, its mode and size, and the preprocessing settings
-    num_tokens: places the picture takes in the prompt, which are as many rows of features
+    num_tokens: that the picture takes in the prompt, which are as many rows of features
     grid:       patches as (rows, columns)
     pixels:     [height, width, 3] uint8, RGB, after the family's resize; kept as bytes because a
                 preempted request needs them again and float pixels are four times larger
@@ -333,7 +333,7 @@ class StepRow:
     samples:     the last token's logits are wanted, because it is the last one known
     upcoming:    pictures that a later chunk of the same prompt shows, or goes on with
     prompt_ids, output_ids: all ids so far (prompt as the original writes it), for penalties
-    drafts:      guesses of what follows; they are the last of token_ids, and the logits of each
+    drafts:      tokens that may follow; they are the last of token_ids, and the logits of each
                  are wanted besides those of the last known token
     """
 
@@ -356,7 +356,7 @@ class StepRow:
     drafts: tuple[int, ...] = ()
 
     @property
-    def pictures(self) -> dict[bytes, ImageInput]:
+    def images_by_digest(self) -> dict[bytes, ImageInput]:
         """Every picture whose features the prompt needs from this row on, by digest."""
         shown = [part.image for part in self.images]
         return {image.digest: image for image in (*shown, *self.upcoming)}
@@ -368,20 +368,20 @@ class StepRow:
 
     @property
     def without_drafts(self) -> StepRow:
-        """The same step with nothing guessed."""
+        """The same step with nothing drafted."""
         num_known = len(self.token_ids) - len(self.drafts)
         positions = self.positions[:, :num_known]
         return replace(self, token_ids=self.token_ids[:num_known], positions=positions, drafts=())
 
     @property
-    def places(self) -> list[StepRow]:
-        """The row as sampling sees it at each of its places: the drafts before it are output."""
+    def sampled_rows(self) -> list[StepRow]:
+        """The row as sampling sees it: once, and once more behind each draft, taken as output."""
         behind = (self.drafts[:count] for count in range(1, len(self.drafts) + 1))
         return [self, *(replace(self, output_ids=[*self.output_ids, *d]) for d in behind)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PictureWait:
+class ImageWait:
     """A sequence that runs only when the features of these pictures are there."""
 
     sequence_id: int
@@ -400,19 +400,19 @@ class StepPlan:
 
     rows: tuple[StepRow, ...]
     open_images: frozenset[bytes] = frozenset()
-    waits: tuple[PictureWait, ...] = ()
+    waits: tuple[ImageWait, ...] = ()
 
     @property
     def sampled_rows(self) -> list[StepRow]:
         """One row for each token to sample, in the order the runner returns the logits.
 
-        A row with drafts stands there once for each of its places.
+        A row with drafts is there once more for each of them.
         """
-        return [place for row in self.rows if row.samples for place in row.places]
+        return [each for row in self.rows if row.samples for each in row.sampled_rows]
 
     @property
     def without_drafts(self) -> StepPlan:
-        """The same step with nothing guessed; rows that decode come first again."""
+        """The same step with nothing drafted; rows that decode come first again."""
         rows = sorted((row.without_drafts for row in self.rows), key=lambda row: not row.is_decode)
         return replace(self, rows=tuple(rows))
 
@@ -471,7 +471,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose keys and values were already in the cache
     image_tokens: int
-    drafted_tokens: int = 0  # guessed ahead and checked
+    drafted_tokens: int = 0  # proposed ahead and checked
     accepted_tokens: int = 0  # of these, the ones that the model would have chosen itself
 
     @property

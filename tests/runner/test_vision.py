@@ -12,7 +12,7 @@ import torch
 from glimt.layers.tower import Stages
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.vision import VisionRunner
-from glimt.types import ImageInput, PictureWait, StepPlan
+from glimt.types import ImageInput, ImageWait, StepPlan
 
 
 def picture(name: str, rows: int = 1, columns: int = 1) -> ImageInput:
@@ -62,7 +62,7 @@ def make_vision(
 def plan_of(**wanted: str) -> StepPlan:
     """Request name = the pictures it waits for, a letter each."""
     waits = tuple(
-        PictureWait(number, name, tuple(picture(letter) for letter in letters))
+        ImageWait(number, name, tuple(picture(letter) for letter in letters))
         for number, (name, letters) in enumerate(wanted.items())
     )
     return StepPlan((), frozenset(i.digest for w in waits for i in w.images), waits)

@@ -342,8 +342,8 @@ def test_a_number_of_drafts_out_of_range_is_refused(value):
 def test_places_of_a_row_see_the_drafts_before_them_as_output():
     """Would catch a penalty, ban or random number of another place."""
     (row,) = after_first_token(make_scheduler(), make_request("a", REPEATS)).rows
-    assert [list(place.output_ids) for place in row.places] == [
+    assert [list(place.output_ids) for place in row.sampled_rows] == [
         [2], [2, 3], [2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5, 6],
     ]  # fmt: skip
-    assert all(isinstance(place, StepRow) and place.seed == row.seed for place in row.places)
+    assert all(isinstance(place, StepRow) and place.seed == row.seed for place in row.sampled_rows)
     assert StepPlan((row,)).sampled_rows[0] is row

@@ -229,7 +229,7 @@ class FakeTower:
 
     def run(self, plan: StepPlan) -> None:
         """Whatever rows lack is run through at once; of those who wait, the first goes on."""
-        shown = (row.pictures.keys() for row in plan.rows)
+        shown = (row.images_by_digest.keys() for row in plan.rows)
         self.ready = self.ready.union(*shown) & plan.open_images
         self._left = {d: left for d, left in self._left.items() if d in plan.open_images}
         wanted = [i.digest for w in plan.waits for i in w.images if i.digest not in self.ready]
@@ -360,7 +360,7 @@ class Bench:
 
     def _check_pictures(self, plan: StepPlan, ready: frozenset[bytes], before: set[int]) -> None:
         """before: the sequences that ran already when the step was planned."""
-        lacking = [row for row in plan.rows if row.pictures.keys() - ready]
+        lacking = [row for row in plan.rows if row.images_by_digest.keys() - ready]
         if any(row.sequence_id in before for row in plan.rows):
             assert not lacking, "running sequences wait for the tower"
         assert not plan.waits or plan.rows, "a slice although nothing else runs"

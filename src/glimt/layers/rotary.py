@@ -53,9 +53,9 @@ class Rotary:
         rows = positions[self._channels].T
         return self._cos[rows, self._pairs], self._sin[rows, self._pairs]
 
-    def rotate(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate [num_tokens, num_heads, head_dim] by what `at` returned."""
-        return self.device.rotate(x, turn[0], turn[1], self.spec.style, self.spec.num_segments)
+        return self.device.rotate(x, *cos_sin, self.spec.style, self.spec.num_segments)
 
 
 def inverse_frequencies(width: int, base: float) -> Tensor:

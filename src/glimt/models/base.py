@@ -211,9 +211,9 @@ class Model(nn.Module):
 
         Writes keys and values of these tokens into `caches`, one per layer.
         """
-        turn = self.rotary.at(positions)
+        cos_sin = self.rotary.at(positions)
         for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, turn, batch, cache)
+            hidden = block(hidden, cos_sin, batch, cache)
         return self.final_norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

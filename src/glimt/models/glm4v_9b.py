@@ -410,14 +410,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         batch: AttentionBatch,
         cache: KVCache,
         residual: Tensor,
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same, plus the residual; stores keys and values."""
         q, k, v = self.qkv(x).unflatten(-1, (sum(self.split), -1)).split(self.split, dim=1)
-        q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
+        q, k = self.rotary.rotate(q, cos_sin), self.rotary.rotate(k, cos_sin)
         out = cached_attention(self.device, q, k, v, cache, batch)
         return self.dense(out, residual=residual)
 
@@ -448,10 +448,10 @@ class Block(nn.Module):
         self.mlp = Mlp(config, context)
 
     def forward(
-        self, h: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+        self, h: Tensor, cos_sin: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        h = self.attention(self.attention_norm(h), turn, batch, cache, residual=h)
+        h = self.attention(self.attention_norm(h), cos_sin, batch, cache, residual=h)
         return self.mlp(self.mlp_norm(h), residual=h)
 
 

@@ -516,14 +516,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         batch: AttentionBatch,
         cache: KVCache,
         residual_scale: float,
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same, plus residual_scale * x; stores keys, values."""
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).unbind(2)
-        q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
+        q, k = self.rotary.rotate(q, cos_sin), self.rotary.rotate(k, cos_sin)
         out = cached_attention(self.device, q, k, v, cache, batch)
         return self.dense(out, residual=x, residual_scale=residual_scale)
 
@@ -542,11 +542,11 @@ class Block(nn.Module):
         self.mlp = GeluMlp(size, config.inner_hidden_size, device, dtype, tanh=True)
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
         a = self.attention_norm(x)
-        h = self.attention(a, turn, batch, cache, self.alpha)
+        h = self.attention(a, cos_sin, batch, cache, self.alpha)
         b = self.mlp_norm(h)
         return self.mlp(b, b, self.alpha)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from glimt.models.base import Model
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.tower import TowerJob, groups_of
-from glimt.types import ImageInput, ImageSlice, PictureWait, StepPlan
+from glimt.types import ImageInput, ImageSlice, ImageWait, StepPlan
 
 
 @dataclass(slots=True)
@@ -89,7 +89,9 @@ class VisionRunner:
         They are held until `finish_step`, so that the step can be run again. Returns the tower's
         seconds by request id. Raises what the model raises.
         """
-        wanted = {digest: image for row in plan.rows for digest, image in row.pictures.items()}
+        wanted = {
+            digest: image for row in plan.rows for digest, image in row.images_by_digest.items()
+        }
         self._hold(plan.open_images | wanted.keys())
         missing = [image for digest, image in wanted.items() if digest not in self._held]
         image_s: dict[str, float] = {}
@@ -170,7 +172,7 @@ class VisionRunner:
         else:
             self._take(job.images, features)
 
-    def _next_job(self, waits: Sequence[PictureWait]) -> TowerJob | None:
+    def _next_job(self, waits: Sequence[ImageWait]) -> TowerJob | None:
         """Pictures in the order of those who wait, together; a suspect goes alone."""
         wanted = {image.digest: image for wait in waits for image in wait.images}
         missing = [image for digest, image in wanted.items() if digest not in self._held]
@@ -226,4 +228,4 @@ def _digests(images: Iterable[ImageInput]) -> frozenset[bytes]:
 
 def _shown_by(plan: StepPlan, digests: Set[bytes]) -> set[str]:
     """Ids of the requests whose rows need one of these pictures."""
-    return {row.request_id for row in plan.rows if digests & row.pictures.keys()}
+    return {row.request_id for row in plan.rows if digests & row.images_by_digest.keys()}

@@ -4,7 +4,7 @@ First come, first served, under a token budget per step: running sequences go on
 ones are admitted while the budget and the cache last. When the cache is full the youngest
 running sequence gives its blocks back and is recomputed later. While others run, a sequence whose
 pictures are not through the tower waits for them, and the step has a bounded slice of the tower.
-Guesses of coming tokens (drafting) get what budget and blocks are left when everybody has been
+Drafts of coming tokens get what budget and blocks are left when everybody has been
 served.
 """
 
@@ -23,7 +23,7 @@ from glimt.scheduler.sequence import Sequence
 from glimt.types import (
     FinishReason,
     ImageInput,
-    PictureWait,
+    ImageWait,
     Request,
     SampledToken,
     StepPlan,
@@ -125,8 +125,8 @@ class Scheduler:
         planned: tokens that this step computes, by sequence id
         """
         done = planned or {}
-        running = (s.pictures_from(s.num_computed + done.get(s.id, 0)) for s in self.running)
-        waiting = (s.request.images for s in self.waiting if s.awaits_pictures)
+        running = (s.images_from(s.num_computed + done.get(s.id, 0)) for s in self.running)
+        waiting = (s.request.images for s in self.waiting if s.awaits_images)
         return frozenset(i.digest for images in chain(running, waiting) for i in images)
 
     def commit(self, plan: StepPlan, sampled: Iterable[SampledToken]) -> list[TokenOutcome]:
@@ -171,9 +171,9 @@ class Scheduler:
                 continue
             if ready is not None and self._lacking(sequence, ready):
                 reserved += self._blocks_to_admit(sequence)
-                if not sequence.awaits_pictures and reserved > self.pool.num_free:
+                if not sequence.awaits_images and reserved > self.pool.num_free:
                     break
-                sequence.awaits_pictures = True
+                sequence.awaits_images = True
                 num_passed += 1
                 continue
             count = self._admit(sequence, budget, reserved)
@@ -186,7 +186,7 @@ class Scheduler:
     def _plan_drafts(
         self, planned: dict[int, int], budget: int, reserved: int
     ) -> dict[int, tuple[int, ...]]:
-        """Guesses for decoding sequences, oldest first, within the budget and the free blocks."""
+        """Drafts for decoding sequences, oldest first, within the budget and the free blocks."""
         drafts: dict[int, tuple[int, ...]] = {}
         for sequence in self.running:
             most = min(self.config.num_draft_tokens, budget)
@@ -198,7 +198,7 @@ class Scheduler:
         return drafts
 
     def _draft(self, sequence: Sequence, most: int, reserved: int) -> tuple[int, ...]:
-        """Guess at most so many tokens and give them cache places; nobody is preempted for it.
+        """Draft at most so many tokens and give them slots; nobody is preempted for it.
 
         reserved: free blocks that are not for it
         """
@@ -209,17 +209,17 @@ class Scheduler:
         assert has_room, "a draft was longer than the free blocks"
         return drafts
 
-    def _waits(self, ready: Set[bytes]) -> tuple[PictureWait, ...]:
+    def _waits(self, ready: Set[bytes]) -> tuple[ImageWait, ...]:
         """Who waits for which pictures. Whoever once did goes on, even if he would not fit now."""
-        waiting = [s for s in self.waiting if s.awaits_pictures]
+        waiting = [s for s in self.waiting if s.awaits_images]
         lacking = [(s, self._lacking(s, ready)) for s in waiting]
-        return tuple(PictureWait(s.id, s.request.request_id, i) for s, i in lacking if i)
+        return tuple(ImageWait(s.id, s.request.request_id, i) for s, i in lacking if i)
 
     def _lacking(self, sequence: Sequence, ready: Set[bytes]) -> tuple[ImageInput, ...]:
         """The pictures after a waiting sequence's cached prefix whose features are not there."""
         if all(image.digest in ready for image in sequence.request.images):
             return ()
-        needed = sequence.pictures_from(self.prefixes.find(sequence).num_tokens)
+        needed = sequence.images_from(self.prefixes.find(sequence).num_tokens)
         return tuple(image for image in needed if image.digest not in ready)
 
     def _blocks_to_admit(self, sequence: Sequence) -> int:
@@ -253,7 +253,7 @@ class Scheduler:
         sequence.block_table = array("q", self._take(cached, missing))
         self.counters.prefix_hit_tokens += cached.num_tokens
         self.waiting.remove(sequence)
-        sequence.awaits_pictures = False
+        sequence.awaits_images = False
         insort(self.running, sequence, key=lambda s: s.id)
         return count
 

@@ -24,7 +24,7 @@ class Sequence:
         self.num_prompt = len(request.prompt.token_ids)  # pictures expanded
         self.output_ids: list[int] = []
         self.num_computed = 0
-        self.awaits_pictures = False  # it would run, but the tower is not done with its pictures
+        self.awaits_images = False  # it would run, but the tower is not done with its pictures
         self.block_table = array("q")
         self._drafter: Drafter | None = None
         self._root: bytes | None = None
@@ -61,7 +61,7 @@ class Sequence:
         return bool(self.output_ids) and self.num_computed == self.num_tokens - 1
 
     def draft(self, count: int) -> tuple[int, ...]:
-        """Guess at most `count` of the tokens that follow, fewer where the answer must end."""
+        """Draft at most `count` of the tokens that follow, fewer where the answer must end."""
         if self._drafter is None:
             self._drafter = Drafter(self.request.prompt, self.request.stop_token_ids)
         # The step gives one token beside those that its drafts turn out to be.
@@ -69,7 +69,7 @@ class Sequence:
         return self._drafter.draft(self.output_ids, min(count, room))
 
     def row(self, count: int, drafts: tuple[int, ...] = ()) -> StepRow:
-        """The next `count` tokens, and guesses of what follows them, as one row of a step."""
+        """The next `count` tokens, and drafts of what follows them, as one row of a step."""
         start, stop = self.num_computed, self.num_computed + count
         request = self.request
         return StepRow(
@@ -88,7 +88,7 @@ class Sequence:
             seed=request.seeds[self.index],
             prompt_ids=request.prompt.original_token_ids,
             output_ids=self.output_ids,
-            upcoming=self.pictures_from(stop),
+            upcoming=self.images_from(stop),
             drafts=drafts,
         )
 
@@ -108,7 +108,7 @@ class Sequence:
                 slices.append(ImageSlice(image, first - start, row, last - first, is_first))
         return tuple(slices)
 
-    def pictures_from(self, start: int) -> tuple[ImageInput, ...]:
+    def images_from(self, start: int) -> tuple[ImageInput, ...]:
         """The pictures with a place at or after a cache index, in order."""
         if start >= self.num_prompt:
             return ()

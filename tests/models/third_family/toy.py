@@ -215,8 +215,8 @@ class Tower(nn.Module):
     def forward(self, patches: Tensor, positions: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
         x = self.patch(patches)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        turn = self.rotary.at(positions)
-        q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
+        cos_sin = self.rotary.at(positions)
+        q, k = self.rotary.rotate(q, cos_sin), self.rotary.rotate(k, cos_sin)
         scale = q.shape[-1] ** -0.5
         out = self.device.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale)
         return x + self.dense(out.flatten(1))
@@ -245,12 +245,12 @@ class Block(nn.Module):
         self.down = Linear(config.ffn_size, size, False, device, dtype)
 
     def forward(
-        self, h: Tensor, turn: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+        self, h: Tensor, cos_sin: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
         x = self.qkv(self.norms[0](h)).unflatten(-1, (-1, self.dim))
         q, k, v = x.split(self.split, dim=1)
-        q = self.rotary.rotate(self.q_norm(q), turn)
-        k = self.rotary.rotate(self.k_norm(k), turn)
+        q = self.rotary.rotate(self.q_norm(q), cos_sin)
+        k = self.rotary.rotate(self.k_norm(k), cos_sin)
         h = h + self.norms[1](self.dense(cached_attention(self.device, q, k, v, cache, batch)))
         x = self.norms[2](h)
         return h + self.norms[3](self.down(self.device.silu_mul(self.gate(x), self.up(x))))

@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "attention_tiles.h"
+#include "denormals.h"
 #include "threads.h"
 
 namespace glimt {
@@ -537,8 +538,7 @@ void attend_item(const Attention& all, int64_t item, int worker) {
 void attention_body(void* context, int worker, int num_workers) {
     Attention& all = *static_cast<Attention*>(context);
     const Sizes& sizes = all.sizes;
-    const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | kFlushDenormals);
+    const FlushDenormals flush;
     const int64_t num_subs = all.call->num_kv_heads * sizes.num_subs;
     const int64_t end = num_subs * (worker + 1) / num_workers;
     for (int64_t i = num_subs * worker / num_workers; i < end; ++i) {
@@ -556,7 +556,6 @@ void attention_body(void* context, int worker, int num_workers) {
         attend_item(all, item, worker);
     }
     release_tiles();
-    _mm_setcsr(control);
 }
 
 Sizes sizes_of(const AttentionCall& call) {

@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "attention_vectors.h"
+#include "denormals.h"
 #include "threads.h"
 
 namespace glimt {
@@ -393,8 +394,7 @@ void attend_item(const Attention& all, int64_t item, Unit& unit) {
 void attention_body(void* context, int worker, int num_workers) {
     Attention& all = *static_cast<Attention*>(context);
     const AttentionCall& call = *all.call;
-    const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | kFlushDenormals);
+    const FlushDenormals flush;
     const int64_t parts = (call.num_keys + 15) / 16;
     int64_t part, last;
     part_of(parts * call.num_kv_heads, worker, num_workers, &part, &last);
@@ -405,7 +405,6 @@ void attention_body(void* context, int worker, int num_workers) {
         if (item >= all.sizes.num_units * call.num_kv_heads) break;
         attend_item(all, item, all.units[worker]);
     }
-    _mm_setcsr(control);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ namespace {
 
 // Weights may reach 2^8 before the output is scaled down: neither bfloat16 nor float minds.
 constexpr float kSlack = 8.0f;
-constexpr unsigned kFlushDenormals = 0x8040;  // of weights, which are nothing, but would be slow
 
 // 16 rows of 16 words, in place.
 void transpose(__m512i* rows) {

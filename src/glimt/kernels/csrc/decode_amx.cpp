@@ -11,6 +11,7 @@
 #if defined(__x86_64__)
 
 #include "attention_tiles.h"
+#include "denormals.h"
 
 #define GLIMT_LANES 16
 #include "attention_plain.inc"
@@ -640,8 +641,7 @@ void decode_span(const TileDecode& all, const Span& span, TileHeads* units, Ahea
 void tile_decode_body(void* context, int worker, int num_workers) {
     TileDecode& all = *static_cast<TileDecode*>(context);
     const DecodeCall& call = *all.call;
-    const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | kFlushDenormals);
+    const FlushDenormals flush;
     TileHeads* units = all.units + worker * all.units_per_worker;
     Ahead ahead(call, all.distance());
     Span span = take(all);
@@ -659,7 +659,6 @@ void tile_decode_body(void* context, int worker, int num_workers) {
     for (int64_t i = worker; i < call.num_rows * call.num_heads; i += num_workers)
         if (all.num_chunks > 1 || call.context_lens[i / call.num_heads] == 0)
             merge_parts(all, i / call.num_heads, i % call.num_heads);
-    _mm_setcsr(control);
 }
 
 // So many tokens that a worker has a few chunks, if there is enough to read.

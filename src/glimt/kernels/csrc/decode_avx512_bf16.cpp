@@ -11,6 +11,7 @@
 #if defined(__AVX512BF16__)
 
 #include "attention_vectors.h"
+#include "denormals.h"
 
 #define GLIMT_LANES 16
 #include "attention_plain.inc"
@@ -486,8 +487,7 @@ void pair_decode_body(void* context, int worker, int num_workers) {
     PairDecode& pairs = *static_cast<PairDecode*>(context);
     Decode& all = pairs.all;
     const DecodeCall& call = *all.call;
-    const unsigned control = _mm_getcsr();
-    _mm_setcsr(control | kFlushDenormals);
+    const FlushDenormals flush;
     for (;;) {
         const int64_t item = __atomic_fetch_add(&all.next, 1, __ATOMIC_RELAXED);
         if (item >= num_items(all)) break;
@@ -498,7 +498,6 @@ void pair_decode_body(void* context, int worker, int num_workers) {
     wait_for_all();
     for (int64_t i = worker; i < call.num_rows * call.num_heads; i += num_workers)
         merge_chunks(all, i / call.num_heads, i % call.num_heads);
-    _mm_setcsr(control);
 }
 
 template <int kSteps>

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "denormals.h"
 #include "epilogue.inc"
 #include "linear.h"
 #include "threads.h"

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "denormals.h"
 #include "kernels.h"
 #include "layout.h"
 #include "linear.h"
@@ -26,16 +27,6 @@ namespace {
 constexpr int kRegisterRows = 6;  // 12 registers of sums, 2 of weights, 1 of x
 constexpr int kStreamRows = 4;    // 8 registers of sums
 constexpr int64_t kMostStreamed = 8;
-
-// Denormals cost hundreds of cycles each and are worth nothing here.
-class FlushDenormals {
-  public:
-    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before_); }
-
-  private:
-    const unsigned before_;
-};
 
 // sums + the dots of the four bytes of every word with four bytes of x, all signed.
 //

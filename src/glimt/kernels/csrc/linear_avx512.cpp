@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "denormals.h"
 #include "dots.inc"
 #include "epilogue.inc"
 #include "mlp.h"

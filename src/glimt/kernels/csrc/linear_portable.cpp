@@ -23,7 +23,7 @@ constexpr int kRegisterRows = 3;  // 12 registers of sums
 constexpr int kStreamRows = 2;    // 8 registers of sums
 constexpr int64_t kMostStreamed = 4;
 
-// There is no portable way to say so.
+// Denormals stay as they are: there is no portable way to flush them.
 struct FlushDenormals {
     FlushDenormals() {}
 };

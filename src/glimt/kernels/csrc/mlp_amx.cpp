@@ -3,7 +3,8 @@
 #if defined(__x86_64__)
 #include <algorithm>
 
-#include "epilogue.inc"
+#include "denormals.h"
+#include "layout.h"
 #include "linear.h"
 #include "linear_amx.h"
 #include "mlp.h"

@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "attention_tiles.h"
+#include "counts.h"
 #include "denormals.h"
 #include "threads.h"
 
@@ -57,7 +58,7 @@ struct Sizes {
 
     int64_t key_sub() const { return 2 * dim_steps * kTile; }
     int64_t value_block() const { return kBlock / kSub * dim_tiles * kTile; }
-    int64_t num_blocks() const { return (num_subs * kSub + kBlock - 1) / kBlock; }
+    int64_t num_blocks() const { return ceil_div(num_subs * kSub, kBlock); }
     int64_t head_values() const { return num_subs * key_sub() + num_blocks() * value_block(); }
     // Of a block's values: where the tiles of dims begin that are added together, and their stride.
     int64_t slice_at(int64_t tile) const { return kBlock / kSub * tile * kTile; }
@@ -111,7 +112,7 @@ void start_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, int
     const uint16_t* rows[kUnit];
     unit.least_limit = INT32_MAX, unit.most_limit = 0;
     for (int i = 0; i < kUnit; ++i) {
-        const int64_t left = call.num_queries - first, query = first + (i < left ? i : left - 1);
+        const int64_t query = least(first + i, call.num_queries - 1);
         int64_t seen = call.first_position + query + 1;
         if (seen < call.num_shared) seen = call.num_shared;
         if (seen > call.num_keys) seen = call.num_keys;
@@ -254,8 +255,7 @@ class Pipeline {
 
     // The keys of a block that the unit sees. keys, values: the block's tiles
     void pass(Unit& unit, int64_t first_key, const uint16_t* keys, const uint16_t* values) {
-        const int64_t left = unit.most_limit - first_key;
-        const int64_t count = left < kBlock ? left : kBlock;
+        const int64_t count = least(unit.most_limit - first_key, kBlock);
         uint16_t* weights = space_.weights[num_blocks_++ & 1];
         for (int64_t start = 0; start < count; start += kWindow) {
             Scored next{&unit, space_.scores[num_windows_++ & 1], weights, values,
@@ -510,13 +510,13 @@ struct Attention {
 void attend_item(const Attention& all, int64_t item, int worker) {
     const AttentionCall& call = *all.call;
     const Sizes& sizes = all.sizes;
-    const int64_t num_runs = (sizes.num_units + sizes.units_per_item - 1) / sizes.units_per_item;
+    const int64_t num_runs = ceil_div(sizes.num_units, sizes.units_per_item);
     const int64_t kv_head = item / (num_runs * sizes.group);
     // Last queries first: of a causal prompt they have the most to do.
     const int64_t run = num_runs - 1 - item / sizes.group % num_runs;
     const int64_t head = kv_head * sizes.group + item % sizes.group;
-    const int64_t first = run * sizes.units_per_item, rest = sizes.num_units - first;
-    const int64_t count = rest < sizes.units_per_item ? rest : sizes.units_per_item;
+    const int64_t first = run * sizes.units_per_item;
+    const int64_t count = least(sizes.num_units - first, sizes.units_per_item);
     Unit* units = all.units + worker * kUnits;
     for (int64_t u = 0; u < count; ++u)
         start_unit(call, sizes, head, (first + u) * kUnit, units[u]);
@@ -525,8 +525,8 @@ void attend_item(const Attention& all, int64_t item, int worker) {
     Pipeline pipeline(sizes, call.scale, all.spaces[worker]);
     for (int64_t start = 0; start < units[count - 1].most_limit; start += kRange)
         for (int64_t u = 0; u < count; ++u) {
-            const int64_t most = units[u].most_limit, next = start + kRange;
-            for (int64_t key = start; key < (next < most ? next : most); key += kBlock)
+            const int64_t end = least(start + kRange, units[u].most_limit);
+            for (int64_t key = start; key < end; key += kBlock)
                 pipeline.pass(units[u], key, keys + key / kSub * sizes.key_sub(),
                               values + key / kBlock * sizes.value_block());
         }
@@ -540,8 +540,9 @@ void attention_body(void* context, int worker, int num_workers) {
     const Sizes& sizes = all.sizes;
     const FlushDenormals flush;
     const int64_t num_subs = all.call->num_kv_heads * sizes.num_subs;
-    const int64_t end = num_subs * (worker + 1) / num_workers;
-    for (int64_t i = num_subs * worker / num_workers; i < end; ++i) {
+    int64_t i, end;
+    part_of(num_subs, worker, num_workers, &i, &end);
+    for (; i < end; ++i) {
         const int64_t kv_head = i / sizes.num_subs, sub = i % sizes.num_subs;
         uint16_t* keys = all.packed + kv_head * sizes.head_values();
         uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
@@ -561,15 +562,13 @@ void attention_body(void* context, int worker, int num_workers) {
 Sizes sizes_of(const AttentionCall& call) {
     Sizes sizes{};
     sizes.dim = call.head_dim;
-    sizes.dim_steps = (call.head_dim + 31) / 32;
-    sizes.dim_tiles = (call.head_dim + 15) / 16;
+    sizes.dim_steps = ceil_div(call.head_dim, 32);
+    sizes.dim_tiles = ceil_div(call.head_dim, 16);
     sizes.num_subs = (call.num_keys + kWindow - 1) / kWindow * (kWindow / kSub);
     sizes.group = call.num_heads / call.num_kv_heads;
-    sizes.num_units = (call.num_queries + kUnit - 1) / kUnit;
+    sizes.num_units = ceil_div(call.num_queries, kUnit);
     int64_t units = kUnits;
-    const auto num_items = [&] {
-        return (sizes.num_units + units - 1) / units * call.num_heads;
-    };
+    const auto num_items = [&] { return ceil_div(sizes.num_units, units) * call.num_heads; };
     while (units > 1 && num_items() < 4 * num_workers()) units /= 2;
     sizes.units_per_item = units;
     sizes.num_items = num_items();

@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "attention_vectors.h"
+#include "counts.h"
 #include "denormals.h"
 #include "threads.h"
 
@@ -36,17 +37,17 @@ struct Sizes {
 
     explicit Sizes(const AttentionCall& call)
         : dim(call.head_dim),
-          dim_pairs((dim + 1) / 2),
-          dim_panels((dim + kPanel - 1) / kPanel),
-          num_panels((call.num_keys + kPanel - 1) / kPanel),
-          num_blocks((call.num_keys + kBlock - 1) / kBlock),
+          dim_pairs(ceil_div(dim, 2)),
+          dim_panels(ceil_div(dim, kPanel)),
+          num_panels(ceil_div(call.num_keys, kPanel)),
+          num_blocks(ceil_div(call.num_keys, kBlock)),
           group(call.num_heads / call.num_kv_heads),
           num_rows(call.num_queries * group),
-          num_vectors((num_rows + kLanes - 1) / kLanes),
-          num_units((num_vectors + kMaxVectors - 1) / kMaxVectors) {
+          num_vectors(ceil_div(num_rows, kLanes)),
+          num_units(ceil_div(num_vectors, kMaxVectors)) {
         // Two items for each worker at least, as far as the vectors go.
-        const int64_t enough = (2 * num_workers() + call.num_kv_heads - 1) / call.num_kv_heads;
-        if (num_units < enough) num_units = num_vectors < enough ? num_vectors : enough;
+        const int64_t enough = ceil_div(2 * num_workers(), call.num_kv_heads);
+        if (num_units < enough) num_units = least(num_vectors, enough);
     }
 
     int64_t key_panel() const { return dim_pairs * kPanel; }
@@ -169,7 +170,7 @@ void start_unit(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, 
                 int num_lanes, Unit& unit) {
     const uint16_t* rows[kUnit];
     for (int i = 0; i < num_lanes; ++i) {
-        const int64_t row = first + i < sizes.num_rows ? first + i : sizes.num_rows - 1;
+        const int64_t row = least(first + i, sizes.num_rows - 1);
         const Place at(sizes, kv_head, row);
         rows[i] =
             call.query + at.query * call.query_token_stride + at.head * call.query_head_stride;
@@ -195,7 +196,7 @@ void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t kv_head,
         const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_GT_OQ);
         const __m512 share = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
         uint16_t* to[16];
-        const int64_t rest = sizes.num_rows - first - lane, num_rows = rest < 16 ? rest : 16;
+        const int64_t num_rows = least(sizes.num_rows - first - lane, 16);
         for (int64_t i = 0; i < num_rows; ++i) {
             const Place at(sizes, kv_head, first + lane + i);
             to[i] = call.out + at.query * call.out_token_stride + at.head * call.out_head_stride;
@@ -368,9 +369,8 @@ void attend_unit(const Attention& all, int64_t kv_head, int64_t first, Unit& uni
     const uint32_t* values = keys + sizes.key_words();
     start_unit(call, sizes, kv_head, first, kVectors * kLanes, unit);
     for (int64_t key = 0; key < unit.most_limit; key += kBlock) {
-        const int64_t rest = unit.most_limit - key;
         Attend<kVectors>::block(unit, sizes, call.scale * kLog2E, key,
-                                rest < kBlock ? rest : kBlock,
+                                least(unit.most_limit - key, kBlock),
                                 keys + key / kPanel * sizes.key_panel(),
                                 values + key / kBlock * sizes.dim_panels * sizes.value_panel());
     }
@@ -395,7 +395,7 @@ void attention_body(void* context, int worker, int num_workers) {
     Attention& all = *static_cast<Attention*>(context);
     const AttentionCall& call = *all.call;
     const FlushDenormals flush;
-    const int64_t parts = (call.num_keys + 15) / 16;
+    const int64_t parts = ceil_div(call.num_keys, 16);
     int64_t part, last;
     part_of(parts * call.num_kv_heads, worker, num_workers, &part, &last);
     for (; part < last; ++part) pack_part(all, part / parts, part % parts * 16);

@@ -11,6 +11,7 @@
 #if defined(__x86_64__)
 
 #include "attention_tiles.h"
+#include "counts.h"
 #include "denormals.h"
 
 #define GLIMT_LANES 16
@@ -89,7 +90,7 @@ class Ahead {
         while (num_lines > 0) {
             if (run_ == 0) token_ < end_ ? aim() : turn();
             if (is_done_) return;
-            const int64_t count = num_lines < run_ ? num_lines : run_;
+            const int64_t count = least(num_lines, run_);
             ask_lines(count);
             num_lines -= count;
         }
@@ -110,9 +111,8 @@ class Ahead {
         const int64_t block = token_ / call_.block_size, offset = token_ % call_.block_size;
         const int64_t at = table_[block] * call_.block_stride + offset * call_.token_stride;
         key_ = call_.key + at, value_ = call_.value + at;
-        const int64_t in_block = call_.block_size - offset, rest = end_ - token_;
-        const int64_t most = in_block < kTogether ? in_block : kTogether;
-        const int64_t count = !is_dense_ ? 1 : most < rest ? most : rest;
+        const int64_t together = least(least(call_.block_size - offset, kTogether), end_ - token_);
+        const int64_t count = is_dense_ ? together : 1;
         run_ = count * num_lines_;
         part_ = is_split_ ? run_ / kStreams : run_;
         token_ += count;
@@ -303,7 +303,7 @@ INLINE bool weigh(const Pass& pass, TileSpace& space, float scale, int64_t sub, 
 template <int kSteps>
 INLINE void add_values(const Pass& pass, TileSpace& space, Ahead& ahead) {
     TileHeads& heads = *pass.heads;
-    const int64_t num_groups = (pass.count + kGroup - 1) / kGroup;
+    const int64_t num_groups = ceil_div(pass.count, kGroup);
     const uint16_t* groups[kBatch / kGroup];
     int64_t strides[kBatch / kGroup];
     for (int64_t g = 0; g < num_groups; ++g) {
@@ -385,17 +385,17 @@ struct Passes {
     int64_t of_group, num_units;
 
     int64_t count() const {
-        return (span.end - span.begin + kBatch - 1) / kBatch * num_units;
+        return ceil_div(span.end - span.begin, kBatch) * num_units;
     }
     Pass at(int64_t i) const {
         const int64_t unit = i % num_units, kv_head = unit / of_group;
-        const int64_t start = span.begin + i / num_units * kBatch, left = span.end - start;
+        const int64_t start = span.begin + i / num_units * kBatch;
         return {&units[unit],
                 space.scores[i % 2],
                 cached_rows(call, call.key, nullptr, span.row, kv_head),
                 cached_rows(call, call.value, nullptr, span.row, kv_head),
                 start,
-                left < kBatch ? left : kBatch,
+                least(span.end - start, kBatch),
                 i < num_units};
     }
 };
@@ -406,16 +406,13 @@ void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ah
                   Part* parts) {
     constexpr int64_t kDim = kSteps * 32;
     const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t of_group = (group + kHeads - 1) / kHeads;
+    const int64_t of_group = ceil_div(group, kHeads);
     const uint16_t* query = call.query + span.row * call.query_stride;
     const float scale = call.scale * kLog2E;
     alignas(64) TileSpace space;
     const Passes passes{call, span, units, space, of_group, call.num_kv_heads * of_group};
     const auto first_of = [&](int64_t u) { return u / of_group * group + u % of_group * kHeads; };
-    const auto heads_of = [&](int64_t u) {
-        const int64_t left = group - u % of_group * kHeads;
-        return left < kHeads ? left : kHeads;
-    };
+    const auto heads_of = [&](int64_t u) { return least(group - u % of_group * kHeads, kHeads); };
     for (int64_t u = 0; u < passes.num_units; ++u)
         start_heads(units[u], query + first_of(u) * kDim, heads_of(u), kDim);
     set_shapes();
@@ -551,7 +548,7 @@ void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part
     const TokenRows keys = cached_rows(call, call.key, nullptr, span.row, 0);
     const TokenRows values = cached_rows(call, call.value, nullptr, span.row, 0);
     for (int64_t start = span.begin; start < span.end; start += kGroup) {
-        const int64_t count = span.end - start < kGroup ? span.end - start : kGroup;
+        const int64_t count = least(span.end - start, kGroup);
         ahead.allow(count);
         Rows key_rows{keys.at(start), call.token_stride, count};
         Rows value_rows{values.at(start), call.token_stride, count};
@@ -584,9 +581,7 @@ struct TileDecode {
 
     bool has_few_heads() const { return call->num_heads / call->num_kv_heads < kMinTileHeads; }
     int64_t distance() const { return has_few_heads() ? 2 * kGroup : kDistance; }
-    int64_t chunks_of(int64_t num_tokens) const {
-        return (num_tokens + chunk_tokens - 1) / chunk_tokens;
-    }
+    int64_t chunks_of(int64_t num_tokens) const { return ceil_div(num_tokens, chunk_tokens); }
 };
 
 // The next chunk that has tokens; an empty span at the end.
@@ -596,7 +591,7 @@ Span take(TileDecode& all) {
         const int64_t row = item / all.num_chunks, chunk = item % all.num_chunks;
         if (row >= all.call->num_rows) return {};
         const int64_t begin = chunk * all.chunk_tokens, length = all.call->context_lens[row];
-        const int64_t end = begin + all.chunk_tokens < length ? begin + all.chunk_tokens : length;
+        const int64_t end = least(begin + all.chunk_tokens, length);
         if (begin < end) return {row, chunk, begin, end};
     }
 }
@@ -668,7 +663,7 @@ int64_t chunk_of(const DecodeCall& call) {
     const int64_t token_bytes = call.num_kv_heads * call.head_dim * 2 * int64_t(sizeof(uint16_t));
     const int64_t pieces = num_tokens * token_bytes / num_workers() / kPieceBytes;
     const int64_t most = pieces < 1 ? 1 : pieces > kMostPieces ? kMostPieces : pieces;
-    return up_to((num_tokens + num_workers() * most - 1) / (num_workers() * most), kGroup);
+    return up_to(ceil_div(num_tokens, num_workers() * most), kGroup);
 }
 
 void decode_all_tiles(const DecodeCall& call) {
@@ -680,7 +675,7 @@ void decode_all_tiles(const DecodeCall& call) {
     all.chunk_tokens = chunk_of(call);
     all.num_chunks = longest > all.chunk_tokens ? all.chunks_of(longest) : 1;
     const int64_t group = call.num_heads / call.num_kv_heads;
-    all.units_per_worker = call.num_kv_heads * ((group + kHeads - 1) / kHeads);
+    all.units_per_worker = call.num_kv_heads * ceil_div(group, kHeads);
     const int64_t num_parts = call.num_rows * all.num_chunks * call.num_heads;
     const int64_t num_units = all.has_few_heads() ? 1 : num_workers() * all.units_per_worker;
     all.parts = static_cast<Part*>(scratch(kScratchSlot, num_parts * int64_t(sizeof(Part))));

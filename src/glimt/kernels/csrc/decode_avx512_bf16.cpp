@@ -11,6 +11,7 @@
 #if defined(__AVX512BF16__)
 
 #include "attention_vectors.h"
+#include "counts.h"
 #include "denormals.h"
 
 #define GLIMT_LANES 16
@@ -37,9 +38,9 @@ Span span_of(const Decode& all, int64_t item) {
     const int64_t row = item / all.num_chunks, chunk = item % all.num_chunks;
     if (row >= all.call->num_rows) return {};
     const int64_t tokens = all.chunk_tokens(row), length = all.call->context_lens[row];
-    const int64_t begin = chunk * tokens, end = begin + tokens;
+    const int64_t begin = chunk * tokens;
     if (begin >= length) return {row, chunk, 0, 0};
-    return {row, chunk, begin, end < length ? end : length};
+    return {row, chunk, begin, least(begin + tokens, length)};
 }
 
 int64_t num_items(const Decode& all) { return all.call->num_rows * all.num_chunks; }
@@ -250,7 +251,7 @@ INLINE void add_values(Heads& heads, const Space& space, const Step& step, int f
     for (int64_t t = 0; t < step.count; t += kPanel) {
         const uint16_t* row = step.panels[t / kPanel].values + offset + dim;
         const uint16_t* next = step.ahead[t / kPanel].values;
-        const int64_t left = step.count - t, count = left < kPanel ? left : kPanel;
+        const int64_t count = least(step.count - t, kPanel);
         for (int64_t i = 0; i < count; i += 2, row += 2 * step.stride, weights += kHeads) {
             if (next) ask<_MM_HINT_T0>(next + ahead, i / 2);
             __m512i pairs[2];
@@ -306,7 +307,7 @@ void widen_step(const Chunk& one, int64_t kv_head, int64_t start, const Step& st
             ask<_MM_HINT_T1>(next.keys, kv_head * kLines + i);
             ask<_MM_HINT_T1>(next.values, kv_head * kLines + i);
         }
-        const int64_t left = step.count - t, count = left < kPanel ? left : kPanel;
+        const int64_t count = least(step.count - t, kPanel);
         wide.step.panels[t / kPanel] =
             widened<kSteps>(one.keys, one.values, start + t, count, wide.panels[t / kPanel]);
     }
@@ -318,11 +319,8 @@ void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
     constexpr int64_t kDim = kSteps * 32;
     const DecodeCall& call = *all.call;
     const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t per_group = (group + kHeads - 1) / kHeads;
-    const auto heads_of = [&](int64_t i) {
-        const int64_t left = group - i * kHeads;
-        return left < kHeads ? left : kHeads;
-    };
+    const int64_t per_group = ceil_div(group, kHeads);
+    const auto heads_of = [&](int64_t i) { return least(group - i * kHeads, kHeads); };
     const auto each_unit = [&](const auto& visit) {
         for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
             for (int64_t i = 0; i < per_group; ++i)
@@ -338,7 +336,7 @@ void decode_many_heads(const Decode& all, const Span& span, Heads* units) {
     const bool is_int8 = call.key_scales;
     step.stride = call.token_stride;
     for (int64_t start = span.begin; start < span.end; start += kStep) {
-        step.count = span.end - start < kStep ? span.end - start : kStep;
+        step.count = least(span.end - start, kStep);
         for (int64_t t = 0; t < step.count; t += kPanel) {
             step.panels[t / kPanel] = Panel(call, span.row, start + t);
             step.ahead[t / kPanel] = panel_ahead(all, span, start + t + kStep);
@@ -452,7 +450,7 @@ void decode_few_heads(const Decode& all, const Span& span, Heads*) {
         }
     });
     for (int64_t start = span.begin; start < span.end; start += kPanel) {
-        const int64_t rest = span.end - start, count = rest < kPanel ? rest : kPanel;
+        const int64_t count = least(span.end - start, kPanel);
         const Panel panel(call, span.row, start);
         const Panel next = panel_ahead(all, span, start + kFewAhead);
         each_head([&](const Chunk& one, int64_t kv_head) {
@@ -510,7 +508,7 @@ void decode_pairs(const DecodeCall& call) {
         pairs.decode_span = decode_few_heads<kSteps>;
     } else {
         pairs.decode_span = decode_many_heads<kSteps>;
-        pairs.units_per_worker = call.num_kv_heads * ((group + kHeads - 1) / kHeads);
+        pairs.units_per_worker = call.num_kv_heads * ceil_div(group, kHeads);
         pairs.units = static_cast<Heads*>(scratch(
             kUnitSlot, num_workers() * pairs.units_per_worker * int64_t(sizeof(Heads))));
     }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "counts.h"
 #include "threads.h"
 
 namespace glimt {
@@ -15,7 +16,7 @@ int64_t values_per_word(int32_t format) {
 }
 
 int64_t num_groups(const PlainWeight& weight) {
-    return (weight.k + weight.group - 1) / weight.group;
+    return ceil_div(weight.k, weight.group);
 }
 
 bool needs_offsets(const PlainWeight& weight) {
@@ -108,7 +109,7 @@ void pack_values(const PlainWeight& weight, int64_t first, int num_rows, int64_t
     const auto* rows = static_cast<const uint8_t*>(weight.values) + first * row_bytes;
     uint32_t words[kBlock][kStep] = {};
     for (int64_t w = 0; w < num_words; w += kStep) {
-        const int64_t end = std::min(num_words - w, int64_t(kStep));
+        const int64_t end = least(num_words - w, kStep);
         const int64_t bytes = std::clamp(row_bytes - 4 * w, int64_t(0), int64_t(4 * kStep));
         for (int r = 0; r < num_rows; ++r) {
             if (bytes < 4 * kStep) std::memset(words[r], 0, sizeof(words[r]));

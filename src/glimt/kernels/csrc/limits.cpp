@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "counts.h"
 #include "threads.h"
 
 namespace glimt {

@@ -3,6 +3,7 @@
 // x is copied into tiles of 16 rows by 64 bytes. Weights of bfloat16, and of int8 with rounded x,
 // are tiles as they lie; others are first widened to bfloat16 tiles.
 #if defined(__x86_64__)
+#include "counts.h"
 #include "linear_amx.h"
 
 #include <algorithm>
@@ -38,13 +39,13 @@ Share share_of(const Work& work, int worker, int num_workers) {
 // Of the ways to give each worker rows and columns, the one whose largest share is smallest.
 int workers_over_rows(const Product& p, int workers) {
     int best = 1;
-    int64_t least = INT64_MAX;
+    int64_t smallest = INT64_MAX;
     for (int rows = 1; rows <= workers; ++rows) {
         if (workers % rows) continue;
-        const int64_t pairs = (p.num_row_tiles / 2 + rows - 1) / rows;
-        const int64_t panels = (p.num_panels + workers / rows - 1) / (workers / rows);
-        if (pairs * panels < least) {
-            least = pairs * panels;
+        const int64_t pairs = ceil_div(p.num_row_tiles / 2, rows);
+        const int64_t panels = ceil_div(p.num_panels, workers / rows);
+        if (pairs * panels < smallest) {
+            smallest = pairs * panels;
             best = rows;
         }
     }

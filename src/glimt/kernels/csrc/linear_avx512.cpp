@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "counts.h"
 #include "denormals.h"
 #include "dots.inc"
 #include "epilogue.inc"
@@ -95,7 +96,7 @@ void lay_group_bytes(const Product& p, const uint16_t* x, int64_t row, int8_t* o
     const int64_t k = p.call->weight->k, group = p.call->weight->group;
     for (int64_t g = 0; g < p.num_groups; ++g) {
         const int64_t at = row * p.num_groups + g;
-        const int64_t begin = std::min(g * group, k), count = std::min(group, k - begin);
+        const int64_t begin = least(g * group, k), count = least(group, k - begin);
         int32_t sum;
         const float scale =
             quantise(x + begin, count, group, out + g * group, &sum, p.call->element);
@@ -593,7 +594,7 @@ template <typename Formula, int NB, int MR>
 void run_group(const Product& p, const Streams& s, int64_t row, int64_t block) {
     alignas(64) float values[MR * NB * kBlock];
     Formula::template run<NB, MR>(p, s, row, values);
-    finish<NB>(p, row, std::min(int64_t(MR), p.num_rows - row), block, values);
+    finish<NB>(p, row, least(p.num_rows - row, MR), block, values);
 }
 
 template <typename Formula, int NB>
@@ -670,8 +671,7 @@ struct Work {
 
 // Parts of equal size: were a row left over, it would read the whole weight for itself.
 int64_t equal_parts(int64_t count, int64_t most) {
-    const int64_t parts = (count + most - 1) / most;
-    return up_to((count + parts - 1) / parts, kRowGroup);
+    return up_to(ceil_div(count, ceil_div(count, most)), kRowGroup);
 }
 
 void work_part(void* context, int worker, int num_workers) {
@@ -682,7 +682,7 @@ void work_part(void* context, int worker, int num_workers) {
     int64_t begin, end;
     part_of(pairs, worker, num_workers, &begin, &end);
     for (; p.first_row < p.call->m; p.first_row += work.rows_at_once) {
-        p.num_rows = std::min(p.call->m - p.first_row, work.rows_at_once);
+        p.num_rows = least(p.call->m - p.first_row, work.rows_at_once);
         if (!work.is_laid_out) {
             int64_t row, last;
             part_of(up_to(p.num_rows, kRowGroup), worker, num_workers, &row, &last);
@@ -731,7 +731,7 @@ void mlp_avx512(const MlpCall& call) {
     if (call.m <= 0) return;
     const int64_t width = call.down->k, rows = equal_parts(call.m, kMostRows);
     auto* inner = static_cast<uint16_t*>(
-        scratch(kSlotInner, std::min(call.m, rows) * width * int64_t(sizeof(uint16_t))));
+        scratch(kSlotInner, least(call.m, rows) * width * int64_t(sizeof(uint16_t))));
     mlp_by_blocks(call, rows, inner, linear_avx512);
 }
 

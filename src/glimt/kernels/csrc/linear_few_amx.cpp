@@ -1,7 +1,6 @@
 // Few rows: the weights' stream is what takes time.
 #if defined(__x86_64__)
-#include <algorithm>
-
+#include "counts.h"
 #include "results_amx.inc"
 
 namespace glimt {
@@ -140,7 +139,7 @@ class FewRows {
         for (int64_t k = 0; k < p_.num_k; k += kChunk) {
             if (k + kChunk < p_.num_k) widen_chunk<NB>(panel, k + kChunk);
             const uint8_t* from = wide_ + k / kChunk % 2 * 4 * kChunk * kTile;
-            for (int64_t t = k; t < std::min(k + kChunk, p_.num_k); ++t)
+            for (int64_t t = k; t < least(k + kChunk, p_.num_k); ++t)
                 multiply<NB>(from + (t - k) * kTile, kChunk * kTile, t);
         }
     }
@@ -149,7 +148,7 @@ class FewRows {
         uint8_t* to = wide_ + k / kChunk % 2 * 4 * kChunk * kTile;
         for (int b = 0; b < NB; ++b) {
             fetch_chunk(2 * panel + b, k + 2 * kChunk);
-            widen(p_, 2 * panel + b, k, std::min(k + kChunk, p_.num_k), to + b * kChunk * kTile);
+            widen(p_, 2 * panel + b, k, least(k + kChunk, p_.num_k), to + b * kChunk * kTile);
         }
         memory_is_written();
     }

@@ -1,7 +1,6 @@
 // Few rows by int4 whose groups are long enough for tiles.
 #if defined(__x86_64__)
-#include <algorithm>
-
+#include "counts.h"
 #include "results_amx.inc"
 
 namespace glimt {
@@ -29,7 +28,7 @@ class GroupedRows {
           units_of_group_(p.call->weight->group / 64) {}
 
     void run(int64_t begin, int64_t end) {
-        const int64_t num_batches = (num_units_ + kUnits - 1) / kUnits;
+        const int64_t num_batches = ceil_div(num_units_, kUnits);
         for (int64_t panel = begin; panel < end; ++panel) {
             block_ = block_of(*p_.call->weight, 2 * panel);
             clear();
@@ -54,7 +53,7 @@ class GroupedRows {
             _mm512_store_si512(sums_ + at, _mm512_setzero_si512());
     }
     int64_t units_in(int64_t batch) const {
-        return std::min(int64_t(kUnits), num_units_ - batch * kUnits);
+        return least(num_units_ - batch * kUnits, kUnits);
     }
     uint8_t* wide_at(int64_t batch, int64_t unit, int block) const {
         return wide_ + ((batch % 2 * kUnits + unit) * 2 + block) * kUnitTiles * kTile;

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <algorithm>
 
+#include "counts.h"
 #include "results_amx.inc"
 
 namespace glimt {
@@ -130,8 +131,7 @@ struct Slice {
 
 // Blocks of equal size, up to `most`, rather than a small last one.
 int64_t evenly(int64_t count, int64_t most) {
-    const int64_t blocks = std::max((count + most - 1) / most, int64_t(1));
-    return (count + blocks - 1) / blocks;
+    return ceil_div(count, std::max(ceil_div(count, most), int64_t(1)));
 }
 
 Cut cut_of(const Cut& most, const Share& share) {
@@ -153,7 +153,7 @@ class ManyRows {
 
     void run() {
         for (int64_t panel = share_.first_panel; panel < share_.last_panel; panel += cut_.panels) {
-            const int64_t end = std::min(panel + cut_.panels, share_.last_panel);
+            const int64_t end = least(panel + cut_.panels, share_.last_panel);
             if (p_.is_widened) widen_chunk(panel, end);
             for (int64_t pair = share_.first_pair; pair < share_.last_pair; pair += cut_.row_pairs)
                 run_block({pair, end_of_rows(pair), panel, end, 0, 0});
@@ -172,7 +172,7 @@ class ManyRows {
         return std::clamp(steps / 16, int64_t(1), int64_t(2));
     }
     int64_t end_of_rows(int64_t pair) const {
-        return std::min(pair + cut_.row_pairs, share_.last_pair);
+        return least(pair + cut_.row_pairs, share_.last_pair);
     }
     void widen_chunk(int64_t panel, int64_t end) {
         for (int64_t block = 2 * panel; block < 2 * end; ++block)
@@ -192,7 +192,7 @@ class ManyRows {
     }
     void run_block(Slice slice) {
         for (; slice.k < p_.num_k; slice.k += cut_.run) {
-            slice.run = std::min(cut_.run, p_.num_k - slice.k);
+            slice.run = least(cut_.run, p_.num_k - slice.k);
             run_slice(slice);
             // Of a larger block before this one, past this one's sums.
             if (!slice.k && !is_whole()) beside_.queue.finish();
@@ -220,7 +220,7 @@ class ManyRows {
             }
             next.pair_end = end_of_rows(next.pair);
         }
-        next.run = std::min(cut_.run, p_.num_k - next.k);
+        next.run = least(cut_.run, p_.num_k - next.k);
         return next;
     }
     void want_rows(const Slice& slice, const Slice& next) {
@@ -285,7 +285,7 @@ constexpr int64_t kRowsBytes = 1 << 20;
 // each costs a load and a store of the sums.
 Cut cut_for(const Product& p) {
     if (p.num_k > 64) return {10, 10, 16};
-    return {std::min(kRowsBytes / (p.num_k * 2 * kTile), int64_t(14)), 32, p.num_k};
+    return {least(kRowsBytes / (p.num_k * 2 * kTile), 14), 32, p.num_k};
 }
 
 SpaceBytes space_for_many(const Product& p, const Cut& cut) {

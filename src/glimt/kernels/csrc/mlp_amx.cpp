@@ -1,8 +1,7 @@
 // An MLP with AMX tiles: where the second product reads bfloat16, the first one writes the tiles
 // that it reads.
 #if defined(__x86_64__)
-#include <algorithm>
-
+#include "counts.h"
 #include "denormals.h"
 #include "layout.h"
 #include "linear.h"
@@ -62,10 +61,9 @@ void mlp_amx(const MlpCall& call) {
     if (call.m <= 0) return;
     if (has_float16(*call.up, call.element) || has_float16(*call.down, call.element))
         return mlp_avx512(call);
-    const int64_t blocks = (call.m + kRows - 1) / kRows;
-    const int64_t most = ((call.m + blocks - 1) / blocks + 31) / 32 * 32;
+    const int64_t most = up_to(ceil_div(call.m, ceil_div(call.m, kRows)), 32);
     for (int64_t row = 0; row < call.m; row += most) {
-        const int64_t rows = std::min(most, call.m - row);
+        const int64_t rows = least(most, call.m - row);
         (rows > kFewRows && can_join(call) ? run_joined : run_apart)(call, row, rows);
     }
 }

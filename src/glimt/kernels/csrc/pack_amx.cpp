@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <algorithm>
 
+#include "counts.h"
 #include "epilogue.inc"
 #include "linear_amx.h"
 #include "quantise.inc"
@@ -133,11 +134,11 @@ void pack_group_bytes(const Product& p, int64_t row, const uint16_t* x) {
     const int64_t k = p.call->weight->k, group = p.call->weight->group;
     RowOfTiles tiles(p, row);
     for (int64_t g = 0; g < p.num_groups; ++g) {
-        const int64_t begin = std::min(g * group, k), at = row * p.num_groups + g;
+        const int64_t begin = least(g * group, k), at = row * p.num_groups + g;
         alignas(64) int8_t bytes[128];
         int32_t sum;
         const float scale =
-            quantise(x + begin, std::min(group, k - begin), group, bytes, &sum);
+            quantise(x + begin, least(group, k - begin), group, bytes, &sum);
         for (int64_t i = 0; i < group; i += 64)
             _mm512_store_si512(tiles.next(), _mm512_load_si512(bytes + i));
         p.group_scales[at] = scale / 16.0f;

@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "counts.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
@@ -161,7 +163,7 @@ void* scratch(int slot, int64_t num_bytes) {
     Slot& held = slots[slot];
     if (held.num_bytes < num_bytes) {
         std::free(held.memory);
-        held.num_bytes = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+        held.num_bytes = up_to(num_bytes, kHugePage);
         held.memory = std::aligned_alloc(kHugePage, held.num_bytes);
 #if defined(__linux__)
         madvise(held.memory, held.num_bytes, MADV_HUGEPAGE);

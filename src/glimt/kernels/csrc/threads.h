@@ -23,15 +23,4 @@ void place_workers(const int* places, int count);  // between calls only
 // `slot`. Not to be called from inside a body.
 void* scratch(int slot, int64_t num_bytes);
 
-// The next multiple of a number, or the value itself.
-static inline int64_t up_to(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-
-// The contiguous part of 0 … count-1 that a worker does.
-static inline void part_of(int64_t count, int worker, int num_workers, int64_t* begin, int64_t* end) {
-    *begin = count * worker / num_workers;
-    *end = count * (worker + 1) / num_workers;
-}
-
 }  // namespace glimt

@@ -1,7 +1,6 @@
 // Weights of int8 and int4 into tiles of bfloat16.
 #if defined(__x86_64__)
-#include <algorithm>
-
+#include "counts.h"
 #include "linear_amx.h"
 
 namespace glimt {
@@ -57,7 +56,7 @@ void widen_int4(const Product& p, const uint8_t* block, int64_t first, int64_t l
         const __m512 offset = p.header->has_offsets
                                   ? half_at(scales + 32)
                                   : _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
-        const int64_t end = std::min(line + group_lines, last * 4);
+        const int64_t end = least(line + group_lines, last * 4);
         for (; line < end; ++line, out += 256)
             widen_nibbles(_mm512_load_si512(nibbles + line * 64), scale, offset, out);
     }

@@ -77,6 +77,13 @@ inline TokenRows cached_rows(const DecodeCall& call, const uint16_t* cache, cons
                          call.scale_token_stride});
 }
 
+// Query i sees so many keys, from the first on.
+inline int64_t keys_seen(const AttentionCall& call, int64_t query) {
+    int64_t seen = call.first_position + query + 1;
+    if (seen < call.num_shared) seen = call.num_shared;
+    return seen > call.num_keys ? call.num_keys : seen;
+}
+
 }  // namespace
 
 void attention_portable(const AttentionCall& call);

@@ -32,17 +32,9 @@ constexpr int kKeySlot = 8, kUnitSlot = 9;
 
 // --- packing ---
 
-__m512i words_at(const void* from) { return _mm512_loadu_si512(from); }
-
-// The first `count` (0 … 32) values of a row, then zeros.
-__m512i values_at(const uint16_t* row, int64_t count) {
-    if (count >= 32) return words_at(row);
-    return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (1u << count) - 1, row);
-}
-
 // Two rows of 16 values, interleaved.
 __m512i pairs_at(const uint16_t* even, const uint16_t* odd, int64_t count) {
-    const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+    const __mmask16 mask = first_lanes(count);
     const __m256i low = even ? _mm256_maskz_loadu_epi16(mask, even) : _mm256_setzero_si256();
     const __m256i high = odd ? _mm256_maskz_loadu_epi16(mask, odd) : _mm256_setzero_si256();
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
@@ -110,18 +102,13 @@ struct alignas(64) Unit {
 void start_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, int64_t first,
                 Unit& unit) {
     const uint16_t* rows[kUnit];
-    unit.least_limit = INT32_MAX, unit.most_limit = 0;
     for (int i = 0; i < kUnit; ++i) {
         const int64_t query = least(first + i, call.num_queries - 1);
-        int64_t seen = call.first_position + query + 1;
-        if (seen < call.num_shared) seen = call.num_shared;
-        if (seen > call.num_keys) seen = call.num_keys;
-        unit.limit[i] = int32_t(seen);
-        if (seen < unit.least_limit) unit.least_limit = seen;
-        if (seen > unit.most_limit) unit.most_limit = seen;
+        unit.limit[i] = int32_t(keys_seen(call, query));
         unit.peak[i] = kLowest, unit.total[i] = 0;
         rows[i] = call.query + query * call.query_token_stride + head * call.query_head_stride;
     }
+    unit.least_limit = unit.limit[0], unit.most_limit = unit.limit[kUnit - 1];
     for (int64_t step = 0; step < sizes.dim_steps; ++step)
         for (int half = 0; half < 2; ++half) {
             __m512i pairs[16];
@@ -146,8 +133,7 @@ void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, in
                 rows[i] = _mm512_castps_si512(
                     _mm512_mul_ps(_mm512_load_ps(unit.out[tile][half] + i * 16), share));
             transpose(rows);
-            const int64_t dims = sizes.dim - tile * 16;
-            const __mmask16 mask = dims >= 16 ? 0xffff : (1u << dims) - 1;
+            const __mmask16 mask = first_lanes(sizes.dim - tile * 16);
             for (int64_t i = 0; i < 16 && first + half * 16 + i < call.num_queries; ++i) {
                 uint16_t* to = call.out + (first + half * 16 + i) * call.out_token_stride +
                                head * call.out_head_stride + tile * 16;

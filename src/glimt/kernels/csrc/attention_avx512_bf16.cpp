@@ -58,15 +58,8 @@ struct Sizes {
 
 // --- packing ---
 
-// The first `count` values of a row (as many as a vector holds, or fewer), then zeros.
-__m512i values_at(const uint16_t* row, int64_t count) {
-    if (count >= 32) return _mm512_loadu_si512(row);
-    return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (1u << count) - 1, row);
-}
-
 __m512i widened_at(const uint16_t* row, int64_t count) {
-    const __mmask16 mask = count >= 16 ? 0xffff : (1u << count) - 1;
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), row));
 }
 
 void store_halves(uint32_t* low, uint32_t* high, __m512i words) {
@@ -97,7 +90,7 @@ struct Tokens {
     static const uint16_t* widened_row(Int8Row row, int64_t dim, uint16_t* to) {
         const __m512 scale = _mm512_set1_ps(row.scale);
         for (int64_t d = 0; d < dim; d += 16) {
-            const __mmask16 mask = dim - d >= 16 ? 0xffff : (1u << (dim - d)) - 1;
+            const __mmask16 mask = first_lanes(dim - d);
             const __m512i whole = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, row.values + d));
             const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale);
             _mm256_mask_storeu_epi16(to + d, mask, (__m256i)_mm512_cvtneps_pbh(values));
@@ -159,12 +152,6 @@ struct Place {
         : query(row / sizes.group), head(kv_head * sizes.group + row % sizes.group) {}
 };
 
-int64_t keys_seen(const AttentionCall& call, int64_t query) {
-    int64_t seen = call.first_position + query + 1;
-    if (seen < call.num_shared) seen = call.num_shared;
-    return seen > call.num_keys ? call.num_keys : seen;
-}
-
 // Lanes without a row of their own repeat the last one.
 void start_unit(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t first,
                 int num_lanes, Unit& unit) {
@@ -208,8 +195,7 @@ void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t kv_head,
                 rows[i] = _mm512_castps_si512(_mm512_maskz_mul_ps(sees, sums, share));
             }
             transpose(rows);
-            const int64_t dims = sizes.dim - dim;
-            const __mmask16 mask = dims >= 16 ? 0xffff : (1u << dims) - 1;
+            const __mmask16 mask = first_lanes(sizes.dim - dim);
             for (int64_t i = 0; i < num_rows; ++i)
                 _mm256_mask_storeu_epi16(
                     to[i] + dim, mask,

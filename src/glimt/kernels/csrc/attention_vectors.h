@@ -6,11 +6,20 @@
 
 #include <cstdint>
 
+#include "masks.h"
+
 namespace glimt {
 namespace {
 
 // Weights may reach 2^8 before the output is scaled down: neither bfloat16 nor float minds.
 constexpr float kSlack = 8.0f;
+
+#define INLINE inline __attribute__((always_inline))
+
+// The first `count` values of a row, as many as a vector holds or fewer, then zeros.
+INLINE __m512i values_at(const uint16_t* row, int64_t count) {
+    return _mm512_maskz_loadu_epi16(first_halves(count), row);
+}
 
 // 16 rows of 16 words, in place.
 void transpose(__m512i* rows) {
@@ -38,8 +47,6 @@ void transpose(__m512i* rows) {
         rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
-
-#define INLINE inline __attribute__((always_inline))
 
 // 2^x for x <= 9 or so, to 8e-5: ample for a bfloat16 weight.
 INLINE __m512 coarse_exp2(__m512 x) {

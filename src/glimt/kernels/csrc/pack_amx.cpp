@@ -39,11 +39,9 @@ class RowOfTiles {
 void pack_bf16_row(const Product& p, int64_t row, const uint16_t* x) {
     const int64_t k = p.call->weight->k;
     RowOfTiles tiles(p, row);
-    for (int64_t t = 0; t < p.num_k; ++t) {
-        const int64_t left = k - t * 32;
-        const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-        _mm512_store_si512(tiles.next(), _mm512_maskz_loadu_epi16(lanes, x + t * 32));
-    }
+    for (int64_t t = 0; t < p.num_k; ++t)
+        _mm512_store_si512(tiles.next(),
+                           _mm512_maskz_loadu_epi16(first_halves(k - t * 32), x + t * 32));
 }
 
 inline __m512 rounded(__m512 value, __m512 factor) {
@@ -156,9 +154,7 @@ void pack_group_pairs(const Product& p, int64_t row, const uint16_t* x) {
     for (int64_t g = 0; g < p.num_groups; ++g) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t i = g * group; i < (g + 1) * group; i += 32) {
-            const int64_t left = k - i;
-            const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-            const __m512i values = _mm512_maskz_loadu_epi16(lanes, x + i);
+            const __m512i values = _mm512_maskz_loadu_epi16(first_halves(k - i), x + i);
             _mm512_store_si512(tiles.next(), _mm512_permutexvar_epi16(order, values));
             const __m512i odd = _mm512_and_si512(values, _mm512_set1_epi32(int32_t(0xffff0000)));
             sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(values, 16)));

@@ -23,7 +23,6 @@ namespace glimt {
 namespace {
 
 constexpr int kUnit = 32;     // queries side by side
-constexpr int kSub = 32;      // keys of one step of the second product
 constexpr int kWindow = 32;   // keys whose scores are made together
 constexpr int kBlock = 256;   // keys between two looks at the output tiles
 constexpr int kRange = 1024;  // keys that stay in the L2 cache while the units pass over them
@@ -44,28 +43,31 @@ __m512i pairs_at(const uint16_t* even, const uint16_t* odd, int64_t count) {
 // What the call's sizes come to.
 struct Sizes {
     int64_t dim, dim_steps, dim_tiles;  // tiles of 32 dims for scores, of 16 for outputs
-    int64_t num_subs;                   // of keys, so that windows are whole
+    int64_t num_windows;                // of keys
     int64_t group;                      // query heads of a KV head
     int64_t num_units, units_per_item, num_items;
 
-    int64_t key_sub() const { return 2 * dim_steps * kTile; }
-    int64_t value_block() const { return kBlock / kSub * dim_tiles * kTile; }
-    int64_t num_blocks() const { return ceil_div(num_subs * kSub, kBlock); }
-    int64_t head_values() const { return num_subs * key_sub() + num_blocks() * value_block(); }
+    // Values of a window, a block, a head: what lies together.
+    int64_t key_window() const { return 2 * dim_steps * kTile; }
+    int64_t value_block() const { return kBlock / kWindow * dim_tiles * kTile; }
+    int64_t num_blocks() const { return ceil_div(num_windows * kWindow, kBlock); }
+    int64_t head_keys() const { return num_windows * key_window(); }
+    int64_t head_values() const { return num_blocks() * value_block(); }
+    int64_t head() const { return head_keys() + head_values(); }
     // Of a block's values: where the tiles of dims begin that are added together, and their stride.
-    int64_t slice_at(int64_t tile) const { return kBlock / kSub * tile * kTile; }
+    int64_t slice_at(int64_t tile) const { return kBlock / kWindow * tile * kTile; }
     int64_t slice_step(int64_t tile) const { return tile + 1 < dim_tiles ? 2 * kTile : kTile; }
 };
 
-// Keys: tiles [sub][2][dim_steps] of 16 keys x 32 dims. Values: tiles of 16 dims x 32 keys in the
-// order [block][dim_tiles / 2][sub][2], so that what is added together is read in order. Rows that
-// are not there are zeros: zero weights times what lies there may be NaN.
-void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t sub,
-              uint16_t* keys, uint16_t* values) {
+// Keys: tiles [window][2][dim_steps] of 16 keys x 32 dims. Values: tiles of 16 dims x 32 keys in
+// the order [block][dim_tiles / 2][window][2], so that what is added together is read in order.
+// Rows that are not there are zeros: zero weights times what lies there may be NaN.
+void pack_window(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, int64_t window,
+                 uint16_t* keys, uint16_t* values) {
     const TokenRows key_rows = keys_of(call, kv_head), value_rows = values_of(call, kv_head);
-    const uint16_t* rows[kSub];
-    for (int i = 0; i < kSub; ++i) {
-        const int64_t token = sub * kSub + i;
+    const uint16_t* rows[kWindow];
+    for (int i = 0; i < kWindow; ++i) {
+        const int64_t token = window * kWindow + i;
         const uint16_t* row = token < call.num_keys ? key_rows.at(token) : nullptr;
         for (int64_t step = 0; step < sizes.dim_steps; ++step)
             _mm512_store_si512(
@@ -82,7 +84,7 @@ void pack_sub(const AttentionCall& call, const Sizes& sizes, int64_t kv_head, in
         transpose(pairs);
         const int64_t pair = tile / 2 * 2;
         uint16_t* to = values + sizes.slice_at(pair) +
-                       sub % (kBlock / kSub) * sizes.slice_step(pair) + tile % 2 * kTile;
+                       window % (kBlock / kWindow) * sizes.slice_step(pair) + tile % 2 * kTile;
         for (int i = 0; i < 16; ++i)
             _mm512_store_si512(to + i * 32, pairs[i]);
     }
@@ -172,20 +174,19 @@ void finish_unit(const AttentionCall& call, const Sizes& sizes, int64_t head, in
 
 // What a worker needs besides its units.
 struct alignas(64) Workspace {
-    float scores[2][kWindow * kUnit];     // windows: [sub][query half][16 keys x 2][16]
-    uint16_t weights[2][kBlock * kUnit];  // blocks: tiles [sub][query half] of 16 key pairs
+    float scores[2][kWindow * kUnit];     // windows: [query half][keys][16 queries]
+    uint16_t weights[2][kBlock * kUnit];  // blocks: tiles [window][query half] of 16 key pairs
 };
 
 // A window of scores that waits to be weighed.
 struct Scored {
     Unit* unit = nullptr;
     float* scores;
-    uint16_t* weights;      // of the unit's whole block
+    uint16_t* weights;       // of the unit's whole block
     const uint16_t* values;  // tiles of the whole block
-    int64_t first_key;      // of the window
-    int64_t sub;            // in the block, where the window begins
-    bool is_first;          // of the unit
-    bool is_last;           // of the block
+    int64_t first_key;       // of the window
+    int64_t window;          // its number in the block
+    bool is_last;            // of the block
 };
 
 // Weights of a block that wait to be multiplied with its values.
@@ -193,7 +194,7 @@ struct Weighed {
     Unit* unit = nullptr;
     const uint16_t* weights;
     const uint16_t* values;
-    int64_t num_subs;
+    int64_t num_windows;
     int64_t next_tile;
 };
 
@@ -244,10 +245,10 @@ class Pipeline {
         const int64_t count = least(unit.most_limit - first_key, kBlock);
         uint16_t* weights = space_.weights[num_blocks_++ & 1];
         for (int64_t start = 0; start < count; start += kWindow) {
-            Scored next{&unit, space_.scores[num_windows_++ & 1], weights, values,
-                        first_key + start, start / kSub, first_key + start == 0,
-                        start + kWindow >= count};
-            advance(&next, keys + start / kSub * sizes_.key_sub());
+            const int64_t window = start / kWindow;
+            const Scored next{&unit, space_.scores[num_windows_++ & 1], weights, values,
+                              first_key + start, window, start + kWindow >= count};
+            advance(&next, keys + window * sizes_.key_window());
         }
     }
     // Nothing waits afterwards.
@@ -266,7 +267,7 @@ class Pipeline {
             weigh_and_score(now, next, keys);
             if (now.is_last) {
                 add_all();
-                weighed_ = {now.unit, now.weights, now.values, now.sub + kWindow / kSub, 0};
+                weighed_ = {now.unit, now.weights, now.values, now.window + 1, 0};
             }
         }
         scored_ = next ? *next : Scored{};
@@ -274,20 +275,19 @@ class Pipeline {
 
     INLINE void weigh_and_score(const Scored& now, const Scored* next, const uint16_t* keys) {
         if (now.first_key + kWindow > now.unit->least_limit) hide(now);
-        if (now.is_first) settle(now);
+        if (now.first_key == 0) settle(now);
         Weigher weigher(*now.unit, factor_);
         constexpr int kPieces = kWindow / 2;  // of two keys x 32 queries
         const float* scores = now.scores;
-        uint16_t* weights = now.weights + now.sub * 2 * kTile;
+        uint16_t* weights = now.weights + now.window * 2 * kTile;
         int done = 0;
         const auto piece = [&](int num_pieces) __attribute__((always_inline)) {
             for (int i = 0; i < num_pieces && done < kPieces; ++i, ++done) {
-                const int64_t at = (done >> 4) * 1024 + (done & 15) * 32;
-                weigher.weigh(scores + at, weights + at);
+                weigher.weigh(scores + done * 32, weights + done * 32);
             }
         };
         const auto load_first = [&]() __attribute__((always_inline)) {
-            if (weighed_.unit) load_values(weighed_, 0);
+            if (weighed_.unit) load_values(weighed_);
         };
         next ? make_scores(*next, keys, piece, load_first) : load_first();
         if (weighed_.unit) add_slice(piece);
@@ -301,25 +301,18 @@ class Pipeline {
     __attribute__((noinline)) void weigh_again(const Scored& now) {
         settle(now);
         Weigher weigher(*now.unit, factor_);
-        for (int64_t at = 0; at < kWindow * 32; at += at % 1024 == 480 ? 544 : 32)
-            weigher.weigh(now.scores + at, now.weights + now.sub * 2 * kTile + at);
+        for (int64_t at = 0; at < kTile; at += 32)
+            weigher.weigh(now.scores + at, now.weights + now.window * 2 * kTile + at);
         _mm512_store_ps(now.unit->total, weigher.total.a);
         _mm512_store_ps(now.unit->total + 16, weigher.total.b);
     }
 
-    // Both before the sums of the step before are stored.
-    INLINE void load_scores(const Scored& next, const uint16_t* keys, int64_t step) {
-        const uint16_t* query = next.unit->query[step][0];
-        LOAD_STEP(keys + step * kTile, query, keys + (sizes_.dim_steps + step) * kTile,
-                  query + kTile);
-    }
-    INLINE void load_values(const Weighed& of, int64_t sub) {
-        const uint16_t* weights = of.weights + sub * 2 * kTile;
-        const uint16_t* values = of.values + sizes_.slice_at(of.next_tile) +
-                                 sub * sizes_.slice_step(of.next_tile);
-        LOAD_TILE(6, weights);
+    // Of the first window.
+    INLINE void load_values(const Weighed& of) {
+        const uint16_t* values = of.values + sizes_.slice_at(of.next_tile);
+        LOAD_TILE(6, of.weights);
         LOAD_TILE(4, values);
-        LOAD_TILE(7, weights + kTile);
+        LOAD_TILE(7, of.weights + kTile);
         if (of.next_tile + 1 < sizes_.dim_tiles) LOAD_TILE(5, values + kTile);
     }
 
@@ -327,35 +320,30 @@ class Pipeline {
     INLINE void make_scores(const Scored& next, const uint16_t* keys, const Meanwhile& meanwhile,
                             const LoadNext& load_next) {
         const int64_t steps = sizes_.dim_steps;
-        load_scores(next, keys, 0);
-        for (int sub = 0; sub < kWindow / kSub; ++sub, keys += sizes_.key_sub()) {
-            float* to = next.scores + sub * 1024;
-            CLEAR_TILE(0);
-            CLEAR_TILE(1);
-            CLEAR_TILE(2);
-            CLEAR_TILE(3);
-            for (int64_t step = 1; step < steps; ++step) {
-                const uint16_t* left = keys + step * kTile;
-                MULTIPLY_AND_LOAD(left, next.unit->query[step][0], left + steps * kTile,
-                                  next.unit->query[step][1], kScoreShare);
-            }
-            MULTIPLY_STEP();
-            if (sub + 1 < kWindow / kSub)
-                load_scores(next, keys + sizes_.key_sub(), 0);
-            else
-                load_next();
-            meanwhile(kScoreShare);
-            STORE_TILE(0, to);
-            STORE_TILE(2, to + 256);
-            STORE_TILE(1, to + 512);
-            STORE_TILE(3, to + 768);
+        const auto& query = next.unit->query;
+        LOAD_STEP(keys, query[0][0], keys + steps * kTile, query[0][1]);
+        CLEAR_TILE(0);
+        CLEAR_TILE(1);
+        CLEAR_TILE(2);
+        CLEAR_TILE(3);
+        for (int64_t step = 1; step < steps; ++step) {
+            const uint16_t* left = keys + step * kTile;
+            MULTIPLY_AND_LOAD(left, query[step][0], left + steps * kTile, query[step][1],
+                              kScoreShare);
         }
+        MULTIPLY_STEP();
+        load_next();  // before the sums are stored
+        meanwhile(kScoreShare);
+        STORE_TILE(0, next.scores);
+        STORE_TILE(2, next.scores + 256);
+        STORE_TILE(1, next.scores + 512);
+        STORE_TILE(3, next.scores + 768);
     }
 
     // Two tiles of dims of the block that waits. The first values are loaded already.
     template <typename Meanwhile>
     INLINE void add_slice(const Meanwhile& meanwhile) {
-        const int64_t tile = weighed_.next_tile, num_subs = weighed_.num_subs;
+        const int64_t tile = weighed_.next_tile, num_windows = weighed_.num_windows;
         float* out = &weighed_.unit->out[tile][0][0];
         const uint16_t* weights = weighed_.weights + 2 * kTile;
         const uint16_t* values =
@@ -365,7 +353,7 @@ class Pipeline {
         if (tile + 1 < sizes_.dim_tiles) {
             LOAD_TILE(2, out + 512);
             LOAD_TILE(3, out + 768);
-            for (int64_t sub = 1; sub < num_subs; ++sub) {
+            for (int64_t window = 1; window < num_windows; ++window) {
                 MULTIPLY_AND_LOAD(values, weights, values + kTile, weights + kTile, kValueShare);
                 weights += 2 * kTile, values += 2 * kTile;
             }
@@ -376,13 +364,14 @@ class Pipeline {
             STORE_TILE(2, out + 512);
             STORE_TILE(3, out + 768);
         } else {
-            for (int64_t sub = 1; sub < num_subs; ++sub, weights += 2 * kTile, values += kTile) {
+            for (int64_t window = 1; window < num_windows; ++window) {
                 MULTIPLY_TILES(0, 4, 6);
                 LOAD_TILE(6, weights);
                 MULTIPLY_TILES(1, 4, 7);
                 LOAD_TILE(4, values);
                 LOAD_TILE(7, weights + kTile);
                 meanwhile(kValueShare);
+                weights += 2 * kTile, values += kTile;
             }
             MULTIPLY_TILES(0, 4, 6);
             MULTIPLY_TILES(1, 4, 7);
@@ -396,7 +385,7 @@ class Pipeline {
 
     void add_all() {
         while (weighed_.unit) {
-            load_values(weighed_, 0);
+            load_values(weighed_);
             add_slice([](int) {});
         }
     }
@@ -405,10 +394,10 @@ class Pipeline {
         for (int half = 0; half < 2; ++half) {
             const __m512i limit = _mm512_load_si512(now.unit->limit + half * 16);
             for (int64_t key = 0; key < kWindow; ++key) {
-                float* scores = now.scores + key / 32 * 1024 + half * 512 + key % 32 * 16;
                 const __mmask16 hidden =
                     _mm512_cmple_epi32_mask(limit, _mm512_set1_epi32(int32_t(now.first_key + key)));
-                _mm512_mask_store_ps(scores, hidden, _mm512_set1_ps(kHidden));
+                _mm512_mask_store_ps(now.scores + half * 512 + key * 16, hidden,
+                                     _mm512_set1_ps(kHidden));
             }
         }
     }
@@ -417,14 +406,13 @@ class Pipeline {
     INLINE void settle(const Scored& now) {
         Vectors best = {_mm512_load_ps(now.scores), _mm512_load_ps(now.scores + 512)};
         Vectors more = best;
-        for (int sub = 0; sub < kWindow / kSub; ++sub)
-            for (int i = 0; i < 32; i += 2) {
-                const float* row = now.scores + sub * 1024 + i * 16;
-                best.a = _mm512_max_ps(best.a, _mm512_load_ps(row));
-                best.b = _mm512_max_ps(best.b, _mm512_load_ps(row + 512));
-                more.a = _mm512_max_ps(more.a, _mm512_load_ps(row + 16));
-                more.b = _mm512_max_ps(more.b, _mm512_load_ps(row + 528));
-            }
+        for (int key = 0; key < kWindow; key += 2) {
+            const float* row = now.scores + key * 16;
+            best.a = _mm512_max_ps(best.a, _mm512_load_ps(row));
+            best.b = _mm512_max_ps(best.b, _mm512_load_ps(row + 512));
+            more.a = _mm512_max_ps(more.a, _mm512_load_ps(row + 16));
+            more.b = _mm512_max_ps(more.b, _mm512_load_ps(row + 528));
+        }
         const __m512 scale = _mm512_set1_ps(scale_), slack = _mm512_set1_ps(kSlack - 1);
         best.a = whole(_mm512_mul_ps(_mm512_max_ps(best.a, more.a), scale));
         best.b = whole(_mm512_mul_ps(_mm512_max_ps(best.b, more.b), scale));
@@ -449,9 +437,9 @@ class Pipeline {
                     float* row = unit.out[tile][half] + i * 16;
                     _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), kept));
                 }
-            for (int64_t sub = 0; sub < now.sub; ++sub)
+            for (int64_t window = 0; window < now.window; ++window)
                 for (int i = 0; i < 16; ++i)
-                    scale_pairs(now.weights + (sub * 2 + half) * kTile + i * 32, kept);
+                    scale_pairs(now.weights + (window * 2 + half) * kTile + i * 32, kept);
         }
     }
 
@@ -506,14 +494,14 @@ void attend_item(const Attention& all, int64_t item, int worker) {
     Unit* units = all.units + worker * kUnits;
     for (int64_t u = 0; u < count; ++u)
         start_unit(call, sizes, head, (first + u) * kUnit, units[u]);
-    const uint16_t* keys = all.packed + kv_head * sizes.head_values();
-    const uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
+    const uint16_t* keys = all.packed + kv_head * sizes.head();
+    const uint16_t* values = keys + sizes.head_keys();
     Pipeline pipeline(sizes, call.scale, all.spaces[worker]);
     for (int64_t start = 0; start < units[count - 1].most_limit; start += kRange)
         for (int64_t u = 0; u < count; ++u) {
             const int64_t end = least(start + kRange, units[u].most_limit);
             for (int64_t key = start; key < end; key += kBlock)
-                pipeline.pass(units[u], key, keys + key / kSub * sizes.key_sub(),
+                pipeline.pass(units[u], key, keys + key / kWindow * sizes.key_window(),
                               values + key / kBlock * sizes.value_block());
         }
     pipeline.drain();
@@ -525,15 +513,15 @@ void attention_body(void* context, int worker, int num_workers) {
     Attention& all = *static_cast<Attention*>(context);
     const Sizes& sizes = all.sizes;
     const FlushDenormals flush;
-    const int64_t num_subs = all.call->num_kv_heads * sizes.num_subs;
+    const int64_t num_windows = all.call->num_kv_heads * sizes.num_windows;
     int64_t i, end;
-    part_of(num_subs, worker, num_workers, &i, &end);
+    part_of(num_windows, worker, num_workers, &i, &end);
     for (; i < end; ++i) {
-        const int64_t kv_head = i / sizes.num_subs, sub = i % sizes.num_subs;
-        uint16_t* keys = all.packed + kv_head * sizes.head_values();
-        uint16_t* values = keys + sizes.num_subs * sizes.key_sub();
-        pack_sub(*all.call, sizes, kv_head, sub, keys + sub * sizes.key_sub(),
-                 values + sub / (kBlock / kSub) * sizes.value_block());
+        const int64_t kv_head = i / sizes.num_windows, window = i % sizes.num_windows;
+        uint16_t* keys = all.packed + kv_head * sizes.head();
+        uint16_t* values = keys + sizes.head_keys();
+        pack_window(*all.call, sizes, kv_head, window, keys + window * sizes.key_window(),
+                    values + window / (kBlock / kWindow) * sizes.value_block());
     }
     wait_for_all();
     set_shapes();
@@ -550,7 +538,7 @@ Sizes sizes_of(const AttentionCall& call) {
     sizes.dim = call.head_dim;
     sizes.dim_steps = ceil_div(call.head_dim, 32);
     sizes.dim_tiles = ceil_div(call.head_dim, 16);
-    sizes.num_subs = (call.num_keys + kWindow - 1) / kWindow * (kWindow / kSub);
+    sizes.num_windows = ceil_div(call.num_keys, kWindow);
     sizes.group = call.num_heads / call.num_kv_heads;
     sizes.num_units = ceil_div(call.num_queries, kUnit);
     int64_t units = kUnits;
@@ -568,7 +556,7 @@ void attention_amx(const AttentionCall& call) {
     Attention all{};
     all.call = &call;
     all.sizes = sizes_of(call);
-    const int64_t packed = call.num_kv_heads * all.sizes.head_values();
+    const int64_t packed = call.num_kv_heads * all.sizes.head();
     all.packed = static_cast<uint16_t*>(scratch(kKeySlot, packed * int64_t(sizeof(uint16_t))));
     const int64_t spaces = num_workers() * int64_t(sizeof(Workspace));
     char* own = static_cast<char*>(

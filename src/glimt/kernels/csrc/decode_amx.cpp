@@ -12,10 +12,8 @@
 
 #include "attention_tiles.h"
 #include "counts.h"
+#include "decode_pairs.inc"
 #include "denormals.h"
-
-#define GLIMT_LANES 16
-#include "attention_plain.inc"
 
 namespace glimt {
 namespace {
@@ -36,10 +34,6 @@ constexpr int64_t kPieceBytes = 128 << 10;  // of the cache: smaller chunks are 
 constexpr int kMostPieces = 4;  // for one worker: they even out what others take of its time
 
 // --- what is read, and in which order ---
-
-struct Span {
-    int64_t row, chunk, begin, end;  // tokens; nothing where they are equal
-};
 
 // Asks for the keys and values of token after token, all KV heads, up to `distance` tokens before
 // they are looked at.
@@ -150,14 +144,7 @@ struct alignas(64) TileSpace {
 
 void start_heads(TileHeads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
     std::memset(heads.out, 0, sizeof(float) * kHeads * dim);
-    for (int64_t step = 0; step < dim / 32; ++step) {
-        __m512i pairs[16];
-        for (int64_t h = 0; h < kHeads; ++h)
-            pairs[h] = h < num_heads ? _mm512_loadu_si512(query + h * dim + step * 32)
-                                     : _mm512_setzero_si512();
-        transpose(pairs);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.query[step] + i * 32, pairs[i]);
-    }
+    transpose_heads(query, num_heads, dim, heads.query);
     _mm512_store_ps(heads.peak, _mm512_set1_ps(kLowest));
     _mm512_store_ps(heads.total, _mm512_setzero_ps());
 }
@@ -433,16 +420,6 @@ void decode_tiles(const DecodeCall& call, const Span& span, TileHeads* units, Ah
 
 // --- few query heads of a KV head ---
 
-// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
-// four of every eight. In their order again:
-INLINE void in_order(__m512& low, __m512& high) {
-    const __m512i first =
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512 a = _mm512_permutex2var_ps(low, first, high);
-    high = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high);
-    low = a;
-}
-
 // The sums of 16 vectors, in their order.
 INLINE __m512 sums_of(const __m512* v) {
     __m512 fours[4];
@@ -479,60 +456,19 @@ INLINE __m512 scores_of(const uint16_t* query, const Rows& keys, Ahead& ahead) {
         const uint16_t* row = keys.at(t);
         sums[t] = _mm512_setzero_ps();
         for (int s = 0; s < kSteps; ++s)
-            sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)_mm512_loadu_si512(row + s * 32),
-                                       (__m512bh)q[s]);
+            sums[t] = dot(sums[t], _mm512_loadu_si512(row + s * 32), q[s]);
         if (t % 4) ahead.ask(kSteps);  // with add_rows, more than is read meanwhile
     }
     return sums_of(sums);
 }
 
-// pairs: of weights, as many as keys and zeros beyond. out is in the order of unpacked values.
-template <int kSteps>
-INLINE void add_rows(const Rows& values, const uint16_t* weights, float* out, Ahead& ahead) {
-    __m512 sums[2 * kSteps];
-    for (int i = 0; i < 2 * kSteps; ++i) sums[i] = _mm512_loadu_ps(out + i * 16);
-    for (int64_t t = 0; t < values.count; t += 2) {
-        int32_t pair;
-        std::memcpy(&pair, weights + t, sizeof(pair));
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-        const __mmask32 is_there = t + 1 < values.count ? 0xffffffff : 0;
-        const uint16_t *even = values.at(t), *odd = values.at(t + 1);
-        for (int s = 0; s < kSteps; ++s) {
-            const __m512i a = _mm512_loadu_si512(even + s * 32);
-            const __m512i b = _mm512_maskz_loadu_epi16(is_there, odd + s * 32);
-            sums[2 * s] =
-                _mm512_dpbf16_ps(sums[2 * s], (__m512bh)_mm512_unpacklo_epi16(a, b), both);
-            sums[2 * s + 1] =
-                _mm512_dpbf16_ps(sums[2 * s + 1], (__m512bh)_mm512_unpackhi_epi16(a, b), both);
-        }
-        ahead.ask(kSteps);
-    }
-    for (int i = 0; i < 2 * kSteps; ++i) _mm512_storeu_ps(out + i * 16, sums[i]);
-}
-
-void scale_part(Part& part, float peak, int64_t dim) {
-    const __m512 kept = coarse_exp2(_mm512_set1_ps(part.peak - peak));
-    part.peak = peak;
-    part.total *= _mm512_cvtss_f32(kept);
-    for (int64_t d = 0; d < dim; d += 16)
-        _mm512_storeu_ps(part.out + d, _mm512_mul_ps(_mm512_loadu_ps(part.out + d), kept));
-}
-
 template <int kSteps>
 INLINE void attend_rows(const uint16_t* query, const Rows& keys, const Rows& values, __m512 scale,
                         Part& part, Ahead& ahead) {
-    const __mmask16 is_there = uint16_t((1u << keys.count) - 1);
-    const __m512 scores = _mm512_mask_mul_ps(_mm512_set1_ps(kHidden), is_there,
-                                             scores_of<kSteps>(query, keys, ahead), scale);
-    const float best = _mm512_reduce_max_ps(scores);
-    if (best > part.peak + kSlack) scale_part(part, best, kSteps * 32);
-    const __m512 weights = coarse_exp2(_mm512_sub_ps(scores, _mm512_set1_ps(part.peak)));
-    alignas(32) uint16_t narrow[kGroup];
-    const __m256i cut = (__m256i)_mm512_cvtneps_pbh(weights);
-    _mm256_store_si256((__m256i*)narrow, cut);
-    part.total += _mm512_reduce_add_ps(
-        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(cut), 16)));
-    add_rows<kSteps>(values, narrow, part.out, ahead);
+    alignas(32) uint16_t weights[kGroup];
+    weigh_part<kSteps>(part, scores_of<kSteps>(query, keys, ahead), keys.count, scale, weights);
+    add_rows<kSteps>(values.first, values.stride, values.count, weights, part.out,
+                     [&]() __attribute__((always_inline)) { ahead.ask(kSteps); });
 }
 
 template <int kSteps>
@@ -541,10 +477,7 @@ void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part
     const int64_t group = call.num_heads / call.num_kv_heads;
     const uint16_t* query = call.query + span.row * call.query_stride;
     const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
-    for (int64_t h = 0; h < call.num_heads; ++h) {
-        parts[h].peak = kLowest, parts[h].total = 0;
-        std::memset(parts[h].out, 0, sizeof(parts[h].out));
-    }
+    for (int64_t h = 0; h < call.num_heads; ++h) parts[h].clear();
     const TokenRows keys = cached_rows(call, call.key, nullptr, span.row, 0);
     const TokenRows values = cached_rows(call, call.value, nullptr, span.row, 0);
     for (int64_t start = span.begin; start < span.end; start += kGroup) {
@@ -558,14 +491,7 @@ void decode_vectors(const DecodeCall& call, const Span& span, Ahead& ahead, Part
             key_rows.first += call.head_stride, value_rows.first += call.head_stride;
         }
     }
-    for (int64_t h = 0; h < call.num_heads; ++h)
-        for (int64_t d = 0; d < kDim; d += 32) {
-            __m512 low = _mm512_loadu_ps(parts[h].out + d);
-            __m512 high = _mm512_loadu_ps(parts[h].out + d + 16);
-            in_order(low, high);
-            _mm512_storeu_ps(parts[h].out + d, low);
-            _mm512_storeu_ps(parts[h].out + d + 16, high);
-        }
+    for (int64_t h = 0; h < call.num_heads; ++h) put_in_order(parts[h].out, kDim);
 }
 
 // --- the call ---

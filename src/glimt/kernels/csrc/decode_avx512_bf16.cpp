@@ -10,12 +10,9 @@
 // tokens side by side, and the weights are broadcast. Few query heads: dims in the lanes for both.
 #if defined(__AVX512BF16__)
 
-#include "attention_vectors.h"
 #include "counts.h"
+#include "decode_pairs.inc"
 #include "denormals.h"
-
-#define GLIMT_LANES 16
-#include "attention_plain.inc"
 
 namespace glimt {
 namespace {
@@ -29,10 +26,6 @@ constexpr int kUnitSlot = 9;
 constexpr int64_t kLeastBytes = 128 << 10;  // of the cache: smaller chunks are not worth it
 
 // --- what is read, and what next ---
-
-struct Span {
-    int64_t row, chunk, begin, end;  // tokens; nothing where they are equal
-};
 
 Span span_of(const Decode& all, int64_t item) {
     const int64_t row = item / all.num_chunks, chunk = item % all.num_chunks;
@@ -78,16 +71,6 @@ INLINE void ask(const uint16_t* from, int64_t line) {
     _mm_prefetch(reinterpret_cast<const char*>(from + line * kLine), kCache);
 }
 
-INLINE __m512i word_at(const uint16_t* from) {
-    int32_t word;
-    std::memcpy(&word, from, sizeof(word));
-    return _mm512_set1_epi32(word);
-}
-
-INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
 // Keys and values of one KV head in int8, widened: what follows then knows of bfloat16 only.
 struct alignas(64) WidePanel {
     uint16_t keys[kPanel][kMaxDim], values[kPanel][kMaxDim];
@@ -116,19 +99,6 @@ INLINE Panel widened(const TokenRows& keys, const TokenRows& values, int64_t sta
     return panel;
 }
 
-// Unpacking pairs within 128 bits leaves, of two vectors for 32 dims, the first four and the last
-// four of every eight. In their order again:
-void put_in_order(float* out, int64_t dim) {
-    const __m512i first =
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int64_t d = 0; d < dim; d += 32, out += 32) {
-        const __m512 low = _mm512_loadu_ps(out), high = _mm512_loadu_ps(out + 16);
-        _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, first, high));
-        _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
-    }
-}
-
 // --- many query heads of a KV head ---
 
 // Up to 16 query heads, and what they have gathered.
@@ -151,14 +121,7 @@ struct Step {
 
 void start_heads(Heads& heads, const uint16_t* query, int64_t num_heads, int64_t dim) {
     std::memset(heads.out, 0, sizeof(heads.out));
-    for (int64_t d = 0; d < dim; d += 32) {
-        __m512i pairs[16];
-        for (int64_t h = 0; h < kHeads; ++h)
-            pairs[h] = h < num_heads ? _mm512_loadu_si512(query + h * dim + d)
-                                     : _mm512_setzero_si512();
-        transpose(pairs);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(heads.query[d / 2 + i], pairs[i]);
-    }
+    transpose_heads(query, num_heads, dim, heads.query);
     _mm512_store_ps(heads.peak, _mm512_set1_ps(kLowest));
     _mm512_store_ps(heads.total, _mm512_setzero_ps());
 }
@@ -227,14 +190,6 @@ void weigh(Heads& heads, Space& space, int64_t count, int64_t dim, float scale_)
         total = add_pairs(total, pairs);
     }
     _mm512_store_ps(heads.total, total);
-}
-
-// Two tokens' values of 32 dims, token by token in pairs; a second one that is not there is zero.
-INLINE void unpack(const uint16_t* row, int64_t stride, bool has_second, __m512i* pairs) {
-    const __m512i a = _mm512_loadu_si512(row);
-    const __m512i b = _mm512_maskz_loadu_epi16(has_second ? 0xffffffff : 0, row + stride);
-    pairs[0] = _mm512_unpacklo_epi16(a, b);
-    pairs[1] = _mm512_unpackhi_epi16(a, b);
 }
 
 // Half of the heads, from `first` on, and 32 dims. offset: of the values in a panel
@@ -387,44 +342,14 @@ INLINE __m512 scores_of(const uint16_t* query, const uint16_t* keys, int64_t str
     return sums_of(sums);
 }
 
-template <int kSteps>
-INLINE void scale_part(Part& part, float peak) {
-    const __m512 kept = coarse_exp2(_mm512_set1_ps(part.peak - peak));
-    part.peak = peak;
-    part.total *= _mm512_cvtss_f32(kept);
-    for (int i = 0; i < 2 * kSteps; ++i)
-        _mm512_storeu_ps(part.out + i * 16, _mm512_mul_ps(_mm512_loadu_ps(part.out + i * 16), kept));
-}
-
 // One query head and the first `count` tokens of a panel.
 template <int kSteps>
 INLINE void attend_panel(Part& part, const uint16_t* query, const Panel& panel, int64_t offset,
                          int64_t stride, int64_t count, __m512 scale) {
-    const __mmask16 is_there = uint16_t((1u << count) - 1);
-    const __m512 scores =
-        _mm512_mask_mul_ps(_mm512_set1_ps(kHidden), is_there,
-                           scores_of<kSteps>(query, panel.keys + offset, stride), scale);
-    const float best = _mm512_reduce_max_ps(scores);
-    if (best > part.peak + kSlack) scale_part<kSteps>(part, best);
-    const __m512 exact = coarse_exp2(_mm512_sub_ps(scores, _mm512_set1_ps(part.peak)));
-    alignas(64) uint16_t weights[16];
-    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(exact);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(weights), narrow);
-    part.total += _mm512_reduce_add_ps(
-        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16)));
-    __m512 sums[2 * kSteps];
-    for (int i = 0; i < 2 * kSteps; ++i) sums[i] = _mm512_loadu_ps(part.out + i * 16);
-    for (int64_t t = 0; t < count; t += 2) {
-        const uint16_t* row = panel.values + offset + t * stride;
-        const __m512i weight = word_at(weights + t);
-        for (int s = 0; s < kSteps; ++s) {
-            __m512i pairs[2];
-            unpack(row + s * 32, stride, t + 1 < count, pairs);
-            sums[2 * s] = dot(sums[2 * s], pairs[0], weight);
-            sums[2 * s + 1] = dot(sums[2 * s + 1], pairs[1], weight);
-        }
-    }
-    for (int i = 0; i < 2 * kSteps; ++i) _mm512_storeu_ps(part.out + i * 16, sums[i]);
+    alignas(32) uint16_t weights[16];
+    weigh_part<kSteps>(part, scores_of<kSteps>(query, panel.keys + offset, stride), count, scale,
+                       weights);
+    add_rows<kSteps>(panel.values + offset, stride, count, weights, part.out, [] {});
 }
 
 // units: none are needed
@@ -444,10 +369,7 @@ void decode_few_heads(const Decode& all, const Span& span, Heads*) {
         }
     };
     each_head([&](const Chunk& one, int64_t) {
-        for (int64_t h = 0; h < group; ++h) {
-            one.parts[h].peak = kLowest, one.parts[h].total = 0;
-            std::memset(one.parts[h].out, 0, sizeof(one.parts[h].out));
-        }
+        for (int64_t h = 0; h < group; ++h) one.parts[h].clear();
     });
     for (int64_t start = span.begin; start < span.end; start += kPanel) {
         const int64_t count = least(span.end - start, kPanel);

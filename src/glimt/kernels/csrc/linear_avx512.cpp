@@ -729,10 +729,14 @@ void linear_avx512(const LinearCall& call) {
 
 void mlp_avx512(const MlpCall& call) {
     if (call.m <= 0) return;
-    const int64_t width = call.down->k, rows = equal_parts(call.m, kMostRows);
+    const int64_t width = call.down->k, most = equal_parts(call.m, kMostRows);
     auto* inner = static_cast<uint16_t*>(
-        scratch(kSlotInner, least(call.m, rows) * width * int64_t(sizeof(uint16_t))));
-    mlp_by_blocks(call, rows, inner, linear_avx512);
+        scratch(kSlotInner, least(call.m, most) * width * int64_t(sizeof(uint16_t))));
+    for (int64_t row = 0; row < call.m; row += most) {
+        const int64_t rows = least(most, call.m - row);
+        linear_avx512(first_product(call, row, rows, inner));
+        linear_avx512(second_product(call, row, rows, inner));
+    }
 }
 
 }  // namespace glimt

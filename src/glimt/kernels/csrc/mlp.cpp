@@ -33,13 +33,4 @@ LinearCall second_product(const MlpCall& call, int64_t begin, int64_t count,
     return down;
 }
 
-void mlp_by_blocks(const MlpCall& call, int64_t most, uint16_t* inner,
-                   void (*linear)(const LinearCall&)) {
-    for (int64_t row = 0; row < call.m; row += most) {
-        const int64_t rows = call.m - row < most ? call.m - row : most;
-        linear(first_product(call, row, rows, inner));
-        linear(second_product(call, row, rows, inner));
-    }
-}
-
 }  // namespace glimt

@@ -10,8 +10,4 @@ namespace glimt {
 LinearCall first_product(const MlpCall& call, int64_t begin, int64_t count, uint16_t* inner);
 LinearCall second_product(const MlpCall& call, int64_t begin, int64_t count, const uint16_t* inner);
 
-// Both products, block after block of at most `most` rows. inner: room for one block.
-void mlp_by_blocks(const MlpCall& call, int64_t most, uint16_t* inner,
-                   void (*linear)(const LinearCall&));
-
 }  // namespace glimt

@@ -70,6 +70,15 @@ class FewRows {
     static void fetch_tile(const uint8_t* at) {
         for (int line = 0; line < kTile; line += 64) fetch(at + line);
     }
+    // A row tile's digits with the weights in tile 7; the last digit stays in tile 6.
+    static void multiply_digits(const uint8_t* a, int64_t to_digit) {
+        _tile_loadd(6, a, 64);
+        _tile_dpbssd(0, 6, 7);
+        _tile_loadd(6, a + to_digit, 64);
+        _tile_dpbssd(1, 6, 7);
+        _tile_loadd(6, a + 2 * to_digit, 64);
+        _tile_dpbssd(2, 6, 7);
+    }
     void split_row_tile(const uint8_t* b) {
         const int64_t to_digit = p_.num_k * kTile, to_block = p_.header->block_bytes;
         clear_digits();
@@ -79,12 +88,7 @@ class FewRows {
             fetch_tile(at + 2 * kTile + wrap);
             fetch_tile(at + 2 * kTile + wrap + to_block);
             _tile_loadd(7, at, 64);
-            _tile_loadd(6, a, 64);
-            _tile_dpbssd(0, 6, 7);
-            _tile_loadd(6, a + to_digit, 64);
-            _tile_dpbssd(1, 6, 7);
-            _tile_loadd(6, a + 2 * to_digit, 64);
-            _tile_dpbssd(2, 6, 7);
+            multiply_digits(a, to_digit);
             _tile_loadd(7, at + to_block, 64);
             _tile_dpbssd(5, 6, 7);
             _tile_loadd(6, a, 64);
@@ -100,12 +104,7 @@ class FewRows {
             const uint8_t *a = p_.rows + t * kTile, *at = b + t * kTile;
             fetch_tile(at + 3 * kTile);  // past the end begins the next block
             _tile_loadd(7, at, 64);
-            _tile_loadd(6, a, 64);
-            _tile_dpbssd(0, 6, 7);
-            _tile_loadd(6, a + to_digit, 64);
-            _tile_dpbssd(1, 6, 7);
-            _tile_loadd(6, a + 2 * to_digit, 64);
-            _tile_dpbssd(2, 6, 7);
+            multiply_digits(a, to_digit);
             _tile_loadd(6, a + to_row, 64);
             _tile_dpbssd(3, 6, 7);
             _tile_loadd(6, a + to_row + to_digit, 64);

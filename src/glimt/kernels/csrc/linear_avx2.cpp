@@ -3,22 +3,9 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
-#include <cstring>
-
 #include "denormals.h"
-#include "kernels.h"
-#include "layout.h"
-#include "linear.h"
-#include "mlp.h"
-#include "threads.h"
 
-namespace glimt {
-namespace {
-constexpr int kLanes = 8;
-}
-}  // namespace glimt
-
+#define GLIMT_LANES 8
 #include "vectors.inc"
 
 namespace glimt {

@@ -1,19 +1,5 @@
 // Matrix products on any processor: see linear.inc.
-#include <cstdint>
-#include <cstring>
-
-#include "kernels.h"
-#include "layout.h"
-#include "linear.h"
-#include "mlp.h"
-#include "threads.h"
-
-namespace glimt {
-namespace {
-constexpr int kLanes = 4;  // SSE2, NEON
-}
-}  // namespace glimt
-
+#define GLIMT_LANES 4  // SSE2, NEON
 #include "vectors.inc"
 
 namespace glimt {

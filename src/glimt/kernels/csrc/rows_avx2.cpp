@@ -1,19 +1,7 @@
 // Norms, rotation and the cache's writes on AVX2: see rows.inc.
 #if defined(__AVX2__)
 
-#include <cstdint>
-#include <cstring>
-
-#include "kernels.h"
-#include "rows.h"
-#include "threads.h"
-
-namespace glimt {
-namespace {
-constexpr int kLanes = 8;
-}
-}  // namespace glimt
-
+#define GLIMT_LANES 8
 #include "rows.inc"
 
 namespace glimt {

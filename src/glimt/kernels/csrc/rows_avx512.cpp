@@ -1,19 +1,7 @@
 // Norms, rotation and the cache's writes on AVX-512: see rows.inc.
 #if defined(__AVX512F__)
 
-#include <cstdint>
-#include <cstring>
-
-#include "kernels.h"
-#include "rows.h"
-#include "threads.h"
-
-namespace glimt {
-namespace {
-constexpr int kLanes = 16;
-}
-}  // namespace glimt
-
+#define GLIMT_LANES 16
 #include "rows.inc"
 
 namespace glimt {

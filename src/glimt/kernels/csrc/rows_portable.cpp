@@ -1,17 +1,5 @@
 // Norms, rotation and the cache's writes on any processor: see rows.inc.
-#include <cstdint>
-#include <cstring>
-
-#include "kernels.h"
-#include "rows.h"
-#include "threads.h"
-
-namespace glimt {
-namespace {
-constexpr int kLanes = 4;  // SSE2, NEON
-}
-}  // namespace glimt
-
+#define GLIMT_LANES 4  // SSE2, NEON
 #include "rows.inc"
 
 namespace glimt {

@@ -13,8 +13,8 @@
 // A *block* is 16 output channels ("columns" below: rows of W, columns of Wᵀ) over all of k. n is
 // padded to a multiple of 32, so num_blocks is even; padded columns are all zero (q, scales, sums,
 // offsets). k is padded to k_padded: a multiple of 32 (kBf16, kFp16) or of 64 and of the group
-// (kInt8, kInt4); padded entries are q = 0. Where x is padded, pad it with zeros: with an offset a padded
-// q = 0 of kInt4 is not a padded w = 0.
+// (kInt8, kInt4); padded entries are q = 0. Where x is padded, pad it with zeros: with an offset a
+// padded q = 0 of kInt4 is not a padded w = 0.
 //
 // Which 16 rows of W block b holds: rows first_row(b) … first_row(b) + 15, see below. With
 // is_paired (n must be a multiple of 32) block 2i holds rows 16i … of the first half of the matrix,

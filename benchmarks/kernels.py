@@ -23,8 +23,9 @@ from torch import Tensor
 
 from glimt.bench.samples import Sample, Summary, summarise
 from glimt.devices.base import AttentionBatch, Device, KVCache
+from glimt.kernels.library import ISAS, available, library_path
 from glimt.kernels.limits import LimitMeter
-from glimt.kernels.native import ISAS, Native, PackedWeight, available, library_path
+from glimt.kernels.native import Native, PackedWeight
 
 WANTED, MOST = 7, 14  # samples that must count, and samples at most
 SAMPLE_S = 0.02  # a shorter sample is mostly noise

@@ -27,7 +27,7 @@ from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices.base import open_device
 from glimt.engine import Engine
 from glimt.kernels.choose import reasons
-from glimt.kernels.native import ISAS, library_path
+from glimt.kernels.library import ISAS, library_path
 from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family

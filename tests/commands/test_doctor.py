@@ -21,7 +21,7 @@ from glimt.commands.doctor import (
 )
 from glimt.commands.machine import Library, Processor, read_processor
 from glimt.devices.host import Memory, Threads, read_memory
-from glimt.kernels.native import ISAS, library_path
+from glimt.kernels.library import ISAS, library_path
 
 GIB = 2**30
 

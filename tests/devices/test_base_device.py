@@ -29,7 +29,7 @@ from glimt.devices.base import (
 from glimt.devices.cpu import NativeCpuDevice
 from glimt.devices.host import Memory, plan_threads
 from glimt.errors import ConfigError
-from glimt.kernels.native import ISAS
+from glimt.kernels.library import ISAS
 from glimt.quant.base import all_formats
 from glimt.runner.batch import flatten
 from glimt.types import StepPlan, StepRow

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from glimt.devices.base import rounded_heads
 from glimt.kernels import native
+from glimt.kernels.library import available, library_path
 
-PATH = native.library_path()
-ISAS = tuple(native.available(PATH)) if PATH else ()
+PATH = library_path()
+ISAS = tuple(available(PATH)) if PATH else ()
 # The kernels that avx512 has for processors without dot products of bfloat16 are tested as well.
 FLOATS = "avx512 in floats"
 FORMS = (*ISAS, FLOATS) if "avx512" in ISAS else ISAS

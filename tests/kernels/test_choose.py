@@ -15,7 +15,8 @@ import pytest
 
 from glimt.errors import ConfigError
 from glimt.kernels import choose
-from glimt.kernels.native import ISAS, Native, available, library_path
+from glimt.kernels.library import ISAS, available, library_path
+from glimt.kernels.native import Native
 
 ALL_RIGHT: Mapping[str, Any] = dict.fromkeys(ISAS, 0)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from glimt.kernels.choose import usable_isas
-from glimt.kernels.native import Native, fit_groups, library_path
+from glimt.kernels.library import library_path
+from glimt.kernels.native import Native, fit_groups
 from glimt.quant.base import unpack_nibbles
 from glimt.quant.int4 import plain_fit
 

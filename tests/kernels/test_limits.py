@@ -3,8 +3,8 @@
 import pytest
 
 from glimt.kernels import limits
+from glimt.kernels.library import available, library_path
 from glimt.kernels.limits import LimitMeter
-from glimt.kernels.native import available, library_path
 
 SMALL = 2**20
 

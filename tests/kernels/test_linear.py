@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glimt.kernels.native import Native, PackedWeight, available, library_path
+from glimt.kernels.library import available, library_path
+from glimt.kernels.native import Native, PackedWeight
 
 LIBRARY = library_path()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native kernels are not built")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from glimt.devices.base import Device, KVCache, RotaryStyle
-from glimt.kernels.native import Native, available, library_path
+from glimt.kernels.library import available, library_path
+from glimt.kernels.native import Native
 
 PATH = library_path()
 pytestmark = pytest.mark.skipif(PATH is None, reason="the native kernels are not built")

@@ -10,7 +10,7 @@ import torch
 
 from conftest import run_greedy
 from glimt.engine import Engine
-from glimt.kernels.native import ISAS
+from glimt.kernels.library import ISAS
 from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify
 from glimt.types import Message, TextPart
 

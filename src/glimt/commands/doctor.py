@@ -141,7 +141,7 @@ def _read_kernels(wanted: str | None) -> NativeKernels:
     """Tries every instruction set, each in a process of its own, unless it was tried before."""
     from glimt.errors import ConfigError
     from glimt.kernels.choose import chosen_isa, reasons
-    from glimt.kernels.native import available, library_path
+    from glimt.kernels.library import available, library_path
 
     path = library_path()
     try:

@@ -19,7 +19,9 @@ from glimt.devices.base import (
 )
 from glimt.devices.host import plan_threads
 from glimt.kernels.choose import open_native
-from glimt.kernels.native import ELEMENTS, Native, PackedWeight, keep_freed_memory
+from glimt.kernels.native import Native, PackedWeight
+from glimt.kernels.pages import keep_freed_memory
+from glimt.kernels.structs import ELEMENTS
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of packed weights
 _LARGEST_HEAD = 128  # dims that the attention kernels hold

@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 
 from glimt.errors import ConfigError
-from glimt.kernels.native import ISAS, Native, available, library_path
+from glimt.kernels.library import ISAS, available, library_path
+from glimt.kernels.native import Native
 
 log = logging.getLogger("glimt")
 

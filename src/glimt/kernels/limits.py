@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from ctypes import CDLL, c_char_p, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from glimt.kernels.native import library_path, open_library
+from glimt.kernels.library import library_path, open_library
 from glimt.kernels.pages import large_pages
 
 BUFFER_BYTES = 768 * 2**20  # more than the largest last-level cache
@@ -50,7 +49,8 @@ class LimitMeter:
 
     def __init__(self, threads: int, isa: str | None = None, num_bytes: int = BUFFER_BYTES) -> None:
         self._isa = (isa or "").encode()
-        self._library = _open()
+        path = library_path()
+        self._library = open_library(path) if path else None
         if self._library is not None:
             self._library.glimt_set_threads(threads)
             if not self._library.glimt_math_limit(self._isa, _KINDS["bf16"]):
@@ -89,20 +89,6 @@ class LimitMeter:
         if self._library is not None:
             return float(self._library.glimt_math_limit(self._isa, _KINDS[kind]))
         return _torch_products(self._factors) if kind == "bf16" else 0.0
-
-
-def _open() -> CDLL | None:
-    """The compiled kernels; None where they were not built, or before there were limits."""
-    path = library_path()
-    if path is None:
-        return None
-    library = open_library(path)
-    if not hasattr(library, "glimt_read_limit"):
-        return None
-    library.glimt_read_limit.argtypes = (c_char_p, c_void_p, c_int64)
-    library.glimt_math_limit.argtypes = (c_char_p, c_int)
-    library.glimt_read_limit.restype = library.glimt_math_limit.restype = c_double
-    return library
 
 
 def _touched(num_bytes: int) -> Tensor:

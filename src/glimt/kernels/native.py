@@ -7,275 +7,33 @@ to return) if the instruction set in use has no such kernel; the caller then tak
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import byref, c_int
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-ABI = 5  # csrc/exports.cpp says the same
-ISAS = ("amx", "avx512", "avx2", "portable")  # best first
-FORMATS = {"bf16": 0, "int8": 1, "int4": 2, "fp16": 3}
-ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
+from glimt.kernels.library import library_path, open_library
+from glimt.kernels.structs import (
+    ACTIVATIONS,
+    ELEMENTS,
+    FORMATS,
+    AttentionStruct,
+    DecodeStruct,
+    FitStruct,
+    LinearStruct,
+    MlpStruct,
+    NormStruct,
+    PlainWeightStruct,
+    RotateStruct,
+    WeightStruct,
+    WriteKvStruct,
+)
+
 # Of keys and of values in int8: float32 [num_blocks, block_size, num_kv_heads], heads contiguous.
 Scales: TypeAlias = tuple[Tensor, Tensor] | None
-ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu_mul": 3}
-
-
-class PlainWeightStruct(ctypes.Structure):
-    """PlainWeight of csrc/kernels.h."""
-
-    _fields_ = (
-        ("format", c_int32),
-        ("group", c_int32),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("values", c_void_p),
-        ("scales", c_void_p),
-        ("offsets", c_void_p),
-    )
-
-
-class WeightStruct(ctypes.Structure):
-    """Weight of csrc/kernels.h."""
-
-    _fields_ = (
-        ("format", c_int32),
-        ("group", c_int32),
-        ("is_paired", c_int32),
-        ("quantises_x", c_int32),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("data", c_void_p),
-    )
-
-
-class LinearStruct(ctypes.Structure):
-    """LinearCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("weight", POINTER(WeightStruct)),
-        ("x", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-        ("out", c_void_p),
-        ("m", c_int64),
-        ("x_stride", c_int64),
-        ("residual_stride", c_int64),
-        ("out_stride", c_int64),
-        ("residual_scale", c_float),
-        ("activation", c_int32),
-        ("is_out_float", c_int32),
-        ("element", c_int32),
-    )
-
-
-class MlpStruct(ctypes.Structure):
-    """MlpCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("up", POINTER(WeightStruct)),
-        ("down", POINTER(WeightStruct)),
-        ("x", c_void_p),
-        ("up_bias", c_void_p),
-        ("down_bias", c_void_p),
-        ("residual", c_void_p),
-        ("out", c_void_p),
-        ("m", c_int64),
-        ("x_stride", c_int64),
-        ("residual_stride", c_int64),
-        ("out_stride", c_int64),
-        ("residual_scale", c_float),
-        ("activation", c_int32),
-        ("element", c_int32),
-    )
-
-
-class AttentionStruct(ctypes.Structure):
-    """AttentionCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("query", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("out", c_void_p),
-        ("block_table", c_void_p),
-        ("num_queries", c_int64),
-        ("num_keys", c_int64),
-        ("first_position", c_int64),
-        ("num_shared", c_int64),
-        ("block_size", c_int64),
-        ("query_token_stride", c_int64),
-        ("query_head_stride", c_int64),
-        ("key_token_stride", c_int64),
-        ("key_head_stride", c_int64),
-        ("value_token_stride", c_int64),
-        ("value_head_stride", c_int64),
-        ("block_stride", c_int64),
-        ("out_token_stride", c_int64),
-        ("out_head_stride", c_int64),
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("scale", c_float),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("scale_token_stride", c_int64),
-        ("scale_block_stride", c_int64),
-    )
-
-
-class DecodeStruct(ctypes.Structure):
-    """DecodeCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("query", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("out", c_void_p),
-        ("block_tables", c_void_p),
-        ("context_lens", c_void_p),
-        ("num_rows", c_int64),
-        ("table_stride", c_int64),
-        ("block_size", c_int64),
-        ("query_stride", c_int64),
-        ("out_stride", c_int64),
-        ("token_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_stride", c_int64),
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("scale", c_float),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("scale_token_stride", c_int64),
-        ("scale_block_stride", c_int64),
-    )
-
-
-class NormStruct(ctypes.Structure):
-    """NormCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-        ("out", c_void_p),
-        ("num_rows", c_int64),
-        ("size", c_int64),
-        ("x_stride", c_int64),
-        ("residual_stride", c_int64),
-        ("out_stride", c_int64),
-        ("eps", c_float),
-        ("element", c_int32),
-    )
-
-
-class RotateStruct(ctypes.Structure):
-    """RotateCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("out", c_void_p),
-        ("num_tokens", c_int64),
-        ("x_token_stride", c_int64),
-        ("x_head_stride", c_int64),
-        ("out_token_stride", c_int64),
-        ("out_head_stride", c_int64),
-        ("num_heads", c_int32),
-        ("head_dim", c_int32),
-        ("num_pairs", c_int32),
-        ("num_segments", c_int32),
-        ("is_interleaved", c_int32),
-        ("element", c_int32),
-    )
-
-
-class WriteKvStruct(ctypes.Structure):
-    """WriteKvCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("key_cache", c_void_p),
-        ("value_cache", c_void_p),
-        ("slots", c_void_p),
-        ("num_tokens", c_int64),
-        ("block_size", c_int64),
-        ("key_token_stride", c_int64),
-        ("key_head_stride", c_int64),
-        ("value_token_stride", c_int64),
-        ("value_head_stride", c_int64),
-        ("token_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_stride", c_int64),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("scale_token_stride", c_int64),
-        ("scale_block_stride", c_int64),
-    )
-
-
-class FitStruct(ctypes.Structure):
-    """FitCall of csrc/kernels.h."""
-
-    _fields_ = (
-        ("weights", c_void_p),
-        ("values", c_void_p),
-        ("scales", c_void_p),
-        ("offsets", c_void_p),
-        ("num_groups", c_int64),
-        ("group", c_int32),
-        ("has_offsets", c_int32),
-    )
-
-
-_CALLS = {
-    "glimt_linear": LinearStruct,
-    "glimt_mlp": MlpStruct,
-    "glimt_attention": AttentionStruct,
-    "glimt_decode": DecodeStruct,
-    "glimt_norm": NormStruct,
-    "glimt_rotate": RotateStruct,
-    "glimt_write_kv": WriteKvStruct,
-    "glimt_fit": FitStruct,
-}
-
-
-def library_path() -> str | None:
-    """Where the compiled kernels lie; None where they were not built."""
-    spec = importlib.util.find_spec("glimt.kernels._native")
-    return spec.origin if spec else None
-
-
-@cache
-def open_library(path: str) -> ctypes.CDLL:
-    """The compiled kernels. Raises OSError if the file is not usable here or of another build."""
-    library = ctypes.CDLL(path)
-    for name, struct in _CALLS.items():
-        getattr(library, name).argtypes = (POINTER(struct),)
-    library.glimt_has.argtypes = library.glimt_use.argtypes = (c_char_p,)
-    library.glimt_set_threads.argtypes = (c_int,)
-    library.glimt_set_threads.restype = None
-    library.glimt_place_threads.argtypes = (POINTER(c_int), c_int)
-    library.glimt_place_threads.restype = None
-    library.glimt_packed_bytes.argtypes = (POINTER(PlainWeightStruct),)
-    library.glimt_packed_bytes.restype = c_int64
-    library.glimt_pack.argtypes = (POINTER(PlainWeightStruct), c_int, c_void_p)
-    library.glimt_pack.restype = None
-    if library.glimt_abi() != ABI:
-        raise OSError(f"{path} is of another build (ABI {library.glimt_abi()}, not {ABI})")
-    return library
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -382,7 +140,7 @@ class Native:
             out.data_ptr(),
             x.shape[0],
             x.stride(0),
-            0 if residual is None else residual.stride(0),
+            _row_stride(residual),
             out.stride(0),
             residual_scale,
             ACTIVATIONS[activation],
@@ -419,7 +177,7 @@ class Native:
             out.data_ptr(),
             x.shape[0],
             x.stride(0),
-            0 if residual is None else residual.stride(0),
+            _row_stride(residual),
             out.stride(0),
             residual_scale,
             ACTIVATIONS[activation],
@@ -545,7 +303,7 @@ class Native:
             out.data_ptr(),
             *x.shape,
             x.stride(0),
-            0 if residual is None else residual.stride(0),
+            _row_stride(residual),
             out.stride(0),
             eps,
             ELEMENTS[x.dtype],
@@ -636,17 +394,15 @@ def _pointer(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _row_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
 def _aligned(num_bytes: int, to: int = 64) -> Tensor:
     """[num_bytes] uint8 that begins at a multiple of `to`."""
     room = torch.empty(num_bytes + to, dtype=torch.uint8)
     start = -room.data_ptr() % to
     return room[start : start + num_bytes]
-
-
-def available(path: str) -> Sequence[str]:
-    """Instruction sets that are compiled in and that this processor has, best first."""
-    library = open_library(path)
-    return [isa for isa in ISAS if library.glimt_has(isa.encode())]
 
 
 def fit_groups(groups: Tensor, has_offsets: bool) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -664,14 +420,3 @@ def fit_groups(groups: Tensor, has_offsets: bool) -> tuple[Tensor, Tensor, Tenso
     parts = (groups, values, scales, offsets)
     call = FitStruct(*(part.data_ptr() for part in parts), m, group, int(has_offsets))
     return None if open_library(path).glimt_fit(byref(call)) else (values, scales, offsets)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for this process; nothing where it is not glibc.
-
-    Source: mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)

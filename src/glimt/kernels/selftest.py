@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from glimt.kernels.choose import WRONG_VALUES
-from glimt.kernels.native import Native, fit_groups, library_path
+from glimt.kernels.library import library_path
+from glimt.kernels.native import Native, fit_groups
 
 _TOLERANCE = 0.03  # of the largest value: some bfloat16 steps
 

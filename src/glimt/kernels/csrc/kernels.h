@@ -1,6 +1,6 @@
 // The interface of the CPU kernels: what a call is told, and what every instruction set offers.
 //
-// Included by every file of this folder and mirrored field by field in native.py. Plain C structs
+// Included by every file of this folder and mirrored field by field in structs.py. Plain C structs
 // and raw pointers only: nothing here is compiled into code, so that files built for different
 // instruction sets share no functions (a linker keeps one copy, and it may be the wrong one).
 //

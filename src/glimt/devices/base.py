@@ -224,9 +224,7 @@ class Device:
         A device may round once where this rounds four times.
         """
         y = self.activate(F.linear(*_as_matrices(x, weight), bias), activation)
-        if residual is None:
-            return y
-        return (residual if residual_scale == 1.0 else residual * residual_scale) + y
+        return add_residual(y, residual, residual_scale)
 
     def mlp(
         self,
@@ -262,8 +260,7 @@ class Device:
 
         weight, bias: [size]; the statistics are in float32 whatever the dtype.
         """
-        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return y if residual is None else residual + y
+        return add_residual(F.layer_norm(x, x.shape[-1:], weight, bias, eps), residual)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[…, size] -> the same, over the last axis, with one cast at the end. weight: [size].
@@ -390,6 +387,13 @@ class Device:
         grouped = query[:rows].reshape(rows, kv_heads, heads // kv_heads, dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(rows, heads, dim)
+
+
+def add_residual(y: Tensor, residual: Tensor | None, scale: float = 1.0) -> Tensor:
+    """y + scale * residual, both […, n]; y alone where there is no residual."""
+    if residual is None:
+        return y
+    return (residual if scale == 1.0 else residual * scale) + y
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from glimt.devices.base import (
     LowBitWeight,
     MatrixWeight,
     RotaryStyle,
+    add_residual,
 )
 from glimt.devices.host import plan_threads
 from glimt.kernels.choose import open_native
@@ -108,13 +109,13 @@ class NativeCpuDevice(CpuDevice):
             return super().linear(x, weight, bias, activation, residual, residual_scale)
         if not _can_end_with(weight, activation):
             gated = self.activate(self.linear(x, weight, bias), activation)
-            return gated if residual is None else residual * residual_scale + gated
+            return add_residual(gated, residual, residual_scale)
         out = self.native.linear(
             _rows(x),
             weight,
             bias,
             activation=activation,
-            residual=None if residual is None else _rows(residual),
+            residual=_rows_if_any(residual),
             residual_scale=residual_scale,
         )
         assert out is not None, f"{self.native.isa} packed this matrix, so it multiplies with it"
@@ -144,7 +145,7 @@ class NativeCpuDevice(CpuDevice):
                 up_bias,
                 down_bias,
                 activation=activation,
-                residual=None if residual is None else _rows(residual),
+                residual=_rows_if_any(residual),
                 residual_scale=residual_scale,
             )
             if out is not None:
@@ -157,20 +158,26 @@ class NativeCpuDevice(CpuDevice):
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> Tensor:
         """As the base."""
-        if x.dtype == weight.dtype and x.dtype in ELEMENTS:
-            added = None if residual is None else _rows(residual)
-            out = self.native.norm(_rows(x), weight, bias, eps, added)
-            if out is not None:
-                return out.view(x.shape)
-        return super().layer_norm(x, weight, bias, eps, residual)
+        out = self._norm(x, weight, bias, eps, residual)
+        return super().layer_norm(x, weight, bias, eps, residual) if out is None else out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the base."""
-        if x.dtype == weight.dtype and x.dtype in ELEMENTS:
-            out = self.native.norm(_rows(x), weight, None, eps)
-            if out is not None:
-                return out.view(x.shape)
-        return super().rms_norm(x, weight, eps)
+        out = self._norm(x, weight, None, eps)
+        return super().rms_norm(x, weight, eps) if out is None else out
+
+    def _norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:
+        if x.dtype != weight.dtype or x.dtype not in ELEMENTS:
+            return None
+        out = self.native.norm(_rows(x), weight, bias, eps, _rows_if_any(residual))
+        return None if out is None else out.view(x.shape)
 
     def rotate(
         self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
@@ -311,6 +318,10 @@ def _can_write(key: Tensor, value: Tensor, cache: KVCache) -> bool:
         x.dtype == key.dtype in ELEMENTS and x.stride(-1) == 1
         for x in (key, value, cache.key, cache.value)
     )
+
+
+def _rows_if_any(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices.base import open_device
 from glimt.engine import Engine
 from glimt.kernels.choose import reasons
-from glimt.kernels.library import ISAS, library_path
+from glimt.kernels.library import ISAS, available, library_path
+from glimt.kernels.native import Native
 from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
@@ -61,6 +62,39 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What every device opened in this test computes with."""
     use_isa(request.param, monkeypatch)
     return request.param
+
+
+# The kernels by themselves, of every set that this processor has: here the self-test has no say.
+# Those that avx512 has for processors without dot products of bfloat16 are a form of their own.
+FLOATS = "avx512 in floats"
+LIBRARY = library_path()
+AVAILABLE = tuple(available(LIBRARY)) if LIBRARY else ()
+FORMS = (*AVAILABLE, FLOATS) if "avx512" in AVAILABLE else AVAILABLE
+
+
+@pytest.fixture
+def library() -> str:
+    """The path of the compiled kernels."""
+    if LIBRARY is None:
+        pytest.skip("the native kernels are not built")
+    return LIBRARY
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, library: str) -> Iterator[str]:
+    """The instruction set to open; the processor hides what a form of it does without."""
+    isa = "avx512" if request.param == FLOATS else request.param
+    opened = Native(library, isa, threads=1).library
+    opened.glimt_hide_avx512_bf16(int(request.param == FLOATS))
+    yield isa
+    opened.glimt_hide_avx512_bf16(0)
+    Native(library, isa, threads=1)  # ends the threads that the test had
+
+
+@pytest.fixture
+def native(form: str, library: str) -> Native:
+    """Its kernels, on two threads."""
+    return Native(library, form, threads=2)
 
 
 @contextmanager

@@ -4,23 +4,12 @@ import pytest
 import torch
 
 from glimt.kernels.choose import usable_isas
-from glimt.kernels.library import library_path
 from glimt.kernels.native import Native, fit_groups
 from glimt.quant.base import unpack_nibbles
 from glimt.quant.int4 import plain_fit
 
-PATH = library_path()
-if PATH is None:
-    pytest.skip("the native kernels were not built", allow_module_level=True)
-
 every_kind = pytest.mark.parametrize("has_offsets", [False, True], ids=["symmetric", "asymmetric"])
 every_group = pytest.mark.parametrize("group", [32, 64, 128])
-
-
-@pytest.fixture(params=usable_isas())
-def isa(request):
-    yield Native(PATH, request.param, threads=2).isa
-    Native(PATH, request.param, threads=1)  # ends the threads
 
 
 def groups_of(group: int) -> torch.Tensor:
@@ -44,7 +33,7 @@ def squared_error(groups: torch.Tensor, fitted: tuple[torch.Tensor, ...]) -> tor
 
 @every_kind
 @every_group
-def test_a_group_is_fitted_as_well_as_plain_torch_does(isa, group, has_offsets):
+def test_a_group_is_fitted_as_well_as_plain_torch_does(native, group, has_offsets):
     """Catches a trial left out, a sign lost, and steps that are not the scale's nearest."""
     groups = groups_of(group)
     ours, plain = fit_groups(groups, has_offsets), plain_fit(groups, has_offsets)
@@ -58,7 +47,7 @@ def test_a_group_is_fitted_as_well_as_plain_torch_does(isa, group, has_offsets):
 
 
 @every_kind
-def test_scales_and_offsets_are_exact_in_bfloat16(isa, has_offsets):
+def test_scales_and_offsets_are_exact_in_bfloat16(native, has_offsets):
     """Catches a file that holds other numbers than the weights were rounded for."""
     fitted = fit_groups(groups_of(64), has_offsets)
     for part in fitted[1:]:
@@ -69,19 +58,19 @@ def test_scales_and_offsets_are_exact_in_bfloat16(isa, has_offsets):
 
 @every_kind
 @every_group
-def test_every_instruction_set_gives_the_same_bits(group, has_offsets):
+def test_every_instruction_set_gives_the_same_bits(library, group, has_offsets):
     """Catches a checkpoint that depends on the machine it was quantised on."""
     groups = groups_of(group)
     found = []
     for isa in usable_isas():
         for threads in (1, 3):
-            Native(PATH, isa, threads)
+            Native(library, isa, threads)
             found.append(fit_groups(groups, has_offsets))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_no_groups_are_no_work(isa):
+def test_no_groups_are_no_work(native):
     """Catches a call on an empty matrix that never returns."""
     values, scales, offsets = fit_groups(torch.empty(0, 64), has_offsets=False)
     assert (values.shape, scales.shape, offsets.shape) == ((0, 32), (0,), (0,))

@@ -14,11 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glimt.kernels.library import available, library_path
+from glimt.kernels.library import available
 from glimt.kernels.native import Native, PackedWeight
-
-LIBRARY = library_path()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native kernels are not built")
 
 ROWS = (0, 1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 100, 257)
 SHAPES = ((48, 40), (100, 64), (192, 100), (272, 192), (1000, 520), (16, 8), (33, 1024))
@@ -89,13 +86,6 @@ class Plain:
     scales: Tensor | None
     offsets: Tensor | None
     dequantised: Tensor  # float64 [n, k]
-
-
-@pytest.fixture(params=available(LIBRARY) if LIBRARY else [])
-def native(request: pytest.FixtureRequest) -> Native:
-    """The kernels of each instruction set that this machine has."""
-    assert LIBRARY is not None
-    return Native(LIBRARY, request.param, threads=2)
 
 
 def make_plain(variant: Variant, n: int, k: int, seed: int = 0) -> Plain:
@@ -449,11 +439,11 @@ def test_matrices_larger_than_a_block(native: Native, variant: Variant, m: int) 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(80, 136), (64, 9000)])
-def test_rows_do_not_depend_on_their_chunk(variant: Variant, n: int, k: int) -> None:
+def test_rows_do_not_depend_on_their_chunk(library: str, variant: Variant, n: int, k: int) -> None:
     """Catches sums whose order changes with the number of rows, on processors without tiles."""
-    if LIBRARY is None or "avx512" not in available(LIBRARY):
+    if "avx512" not in available(library):
         pytest.skip("needs AVX-512")
-    native = Native(LIBRARY, "avx512", threads=2)
+    native = Native(library, "avx512", threads=2)
     packed = pack(native, variant, make_plain(variant, n, k))
     x = make_x(531, k, dtype=variant.dtype)
     whole = native.linear(x, packed)

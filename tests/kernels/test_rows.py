@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from glimt.devices.base import Device, KVCache, RotaryStyle
-from glimt.kernels.library import available, library_path
 from glimt.kernels.native import Native
-
-PATH = library_path()
-pytestmark = pytest.mark.skipif(PATH is None, reason="the native kernels are not built")
 
 # One rounding to bfloat16 is half a step of 2^-7; float32 sums may tip a value across a half-way
 # point, never further than the neighbour: a whole step. The absolute part is for sums near zero.
@@ -23,12 +19,6 @@ TWO_STEPS = {dtype: {"rtol": 2 * step, "atol": 4 * step} for dtype, step in STEP
 SIZES = (1, 3, 7, 8, 15, 16, 17, 63, 100, 129, 1792, 4096)
 # Enough rows of any size that all threads share them, and few enough that one does them.
 MANY_ROWS, FEW_ROWS = 131, 3
-
-
-@pytest.fixture(params=available(PATH) if PATH else ())
-def native(request: pytest.FixtureRequest) -> Native:
-    assert PATH is not None
-    return Native(PATH, request.param, threads=3)
 
 
 @pytest.fixture(params=STEP, ids=str)

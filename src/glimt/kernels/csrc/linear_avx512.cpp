@@ -152,9 +152,15 @@ void lay_row(const Product& p, int64_t row) {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
+inline void fetch(const uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+}
+
+inline __m512i line_at(const uint8_t* at) { return _mm512_load_si512(at); }
+
 // The blocks that one pass reads, and where the next pass will read on.
 struct Streams {
-    const uint8_t* blocks;
+    const uint8_t* lines;  // of the first block
     int64_t block_bytes, num_lines;
     int64_t column;  // of the first block
     bool is_again;   // rows before have read these blocks: they lie in the second-level cache
@@ -164,26 +170,21 @@ struct Streams {
         return line + kAhead / 64 < num_lines ? kAhead
                                               : kAhead + NB * block_bytes - num_lines * 64;
     }
+    // Where a line of block b lies; what lies so far ahead is fetched.
+    const uint8_t* line(int b, int64_t number, int64_t ahead) const {
+        const uint8_t* at = lines + b * block_bytes + number * 64;
+        fetch(at + ahead);
+        return at;
+    }
 };
-
-inline void fetch(const uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
-}
-
-inline __m512i line_at(const uint8_t* at) { return _mm512_load_si512(at); }
 
 template <typename Value>
 inline const Value* row_of(const Product& p, int64_t row) {
     return reinterpret_cast<const Value*>(p.rows + row * p.row_bytes);
 }
 
-inline __m512i pair_at(const uint16_t* at) {
-    int32_t bits;
-    std::memcpy(&bits, at, 4);
-    return _mm512_set1_epi32(bits);
-}
-
-inline __m512i quad_at(const void* at) {
+// A pair of bfloat16, or four bytes, for all columns.
+inline __m512i word_at(const void* at) {
     int32_t bits;
     std::memcpy(&bits, at, 4);
     return _mm512_set1_epi32(bits);
@@ -204,23 +205,26 @@ struct Fp16Line {
     explicit Fp16Line(const uint8_t* at) : even(half_at(at)), odd(half_at(at + 32)) {}
 };
 
+template <int NB, int MR>
+inline void store(const __m512 (&sum)[MR][NB], float* out) {
+    UNROLL for (int m = 0; m < MR; ++m)
+        UNROLL for (int b = 0; b < NB; ++b)
+            _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
+}
+
 // 16-bit weights by float: exact products, summed in float.
 template <typename Line>
 struct WideFloats {
     static constexpr Rows kLayout = Rows::kFloats;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
-        __m512 sum[MR][NB];
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        __m512 sum[MR][NB] = {};
         const float* x = row_of<float>(p, row);
         const int64_t stride = p.row_bytes / sizeof(float);
         for (int64_t line = 0; line < s.num_lines; ++line) {
             const int64_t ahead = s.ahead<NB>(line);
             UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
-                fetch(at + ahead);
-                const Line both(at);
+                const Line both(s.line(b, line, ahead));
                 UNROLL for (int m = 0; m < MR; ++m) {
                     const float* of = x + m * stride + line * 2;
                     sum[m][b] = _mm512_fmadd_ps(both.even, _mm512_set1_ps(of[0]), sum[m][b]);
@@ -228,9 +232,7 @@ struct WideFloats {
                 }
             }
         }
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b)
-                _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
+        store<NB, MR>(sum, out);
     }
 };
 
@@ -239,28 +241,20 @@ struct Bf16Pairs {
     static constexpr Rows kLayout = Rows::kPairs;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
-        __m512 sum[MR][NB];
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        __m512 sum[MR][NB] = {};
         const uint16_t* x = row_of<uint16_t>(p, row);
         const int64_t stride = p.row_bytes / sizeof(uint16_t);
         for (int64_t line = 0; line < s.num_lines; ++line) {
             const int64_t ahead = s.ahead<NB>(line);
             __m512i both[NB];
-            UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
-                fetch(at + ahead);
-                both[b] = line_at(at);
-            }
+            UNROLL for (int b = 0; b < NB; ++b) both[b] = line_at(s.line(b, line, ahead));
             UNROLL for (int m = 0; m < MR; ++m) {
-                const __m512i pair = pair_at(x + m * stride + line * 2);
+                const __m512i pair = word_at(x + m * stride + line * 2);
                 UNROLL for (int b = 0; b < NB; ++b)
                     sum[m][b] = dot_pairs(sum[m][b], both[b], pair);
             }
         }
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b)
-                _mm512_storeu_ps(out + (m * NB + b) * kBlock, sum[m][b]);
+        store<NB, MR>(sum, out);
     }
 };
 
@@ -282,17 +276,13 @@ struct Int8Floats {
     static constexpr Rows kLayout = Rows::kFloats;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
-        __m512 sum[MR][NB];
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        __m512 sum[MR][NB] = {};
         const float* x = row_of<float>(p, row);
         const int64_t stride = p.row_bytes / sizeof(float);
         for (int64_t line = 0; line < s.num_lines; ++line) {
             const int64_t ahead = s.ahead<NB>(line);
             UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
-                fetch(at + ahead);
-                const __m512i four = line_at(at);
+                const __m512i four = line_at(s.line(b, line, ahead));
                 const __m512 wide[4] = {byte_as_float<0>(four), byte_as_float<1>(four),
                                         byte_as_float<2>(four), byte_as_float<3>(four)};
                 UNROLL for (int i = 0; i < 4; ++i) {
@@ -311,22 +301,18 @@ struct Int8Pairs {
     static constexpr Rows kLayout = Rows::kPairs;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
-        __m512 sum[MR][NB];
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+        __m512 sum[MR][NB] = {};
         const uint16_t* x = row_of<uint16_t>(p, row);
         const int64_t stride = p.row_bytes / sizeof(uint16_t);
         for (int64_t line = 0; line < s.num_lines; ++line) {
             const int64_t ahead = s.ahead<NB>(line);
             UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
-                fetch(at + ahead);
-                const __m512i four = line_at(at);
+                const __m512i four = line_at(s.line(b, line, ahead));
                 const __m512i first = byte_pairs<0>(four), second = byte_pairs<2>(four);
                 UNROLL for (int m = 0; m < MR; ++m) {
                     const uint16_t* of = x + m * stride + line * 4;
-                    sum[m][b] = dot_pairs(sum[m][b], first, pair_at(of));
-                    sum[m][b] = dot_pairs(sum[m][b], second, pair_at(of + 2));
+                    sum[m][b] = dot_pairs(sum[m][b], first, word_at(of));
+                    sum[m][b] = dot_pairs(sum[m][b], second, word_at(of + 2));
                 }
             }
         }
@@ -339,20 +325,14 @@ struct Int8Bytes {
     static constexpr Rows kLayout = Rows::kBytes;
     template <int NB, int MR>
     static void run(const Product& p, const Streams& s, int64_t row, float* out) {
-        __m512i sum[MR][NB];
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_si512();
+        __m512i sum[MR][NB] = {};
         const uint8_t* x = row_of<uint8_t>(p, row);
         for (int64_t line = 0; line < s.num_lines; ++line) {
             const int64_t ahead = s.ahead<NB>(line);
             __m512i four[NB];
-            UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* at = s.blocks + b * s.block_bytes + line * 64;
-                fetch(at + ahead);
-                four[b] = line_at(at);
-            }
+            UNROLL for (int b = 0; b < NB; ++b) four[b] = line_at(s.line(b, line, ahead));
             UNROLL for (int m = 0; m < MR; ++m) {
-                const __m512i quad = quad_at(x + m * p.row_bytes + line * 4);
+                const __m512i quad = word_at(x + m * p.row_bytes + line * 4);
                 UNROLL for (int b = 0; b < NB; ++b)
                     sum[m][b] = dot_bytes(sum[m][b], quad, four[b]);
             }
@@ -386,18 +366,24 @@ struct Groups {
     // 16 groups are 512 bytes: their scales are wanted as early as the nibbles.
     template <int NB>
     const uint8_t* scales(int b, int64_t g) const {
-        const uint8_t* at = s.blocks + b * s.block_bytes + g * group_bytes;
+        const uint8_t* at = s.lines - header.nibbles_offset + b * s.block_bytes + g * group_bytes;
         const int64_t next_pass = NB * s.block_bytes;
         int64_t ahead = 16 * group_bytes;
         if (g + 16 >= p.num_groups) ahead += next_pass - p.num_groups * group_bytes;
         fetch(at + (s.is_again ? next_pass : ahead));
         return at;
     }
+    // offset + 8 scale, where there are offsets of their own
     __m512 rest(const uint8_t* scales, __m512 scale) const {
+        if (!header.has_offsets) return _mm512_setzero_ps();
         return _mm512_fmadd_ps(_mm512_set1_ps(8.0f), scale, half_at(scales + 32));
     }
-    const uint8_t* nibbles(int b, int64_t line) const {
-        return s.blocks + b * s.block_bytes + header.nibbles_offset + line * 64;
+    // What a group adds to a row's columns. at: of both, in scales and sums; factor: of the sum
+    void add(int64_t at, __m512 sum, __m512 factor, __m512 rest, float* to) const {
+        __m512 value = _mm512_fmadd_ps(sum, factor, _mm512_loadu_ps(to));
+        if (header.has_offsets)
+            value = _mm512_fmadd_ps(rest, _mm512_set1_ps(p.sums[at]), value);
+        _mm512_storeu_ps(to, value);
     }
 };
 
@@ -411,7 +397,7 @@ struct Int4Bytes {
         const __m512i low_half = _mm512_set1_epi8(0x0f);
         const int8_t* x = row_of<int8_t>(p, row);
         const int64_t first = row * p.num_groups;
-        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        std::memset(out, 0, MR * NB * kBlock * sizeof(float));
         for (int64_t g = 0; g < p.num_groups; ++g) {
             __m512i sum[MR][NB][kParts];
             UNROLL for (int m = 0; m < MR; ++m) {
@@ -426,15 +412,13 @@ struct Int4Bytes {
                 const int64_t ahead = s.ahead<NB>(line);
                 __m512i low[NB], high[NB];
                 UNROLL for (int b = 0; b < NB; ++b) {
-                    const uint8_t* at = groups.nibbles(b, line);
-                    fetch(at + ahead);
-                    const __m512i v = line_at(at);
+                    const __m512i v = line_at(s.line(b, line, ahead));
                     low[b] = _mm512_and_si512(v, low_half);
                     high[b] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low_half);
                 }
                 UNROLL for (int m = 0; m < MR; ++m) {
                     const int8_t* of = x + m * p.row_bytes + line * 8;
-                    const __m512i even = quad_at(of), odd = quad_at(of + 4);
+                    const __m512i even = word_at(of), odd = word_at(of + 4);
                     UNROLL for (int b = 0; b < NB; ++b) {
                         sum[m][b][0] = dot_bytes(sum[m][b][0], low[b], even);
                         sum[m][b][kParts - 1] =
@@ -444,19 +428,14 @@ struct Int4Bytes {
             }
             UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* at = groups.scales<NB>(b, g);
-                const __m512 scale = half_at(at);
+                const __m512 scale = half_at(at), rest = groups.rest(at, scale);
                 UNROLL for (int m = 0; m < MR; ++m) {
-                    float* to = out + (m * NB + b) * kBlock;
                     __m512i whole = sum[m][b][0];
                     if (kParts == 2) whole = _mm512_add_epi32(whole, sum[m][b][1]);
                     const int64_t of = first + m * p.num_groups + g;
                     const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(p.scales[of]));
-                    __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), both,
-                                                   _mm512_loadu_ps(to));
-                    if (groups.header.has_offsets)
-                        value = _mm512_fmadd_ps(groups.rest(at, scale),
-                                                _mm512_set1_ps(p.sums[of]), value);
-                    _mm512_storeu_ps(to, value);
+                    groups.add(of, _mm512_cvtepi32_ps(whole), both, rest,
+                               out + (m * NB + b) * kBlock);
                 }
             }
         }
@@ -473,27 +452,20 @@ struct Int4Pairs {
         const __m512i table = nibbles_as_bf16();
         const uint16_t* x = row_of<uint16_t>(p, row);
         const int64_t stride = p.row_bytes / sizeof(uint16_t), first = row * p.num_groups;
-        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        std::memset(out, 0, MR * NB * kBlock * sizeof(float));
         for (int64_t g = 0; g < p.num_groups; ++g) {
-            __m512 sum[MR][NB][kParts];
-            UNROLL for (int m = 0; m < MR; ++m)
-                UNROLL for (int b = 0; b < NB; ++b)
-                    UNROLL for (int i = 0; i < kParts; ++i) sum[m][b][i] = _mm512_setzero_ps();
+            __m512 sum[MR][NB][kParts] = {};
             for (int64_t i = 0; i < groups.group_lines; ++i) {
                 const int64_t line = g * groups.group_lines + i;
                 const int64_t ahead = s.ahead<NB>(line);
                 __m512i v[NB];
-                UNROLL for (int b = 0; b < NB; ++b) {
-                    const uint8_t* at = groups.nibbles(b, line);
-                    fetch(at + ahead);
-                    v[b] = line_at(at);
-                }
+                UNROLL for (int b = 0; b < NB; ++b) v[b] = line_at(s.line(b, line, ahead));
                 UNROLL for (int j = 0; j < 4; ++j) {
                     __m512i w[NB];
                     UNROLL for (int b = 0; b < NB; ++b)
                         w[b] = _mm512_permutexvar_epi16(_mm512_srli_epi32(v[b], 4 * j), table);
                     UNROLL for (int m = 0; m < MR; ++m) {
-                        const __m512i pair = pair_at(x + m * stride + line * 8 + j * 2);
+                        const __m512i pair = word_at(x + m * stride + line * 8 + j * 2);
                         UNROLL for (int b = 0; b < NB; ++b)
                             sum[m][b][j % kParts] = dot_pairs(
                                 sum[m][b][j % kParts], w[b], pair);
@@ -502,17 +474,12 @@ struct Int4Pairs {
             }
             UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* at = groups.scales<NB>(b, g);
-                const __m512 scale = half_at(at);
+                const __m512 scale = half_at(at), rest = groups.rest(at, scale);
                 UNROLL for (int m = 0; m < MR; ++m) {
-                    float* to = out + (m * NB + b) * kBlock;
-                    __m512 of = sum[m][b][0];
-                    if (kParts == 2) of = _mm512_add_ps(of, sum[m][b][1]);
-                    __m512 value = _mm512_fmadd_ps(of, scale, _mm512_loadu_ps(to));
-                    if (groups.header.has_offsets)
-                        value = _mm512_fmadd_ps(
-                            groups.rest(at, scale),
-                            _mm512_set1_ps(p.sums[first + m * p.num_groups + g]), value);
-                    _mm512_storeu_ps(to, value);
+                    __m512 both = sum[m][b][0];
+                    if (kParts == 2) both = _mm512_add_ps(both, sum[m][b][1]);
+                    groups.add(first + m * p.num_groups + g, both, scale, rest,
+                               out + (m * NB + b) * kBlock);
                 }
             }
         }
@@ -528,20 +495,14 @@ struct Int4Floats {
         const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
         const float* x = row_of<float>(p, row);
         const int64_t stride = p.row_bytes / sizeof(float), first = row * p.num_groups;
-        for (int i = 0; i < MR * NB; ++i) _mm512_storeu_ps(out + i * kBlock, _mm512_setzero_ps());
+        std::memset(out, 0, MR * NB * kBlock * sizeof(float));
         for (int64_t g = 0; g < p.num_groups; ++g) {
-            __m512 sum[MR][NB];
-            UNROLL for (int m = 0; m < MR; ++m)
-                UNROLL for (int b = 0; b < NB; ++b) sum[m][b] = _mm512_setzero_ps();
+            __m512 sum[MR][NB] = {};
             for (int64_t i = 0; i < groups.group_lines; ++i) {
                 const int64_t line = g * groups.group_lines + i;
                 const int64_t ahead = s.ahead<NB>(line);
                 __m512i v[NB];
-                UNROLL for (int b = 0; b < NB; ++b) {
-                    const uint8_t* at = groups.nibbles(b, line);
-                    fetch(at + ahead);
-                    v[b] = line_at(at);
-                }
+                UNROLL for (int b = 0; b < NB; ++b) v[b] = line_at(s.line(b, line, ahead));
                 UNROLL for (int j = 0; j < 8; ++j) {  // the low half of byte i is k = i
                     __m512 w[NB];
                     const int shift = j < 4 ? 8 * j : 8 * (j - 4) + 4;
@@ -556,16 +517,10 @@ struct Int4Floats {
             }
             UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* at = groups.scales<NB>(b, g);
-                const __m512 scale = half_at(at);
-                UNROLL for (int m = 0; m < MR; ++m) {
-                    float* to = out + (m * NB + b) * kBlock;
-                    __m512 value = _mm512_fmadd_ps(sum[m][b], scale, _mm512_loadu_ps(to));
-                    if (groups.header.has_offsets)
-                        value = _mm512_fmadd_ps(
-                            groups.rest(at, scale),
-                            _mm512_set1_ps(p.sums[first + m * p.num_groups + g]), value);
-                    _mm512_storeu_ps(to, value);
-                }
+                const __m512 scale = half_at(at), rest = groups.rest(at, scale);
+                UNROLL for (int m = 0; m < MR; ++m)
+                    groups.add(first + m * p.num_groups + g, sum[m][b], scale, rest,
+                               out + (m * NB + b) * kBlock);
             }
         }
     }
@@ -624,7 +579,7 @@ void run_blocks(const Product& p, int64_t begin, int64_t end) {
     s.block_bytes = header.block_bytes;
     s.num_lines = (header.block_bytes - header.nibbles_offset) / 64;
     for (int64_t block = begin; block < end;) {
-        s.blocks = block_of(weight, block);
+        s.lines = block_of(weight, block) + header.nibbles_offset;
         s.column = block * kBlock;
         if (end - block >= 4 && p.num_rows <= 4) {
             run_rows<Formula, 4>(p, s, block);

@@ -251,6 +251,7 @@ class Native:
         key, value: [num_blocks, block_size, num_kv_heads, head_dim], of equal strides;
         block_tables: [num_rows, width] int64; context_lens: [num_rows] int64; scales: of a cache
         in int8
+        With AMX the last bits of a row hang on how many tokens the others have: docs/adr/0005.
         """
         if out is None:
             out = torch.empty(query.shape, dtype=torch.bfloat16)

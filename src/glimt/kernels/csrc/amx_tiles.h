@@ -5,7 +5,7 @@
 // the kernels for AMX over emulated tiles, and says that the set is there where AVX-512 BF16 is.
 //
 //     cmake -S . -B build/emulated -DGLIMT_EMULATE_AMX=ON && cmake --build build/emulated -j
-//     cp build/emulated/_native.so src/glimt/kernels/ && GLIMT_ISA=amx pytest tests/kernels
+//     cp build/emulated/_native.so src/glimt/kernels/ && pytest tests/kernels -k amx
 //
 // Each file that includes this has a copy of its own.
 #pragma once

@@ -582,7 +582,9 @@ void tile_decode_body(void* context, int worker, int num_workers) {
             merge_parts(all, i / call.num_heads, i % call.num_heads);
 }
 
-// So many tokens that a worker has a few chunks, if there is enough to read.
+// So many tokens that a worker has a few chunks, if there is enough to read. They are of all rows
+// together, or a large batch would merge as many chunks of each: so the bits of a row hang on how
+// many tokens the others have.
 int64_t chunk_of(const DecodeCall& call) {
     int64_t num_tokens = 0;
     for (int64_t row = 0; row < call.num_rows; ++row) num_tokens += call.context_lens[row];

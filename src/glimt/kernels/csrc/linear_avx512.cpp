@@ -649,12 +649,8 @@ void work_part(void* context, int worker, int num_workers) {
     }
 }
 
-constexpr int kSlotRows = 0, kSlotScales = 1, kSlotInner = 2;
-
-}  // namespace
-
-void linear_avx512(const LinearCall& call) {
-    if (call.m <= 0 || call.weight->n <= 0) return;
+// All of a product but its memory.
+Work work_of(const LinearCall& call) {
     const Weight& weight = *call.weight;
     const PackedHeader& header = header_of(weight);
     Work work{};
@@ -667,17 +663,31 @@ void linear_avx512(const LinearCall& call) {
     p.row_bytes = up_to(header.k_padded * bytes_per_value(p.layout), 64) + 64;
     work.rows_at_once = equal_parts(
         call.m, std::clamp(kLaidBytes / p.row_bytes, int64_t(kLeastRows), int64_t(kMostRows)));
-    const int64_t rows = work.rows_at_once;
+    return work;
+}
+
+constexpr int kSlotRows = 0, kSlotScales = 1, kSlotInner = 2;
+
+void place_rows(Product& p, int64_t rows) {
     p.rows = static_cast<uint8_t*>(scratch(kSlotRows, rows * p.row_bytes));
     const int64_t count = rows * std::max(p.num_groups, int64_t(1));
     p.scales = static_cast<float*>(scratch(kSlotScales, 3 * count * sizeof(float)));
     p.sums = p.scales + count;
     p.whole_sums = reinterpret_cast<int32_t*>(p.sums + count);
-    if (call.m <= kRowGroup && call.m * weight.k <= kSmall) {
+}
+
+}  // namespace
+
+void linear_avx512(const LinearCall& call) {
+    if (call.m <= 0 || call.weight->n <= 0) return;
+    Work work = work_of(call);
+    Product& p = work.product;
+    place_rows(p, work.rows_at_once);
+    work.is_laid_out = call.m <= kRowGroup && call.m * call.weight->k <= kSmall;
+    if (work.is_laid_out) {
         const FlushDenormals flush;
         p.num_rows = call.m;
-        for (int64_t row = 0; row < rows; ++row) lay_row(p, row);
-        work.is_laid_out = true;
+        for (int64_t row = 0; row < work.rows_at_once; ++row) lay_row(p, row);
     }
     run_parallel(work_part, &work);
 }

@@ -30,6 +30,13 @@ constexpr Offered kOffered[] = {  // best first
 const Kernels* active = nullptr;
 std::mutex one_call;
 
+// The kernels of an instruction set that is compiled in and that this processor has; else null.
+const Kernels* kernels_of(const char* name) {
+    for (const Offered& one : kOffered)
+        if (!std::strcmp(one.name, name)) return one.is_there() ? one.kernels() : nullptr;
+    return nullptr;
+}
+
 // The loops of an instruction set that this processor has; of the best one where name is empty.
 // Its kernels need not be there: the limit is the machine's.
 LimitLoops limit_loops(const char* name) {
@@ -60,21 +67,14 @@ extern "C" {
 EXPORT int glimt_abi() { return 5; }
 
 // Is this instruction set compiled in, and does this processor have it?
-EXPORT int glimt_has(const char* name) {
-    for (const Offered& one : kOffered)
-        if (!std::strcmp(one.name, name)) return one.kernels() && one.is_there();
-    return 0;
-}
+EXPORT int glimt_has(const char* name) { return kernels_of(name) != nullptr; }
 
 // 0, or 1 where it is not there.
 EXPORT int glimt_use(const char* name) {
     std::lock_guard<std::mutex> lock(one_call);
-    for (const Offered& one : kOffered)
-        if (!std::strcmp(one.name, name) && one.kernels() && one.is_there()) {
-            active = one.kernels();
-            return 0;
-        }
-    return 1;
+    const Kernels* kernels = kernels_of(name);
+    if (kernels) active = kernels;
+    return kernels ? 0 : 1;
 }
 
 // For tests: as if the processor had no dot products of bfloat16.

@@ -1,3 +1,4 @@
+// Attention on AVX2: see attention_plain.inc.
 #if defined(__AVX2__)
 #define GLIMT_LANES 8
 #include "attention_plain.inc"

@@ -1,3 +1,5 @@
+// Attention on AVX-512: by pairs of bfloat16 where there are dot products of them, else see
+// attention_plain.inc.
 #if defined(__AVX512F__)
 #define GLIMT_LANES 16
 #include "attention_plain.inc"

@@ -1,3 +1,4 @@
+// Attention on any processor: see attention_plain.inc.
 #define GLIMT_LANES 4
 #include "attention_plain.inc"
 

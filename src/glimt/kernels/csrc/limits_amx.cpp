@@ -1,3 +1,4 @@
+// The limits of AMX tiles: see limits.h.
 #include "limits.h"
 
 #if defined(__x86_64__)

@@ -1,3 +1,4 @@
+// The limits of AVX2: see limits.h.
 #include "limits.h"
 
 #if defined(__AVX2__) && defined(__FMA__)

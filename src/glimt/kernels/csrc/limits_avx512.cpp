@@ -1,3 +1,4 @@
+// The limits of AVX-512: see limits.h.
 #include "limits.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)

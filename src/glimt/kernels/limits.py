@@ -42,7 +42,7 @@ class LimitMeter:
     """Measures the limits; owns the buffer that is read.
 
     threads:   of the native loops; torch's own number is not touched
-    isa:       one of native.ISAS; None: the best that this processor has
+    isa:       one of library.ISAS; None: the best that this processor has
     num_bytes: of the buffer
     Raises OSError if that instruction set is not there.
     """

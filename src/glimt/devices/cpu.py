@@ -119,7 +119,7 @@ class NativeCpuDevice(CpuDevice):
             residual_scale=residual_scale,
         )
         assert out is not None, f"{self.native.isa} packed this matrix, so it multiplies with it"
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return _as_before(out, x)
 
     def mlp(
         self,
@@ -149,7 +149,7 @@ class NativeCpuDevice(CpuDevice):
                 residual_scale=residual_scale,
             )
             if out is not None:
-                return out.view(*x.shape[:-1], out.shape[-1])
+                return _as_before(out, x)
         return super().mlp(x, up, down, up_bias, down_bias, activation, residual, residual_scale)
 
     # --- rows ---
@@ -177,7 +177,7 @@ class NativeCpuDevice(CpuDevice):
         if x.dtype != weight.dtype or x.dtype not in ELEMENTS:
             return None
         out = self.native.norm(_rows(x), weight, bias, eps, _rows_if_any(residual))
-        return None if out is None else out.view(x.shape)
+        return None if out is None else _as_before(out, x)
 
     def rotate(
         self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle, num_segments: int
@@ -326,8 +326,15 @@ def _rows_if_any(x: Tensor | None) -> Tensor | None:
 
 def _rows(x: Tensor) -> Tensor:
     """[…, size] as rows whose values lie side by side."""
+    if x.dim() == 2 and x.stride(1) == 1:  # mostly, and a decoded token makes this call 400 times
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _as_before(rows: Tensor, x: Tensor) -> Tensor:
+    """[num_rows, size] with the leading axes of x, of which they were made."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 DEVICE = CpuDevice

@@ -564,16 +564,16 @@ def test_tokens_agree_with_the_oracle(case: tuple[Tensor, list[StepRow]]) -> Non
 
 def _hard_logits(kind: str) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    flat = torch.zeros(1, 5003)
+    flat = torch.zeros(1, 20011)
     if kind == "flat":
         return flat
     if kind == "one peak on a flat tail":
         return flat.index_fill(1, torch.tensor([4000]), 5.0)
     if kind == "ties across the edge of the candidates":
-        return flat.index_fill(1, torch.arange(0, 5003, 7), 1.0).index_fill(
-            1, torch.arange(3, 5003, 11), 2.0
+        return flat.index_fill(1, torch.arange(0, 20011, 7), 1.0).index_fill(
+            1, torch.arange(3, 20011, 11), 2.0
         )
-    return torch.randn(1, 5003, generator=generator)
+    return torch.randn(1, 20011, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -590,7 +590,19 @@ def test_the_default_number_of_candidates_equals_a_full_sort(
     """Catches a proof that holds for 24 tokens but not at the real number of candidates."""
     logits = _hard_logits(kind).expand(12, -1)
     rows = [_row(seed=seed, **cuts) for seed in range(12)]
-    assert _sample(logits, rows) == _sample(logits, rows, num_candidates=5003)
+    assert _sample(logits, rows) == _sample(logits, rows, num_candidates=20011)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([-INF, -2.0, 0.0, 0.5, 3.0]), min_size=2, max_size=80),
+    st.integers(1, 9),
+)
+def test_enough_tokens_reach_the_floor(scores: list[float], num_candidates: int) -> None:
+    """Catches groups that count a token twice, and a rest that is left out of the count."""
+    row = np.array([scores], dtype=np.float32)
+    (floor,) = glimt.sampling._floors(row, num_candidates)
+    assert (row >= floor).sum() >= min(num_candidates, len(scores))
 
 
 # --- what cannot be sampled ------------------------------------------------------------------

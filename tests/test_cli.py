@@ -225,6 +225,64 @@ def test_inspect_of_a_damaged_checkpoint_exits_with_1(glm4v, tmp_path):
     assert json.loads(found.stdout)["problems"]
 
 
+# --- options ---------------------------------------------------------------------------------
+
+MODEL_OPTIONS = {
+    "--model": ("model", "folder"),
+    "--dtype": ("dtype", "bfloat16"),
+    "--device": ("device", "npu"),
+    "--threads": ("num_threads", 3),
+    "--max-model-len": ("max_model_len", 99),
+    "--kv-bytes": ("kv_bytes", 12345),
+    "--kv-dtype": ("kv_dtype", "int8"),
+    "--memory-limit": ("memory_limit_bytes", 67890),
+    "--draft-tokens": ("num_draft_tokens", 4),
+    "--rotary-table": ("rotary_table", "hub_fp16"),
+    "--quant": ("quant", "int4"),
+    "--quant-head": ("quant_head", "w8a8"),
+    "--quant-tower": ("quant_tower", "int8"),
+}
+SAMPLING_OPTIONS = {
+    "--max-tokens": ("max_tokens", 7),
+    "--min-tokens": ("min_tokens", 2),
+    "--temperature": ("temperature", 0.5),
+    "--top-p": ("top_p", 0.25),
+    "--top-k": ("top_k", 9),
+    "--min-p": ("min_p", 0.125),
+    "--repetition-penalty": ("repetition_penalty", 1.5),
+    "--presence-penalty": ("presence_penalty", 0.75),
+    "--frequency-penalty": ("frequency_penalty", -0.5),
+    "--seed": ("seed", 11),
+    "--stop": ("stop", ("end",)),
+    "--stop-token-id": ("stop_token_ids", (13,)),
+    "--ignore-eos": ("ignore_eos", True),
+}
+
+
+def words(options):
+    """What is typed for these options."""
+    for option, (_, value) in options.items():
+        yield option
+        if value is not True:
+            yield value[0] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate"])
+def test_every_option_reaches_the_job(monkeypatch, command):
+    """Catches an option that is accepted and dropped, or taken for its neighbour."""
+    jobs = []
+    function = "run" if command == "evaluate" else command
+    monkeypatch.setattr(f"glimt.commands.{command}.{function}", jobs.append)
+    samples = {} if command == "evaluate" else SAMPLING_OPTIONS
+    folder = ["questions"] if command == "evaluate" else []
+    result = invoke(command, *folder, *words(MODEL_OPTIONS | samples))
+    assert result.exit_code == 0, result.stderr
+    assert jobs[0].engine == dict(MODEL_OPTIONS.values())
+    if samples:
+        given = {name: jobs[0].sampling[name] for name, _ in samples.values()}
+        assert given == dict(samples.values())
+
+
 # --- convert ---------------------------------------------------------------------------------
 
 

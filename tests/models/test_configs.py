@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from glimt.devices.base import open_device
 from glimt.errors import ConfigError
-from glimt.models.base import find_family
+from glimt.layers.norm import LayerNorm, RMSNorm
+from glimt.models.base import BuildContext, find_family
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {"glm4v_9b": "glm-4v-tiny.spec.json", "visualglm": "visualglm-tiny.spec.json"}
@@ -223,15 +228,57 @@ def test_other_models_are_refused_by_name(raw: dict[str, Any]) -> None:
         find_family(raw, "config.json")
 
 
+def build(raw: dict[str, Any]) -> Any:
+    """The model of a config, without weights."""
+    family, config = find_family(raw, ""), parse(raw)
+    return family.build(config, BuildContext(open_device("cpu"), torch.float32, 16))
+
+
 def test_the_residual_factor_follows_the_depth() -> None:
     """Catches the hub code's constant sqrt(56), which is right for 28 layers only."""
-    import torch
-
-    from glimt.devices.base import open_device
-    from glimt.models.base import BuildContext
-
-    raw = raw_config("visualglm") | {"num_layers": 7}
-    config = parse(raw)
-    context = BuildContext(open_device("cpu"), torch.float32, 16)
-    model = find_family(raw, "").build(config, context)
+    model = build(raw_config("visualglm") | {"num_layers": 7})
     assert model.blocks[0].alpha == pytest.approx(14**0.5)
+
+
+def test_each_norm_has_its_own_epsilon() -> None:
+    """Catches one part's epsilon in another: values of ordinary size do not show which it is."""
+    glm, visual = raw_config("glm4v_9b"), raw_config("visualglm")
+    glm["layernorm_epsilon"], glm["vision_config"]["layer_norm_eps"] = 0.25, 0.5
+    visual["layernorm_epsilon"], visual["eva_config"]["layernorm_epsilon"] = 0.25, 0.5
+    visual["qformer_config"]["layernorm_epsilon"] = 0.75
+    expected = {"tower": {0.5}, "adapter": {1e-5}, "blocks": {0.25}, "final_norm": {0.25}}
+    assert epsilons(build(glm)) == expected
+    expected = {"tower": {0.5, 1e-5}, "qformer": {0.75}, "blocks": {0.25}, "final_norm": {0.25}}
+    assert epsilons(build(visual)) == expected
+    assert build(visual).tower.norm.eps == 1e-5
+
+
+def epsilons(model: Any) -> dict[str, set[float]]:
+    found: dict[str, set[float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (LayerNorm, RMSNorm)):
+            found.setdefault(name.partition(".")[0], set()).add(module.eps)
+    return found
+
+
+def test_rope_ratio_multiplies_the_base() -> None:
+    """Catches a ratio that is read and dropped: the published picture model has 1."""
+    model = build(raw_config("glm4v_9b") | {"rope_ratio": 500})
+    cos, _ = model.rotary.at(torch.tensor([[7]]))
+    width = raw_config("glm4v_9b")["kv_channels"] // 2
+    angles = [7 * (10000.0 * 500) ** (-2 * i / width) for i in range(width // 2)]
+    torch.testing.assert_close(cos[0], torch.tensor(angles).cos())
+
+
+def test_a_picture_is_squashed_to_height_and_width_as_the_file_says(tmp_path: Path) -> None:
+    """Catches height and width that change places, which a square does not show."""
+    raw = raw_config("visualglm")
+    raw["eva_config"] |= {"image_size": [28, 42], "max_sequence_length": 7}
+    names = {"gmask_token_id": "[gMASK]", "bos_token_id": "<sop>", "eos_token_id": "<eop>"}
+    ids = {"<unk>": 0} | {special: raw[name] for name, special in names.items()}
+    processor = find_family(raw, "").processor(
+        tmp_path, parse(raw), SimpleNamespace(special_ids=ids)
+    )
+    image = processor.prepare_image(Image.new("RGB", (300, 100)), b"")
+    assert image.pixels.shape == (28, 42, 3)
+    assert image.grid == (2, 3)

@@ -130,6 +130,13 @@ def test_patches_share_one_position_and_text_goes_on_after_it(glm4v_oracle: Any)
     assert prompt.positions_between(n, n + 1)[0, 0] == len(prompt.original_token_ids)
 
 
+def test_every_stop_id_of_the_file_ends_an_answer(glm4v_oracle: Any) -> None:
+    """Catches a list of which only the first id is read: GLM-4v ends most answers with another."""
+    assert len(glm4v_oracle.raw["eos_token_id"]) == 3
+    processor = glm4v_oracle.open().processor
+    assert processor.stop_token_ids == frozenset(glm4v_oracle.raw["eos_token_id"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_stay_close_to_float32_with_all_kernels(
     oracle: Any, dtype: torch.dtype, isa: str

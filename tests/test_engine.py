@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_a_picture_asked_about_twice_runs_the_tower_once(folder: Path) -> None:
     assert again.token_ids == alone.token_ids
 
 
+def test_the_time_of_a_picture_is_no_part_of_the_prompts(folder, monkeypatch):
+    """Catches tower seconds that are told twice: as the picture's, and in the prefill's as well."""
+    engine = make_engine(folder)
+    tower = engine.runner.model.image_features
+    monkeypatch.setattr(
+        engine.runner.model, "image_features", lambda images: time.sleep(0.3) or tower(images)
+    )
+    times = run_one(engine, engine.prepare_chat(ask("?", picture(1)), GREEDY)).timings
+    assert times.image_s >= 0.3
+    assert times.image_s + times.prefill_s <= times.ttft_s + 1e-6
+
+
 def test_a_picture_cut_by_chunks_runs_the_tower_once_without_any_cache(
     folders: dict[str, Path],
 ) -> None:
@@ -230,6 +243,42 @@ def test_visualglm_shares_identical_contexts_only(folders: dict[str, Path]) -> N
     assert again.token_ids == second.token_ids
     cold = make_engine(folders["visualglm"], enable_prefix_cache=False)
     assert second.token_ids == run_one(cold, cold.prepare_chat(messages, GREEDY)).token_ids
+
+
+def test_a_salt_keeps_cached_prompts_apart(folder: Path) -> None:
+    """Catches a cache_salt that is accepted and dropped on its way to the scheduler."""
+    engine = make_engine(folder, block_size=8)
+    found = []
+    for salt in ("a", "b", "a"):
+        options = RequestOptions(cache_salt=salt)
+        request = engine.prepare_chat(ask("one and the same question"), GREEDY, options)
+        found.append(run_one(engine, request).usage.cached_tokens)
+    assert found[:2] == [0, 0]
+    assert found[2] > 0
+
+
+def test_the_longest_prompt_fits_a_step_beside_all_others(folders: dict[str, Path]) -> None:
+    """Catches a budget under which a long VisualGLM prompt waits until the others are done."""
+    folder, text = folders["visualglm"], "a long question " * 8
+    longest = len(make_engine(folder).prepare_text(text).prompt.token_ids)
+    engine = make_engine(
+        folder, max_num_seqs=4, max_num_batched_tokens=1, max_model_len=longest + 1
+    )
+    for _ in range(3):
+        engine.add_request(engine.prepare_text("short", replace(GREEDY, max_tokens=20)))
+    engine.step()
+    engine.add_request(engine.prepare_text(text, replace(GREEDY, max_tokens=1)))
+    outputs = engine.step()
+    assert len(outputs) == 4, "one of each, at once"
+
+
+def test_running_and_waiting_are_counted_apart(folders: dict[str, Path]) -> None:
+    """Catches one list told for the other, on which a server would turn callers away."""
+    engine = make_engine(folders["glm4v_9b"], max_num_seqs=1)
+    for _ in range(3):
+        engine.add_request(engine.prepare_chat(ask("abc"), GREEDY))
+    engine.step()
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (1, 2)
 
 
 def test_several_pictures_cost_their_places_and_change_the_answer(folder: Path) -> None:

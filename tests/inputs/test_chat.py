@@ -118,6 +118,13 @@ def test_text_is_passed_on_exactly(content):
     assert parse_content([text(content)]) == (TextPart(content),)
 
 
+def test_text_parts_are_joined_by_line_feeds():
+    """Catches parts that run into each other, or a picture between them that leaves a trace."""
+    picture = {"type": "image", "image": b"y"}
+    (message,) = parse({"role": "user", "content": [text("a b"), picture, text("c")]})
+    assert message.text == "a b\nc"
+
+
 def test_message_objects_pass_through():
     """Catches a copy, or a Message taken for a dictionary without keys."""
     message = Message("user", (TextPart("x"), ImagePart(b"y")))

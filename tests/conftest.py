@@ -148,7 +148,8 @@ class Oracle:
     def __init__(self, name: str, folder: Path, golden: Path) -> None:
         self.name = name
         self.folder = folder
-        self.arrays = np.load(golden)
+        with np.load(golden) as file:  # closed, or whoever is collected last is warned of it
+            self.arrays = dict(file)
         self.raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.family: ModelFamily[Any] = find_family(self.raw, name)
         self.config = self.family.config.from_json(self.raw, name)

@@ -186,6 +186,7 @@ def test_an_absent_rope_ratio_is_one() -> None:
     ("family", "change", "said"),
     [
         ("glm4v_9b", {"rmsnorm": False}, "rmsnorm is False; only True is supported"),
+        ("glm4v_9b", {"layernorm_epsilon": 0}, "layernorm_epsilon is 0; a number above 0"),
         ("glm4v_9b", {"multi_query_group_num": 3}, "num_attention_heads is 4"),
         ("glm4v_9b", {"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
         ("glm4v_9b", {"eos_token_id": ["x", None]}, "eos_token_id is ['x', None]"),

@@ -822,6 +822,8 @@ def test_generation_config_sets_the_defaults_of_glm4v(
     (tmp_path / "generation_config.json").write_text(text)
     sampling = make_engine(tmp_path).prepare_chat(ask("你好")).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
+    (tmp_path / "generation_config.json").write_text(text.replace("true", "false"))
+    assert make_engine(tmp_path).prepare_chat(ask("你好")).sampling.temperature == 0
 
 
 def test_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:

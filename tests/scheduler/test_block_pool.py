@@ -202,6 +202,18 @@ def test_a_partly_written_block_goes_to_whoever_goes_on_from_it():
     pool.check()
 
 
+def test_a_block_that_was_taken_over_is_not_found_by_what_it_held_before():
+    """Would catch a turn that reads what the one before it has written over."""
+    pool = BlockPool(1)
+    blocks = pool.allocate(1)
+    pool.register_partial(blocks[0], b"", ("a", "b"))
+    pool.release(blocks)
+    pool.take_over(blocks[0])
+    pool.release(blocks)
+    assert pool.find_partial(b"", ("a", "b")) == (-1, 0)
+    pool.check()
+
+
 def test_only_the_newest_partly_written_block_after_a_parent_is_kept():
     """Would catch a block that is neither found nor reused before the cached ones."""
     pool = BlockPool(3)

@@ -424,6 +424,12 @@ def test_layer_norm_adds_its_epsilon_to_the_variance():
     assert result.tolist() == [[-0.5, 2.0], [0.0, 1.0]]
 
 
+def test_rms_norm_adds_its_epsilon_under_the_root():
+    """Would catch an epsilon beside the root: values of ordinary size do not show where it is."""
+    result = Device().rms_norm(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.ones(2), 3.0)
+    assert result.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
 def test_the_two_gelus_are_the_two_gelus():
     """Would catch the tanh form in the tower or the exact one in VisualGLM's language model."""
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
@@ -568,6 +574,16 @@ def test_every_device_multiplies_and_ends_as_the_base_says(device, activation, f
         assert (result.dtype, result.shape) == (dtype, (num_rows, width))
         exact = exact_linear(x, weight, bias, *ends)
         torch.testing.assert_close(result.double(), exact, **tolerance(dtype))
+
+
+def test_activations_are_rounded_group_by_group():
+    """Would catch one scale for a whole row: a large value would drown the other groups."""
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 40] = 1e6, 1.0
+    weight = all_formats()["int4-g32"].quantise(torch.eye(64))
+    assert Device().linear(x, weight, None)[0, 40] == 1.0
+    whole = all_formats()["w8a8"].quantise(torch.eye(64))
+    assert Device().linear(x, whole, None)[0, 40] == 0.0
 
 
 @pytest.mark.parametrize("form", ["plain", "int8", "w8a8", "int4"])

@@ -780,6 +780,16 @@ def test_stop_strings_stop_ids_and_lengths_end_a_request_once(folder: Path) -> N
     assert free.finish_reason == "length"
 
 
+def test_a_stop_string_that_only_the_end_completes_is_a_stop(folders: dict[str, Path]) -> None:
+    """Catches "length" for a text that ended with its stop string, held back to the last token."""
+    engine = make_engine(folders["visualglm"])
+    comma = engine.opened.processor.tokenizer.encode("a,")[-1]
+    sampling = replace(GREEDY, max_tokens=2, stop=(",,",), logit_bias={comma: 100.0})
+    output = run_one(engine, engine.prepare_chat(ask("abc"), sampling))
+    assert (output.finish_reason, output.completions[0].stop_reason) == ("stop", ",,")
+    assert output.text == ""
+
+
 def test_ignore_eos_drops_the_familys_stop_ids_alone(folder: Path) -> None:
     """Catches load tests that end early, and a stop id asked for that is ignored with the rest."""
     engine = make_engine(folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.errors import CheckpointError, ConfigError
-from glimt.loader import open_model
+from glimt.loader import open_model, read_folder
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 SHARDS = [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
@@ -157,6 +157,17 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path, family: str, key
     write_noise_model(tmp_path, family)
     change_config(tmp_path, **{f"{key}vocab_size": 600 if family == "visualglm" else 520})
     assert any("it belongs to another checkpoint" in problem for problem in problems_of(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "key"), [("glm4v_9b", "padded_"), ("visualglm", "")])
+def test_a_tokenizer_may_use_every_row(tmp_path: Path, family: str, key: str) -> None:
+    """Catches a check that refuses a vocabulary without rows to spare."""
+    write_noise_model(tmp_path, family)
+    processor = read_folder(tmp_path).processor
+    assert processor is not None
+    num_ids = processor.tokenizer.num_ids
+    change_config(tmp_path, **{f"{key}vocab_size": num_ids})
+    assert read_folder(tmp_path).errors == ()
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 2**62}, {"max_sequence_length": 10**15}])

@@ -409,6 +409,14 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path):
     assert all(value.is_meta for value in model.parameters())
 
 
+def test_a_transposed_matrix_does_not_fit(tmp_path):
+    """Catches a check of sizes alone, which a matrix the other way round would pass."""
+    tensors = state()
+    tensors["model.1.kv"] = torch.zeros(SIZE, 2 * SIZE)
+    with pytest.raises(CheckpointError, match=r"has shape \[4, 8\], but \[8, 4\] is needed"):
+        load(write(tmp_path, tensors))
+
+
 def test_nothing_is_read_before_everything_is_checked(tmp_path, monkeypatch):
     """Catches minutes of loading before the complaint about the last tensor."""
     tensors = state()

@@ -572,6 +572,14 @@ def test_an_answer_is_found_when_it_is_part_of_the_next_prompt():
     assert run_after(first, follow) == 12
 
 
+def test_the_last_token_of_an_answer_is_never_found():
+    """Would catch a slot that claims the token which ended the answer: nothing is written there."""
+    first = text("a", 6, max_tokens=6)  # 11 of 12 tokens are computed: the last block has 3
+    output, _ = alone(first)
+    follow = make_request("b", [[*first.prompt.token_ids, *output, 3, 3]])
+    assert run_after(first, follow) == 11
+
+
 def test_without_the_prefix_cache_nothing_is_found():
     """Would catch the option being ignored."""
     assert run_after(text("a", 9), text("a", 9), prefix_cache=False) == 0

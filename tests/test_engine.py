@@ -172,6 +172,17 @@ def test_a_picture_asked_about_twice_runs_the_tower_once(folder: Path) -> None:
     assert again.token_ids == alone.token_ids
 
 
+def test_features_are_kept_in_the_bytes_that_were_given(folder: Path) -> None:
+    """Catches a budget of another unit: room for one picture that holds several."""
+    model = make_engine(folder).opened.model
+    row_bytes = model.embed(torch.zeros(1, dtype=torch.int64)).nbytes
+    cost = make_engine(folder).opened.processor.image_cost(40, 30)
+    engine = make_engine(folder, feature_cache_bytes=cost * row_bytes, enable_prefix_cache=False)
+    for seed, runs in ((1, 1), (1, 1), (2, 2), (1, 3)):
+        run_one(engine, engine.prepare_chat(ask("?", picture(seed)), GREEDY))
+        assert engine.stats().tower_images == runs
+
+
 def test_the_time_of_a_picture_is_no_part_of_the_prompts(folder, monkeypatch):
     """Catches tower seconds that are told twice: as the picture's, and in the prefill's as well."""
     engine = make_engine(folder)

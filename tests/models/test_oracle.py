@@ -49,7 +49,7 @@ def test_pixels_are_the_originals(oracle: Any) -> None:
 
 
 def test_tower_states_are_the_originals(visualglm_oracle: Any) -> None:
-    """Catches pre/post-norm mix-ups and a wrong last epsilon before the Q-Former hides them."""
+    """Catches pre- and post-norm mixed up, and a last norm left out, which the Q-Former hides."""
     model = visualglm_oracle.open().model
     with torch.inference_mode():
         pixels = torch.from_numpy(visualglm_oracle.arrays["pixel_values"])

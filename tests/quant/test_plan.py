@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
+from glimt.devices.base import Device
 from glimt.errors import ConfigError
+from glimt.layers.embedding import Embedding
+from glimt.layers.linear import Linear
 from glimt.loader import open_model
 from glimt.models.base import Model
 from glimt.quant.plan import CONFIG_KEY, QuantOptions, plan_formats, read_options, remaining
@@ -88,6 +93,17 @@ def test_a_head_tied_to_the_embedding_stays(opened):
         model.head.weight = own
     assert not {"head.weight", "embedding.weight"} & plan.keys()
     assert plan
+
+
+def test_a_tied_head_stays_whichever_was_made_first():
+    """Catches a tied weight that is known by the name of the first module that has it."""
+    device, dtype = Device(), torch.float32
+    model = nn.Module()
+    model.head = Linear(8, 16, False, device, dtype)
+    model.embedding = Embedding(16, 8, device, dtype)
+    model.embedding.weight = model.head.weight
+    model.blocks = nn.ModuleList([Linear(8, 8, False, device, dtype)])
+    assert plan_formats(model, QuantOptions(blocks="int8")).keys() == {"blocks.0.weight"}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_the_query_alone_chooses_the_template() -> None:
     messages = [Message(role, (TextPart(text),)) for role, text in turns]  # type: ignore[arg-type]
     assert _query(messages) == "What is it?"
     assert _query(messages[:2]) == "甲"
+    assert _query([*messages, messages[0]]) == "What is it?"
 
 
 def say(*turns: tuple[str, str]) -> list[tuple[str, str]]:

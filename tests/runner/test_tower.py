@@ -81,6 +81,8 @@ def test_groups_hold_the_limit_and_keep_the_order() -> None:
     images = [picture("a", 2, 2), picture("b", 3, 3), picture("c"), picture("d"), picture("e")]
     found = [[image.digest for image in group] for group in groups_of(images, 5)]
     assert found == [[b"a"], [b"b"], [b"c", b"d", b"e"]]
+    full = list(groups_of(images[2:], 3))
+    assert [len(group) for group in full] == [3], "what fills a run exactly goes into it"
     assert list(groups_of([], 5)) == []
 
 

@@ -55,7 +55,7 @@ class Stopwatch:
 
 def build(args: argparse.Namespace, batch: int) -> Engine:
     """An engine in which `batch` sequences decode."""
-    tokens = args.context + args.steps + 40
+    tokens = 6 * args.context + args.steps + 40  # a tokenizer may make a token of each character
     engine = Engine.load(
         EngineConfig(
             model=args.model,

@@ -37,6 +37,7 @@ from glimt.types import SampledToken, SamplingParams, StepPlan, StepRow, TokenLo
 
 _GROWTH = 16  # candidates per retry over the last try: 1,024, then 16,384, then all 151,552
 _GROUPS_PER_CANDIDATE = 4  # an eighth more tokens than candidates then reach the floor
+_PIECE = 32768  # elements: at::internal::GRAIN_SIZE, which torch leaves to one thread
 _LOWEST = float(np.finfo(np.float32).min)  # below it there is only -inf, which is never chosen
 
 _Value = TypeVar("_Value", int, float)
@@ -80,7 +81,11 @@ class Sampler:
             self._scratch = np.empty(logits.shape, dtype=np.float32)
         scores = self._scratch[: len(logits)]
         # Wrapped anew in each step: a tensor kept from inference mode could not be written later.
-        torch.from_numpy(scores).copy_(logits.detach())
+        own = torch.from_numpy(scores)
+        if logits.is_cpu:
+            _copy_in_pieces(logits.detach(), own)
+        else:
+            own.copy_(logits.detach())
         return scores
 
     def _choose(self, scores: np.ndarray, rows: Sequence[StepRow]) -> list[int | str]:
@@ -97,6 +102,17 @@ class Sampler:
         for i, token_id in _draw_rows(scores, rows, drawn, self.num_candidates).items():
             choices[i] = token_id
         return choices
+
+
+def _copy_in_pieces(source: Tensor, target: Tensor) -> None:
+    """Copy equal shapes on the CPU, any dtypes, on this thread alone.
+
+    torch shares out what is larger, and then waits for a thread that may have to wait for this
+    one's core: 10 ms of 45 where a step's kernels keep both cores of a machine busy.
+    """
+    pieces = zip(target.view(-1).split(_PIECE), source.reshape(-1).split(_PIECE), strict=True)
+    for own, given in pieces:
+        own.copy_(given)
 
 
 def verify(tokens: Sequence[SampledToken], plan: StepPlan) -> list[SampledToken]:

@@ -108,6 +108,18 @@ def test_layer_norm_of_a_constant_row_is_the_bias(native: Native) -> None:
     assert torch.equal(out, bias.expand(4, -1))
 
 
+@pytest.mark.parametrize("size", [1, 17, 64])
+def test_ties_go_to_the_even_neighbour(native: Native, dtype: torch.dtype, size: int) -> None:
+    """Catches ties that are rounded up: a half of all of them are then a step too large."""
+    step = STEP[dtype]
+    for bias, expected in ((1.0, 1.0), (1 + step, 1 + 2 * step), (-1.0, -1.0)):
+        half = torch.full((2, size), step / 2 if bias > 0 else -step / 2, dtype=dtype)
+        x, weight = torch.ones(2, size, dtype=dtype), torch.ones(size, dtype=dtype)
+        out = native.norm(x, weight, torch.full((size,), bias, dtype=dtype), 1e-5, half)
+        assert out is not None
+        assert out.unique().tolist() == [expected]
+
+
 def test_layer_norm_of_a_far_mean_does_not_cancel(native: Native) -> None:
     """Catches a variance taken as E[x²] - E[x]²: at a mean of 1000 float32 loses it."""
     x = (1000 + 4 * torch.randint(0, 2, (MANY_ROWS, 4096))).bfloat16()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
-from glimt.layers.tower import Stages
+from glimt.layers.tower import Stages, run_through
 from glimt.models.base import Model
 from glimt.types import ImageInput
 
@@ -41,10 +41,7 @@ class TowerJob:
         """Run all that is left; [num_tokens, hidden_size] per picture. Raises as `advance` does."""
         if self._stages is None:
             return self._model.image_features(self.images)
-        features = None
-        while features is None:
-            features = self.advance(1)
-        return features
+        return list(run_through(self._stages))
 
     def has_any_of(self, digests: Collection[bytes]) -> bool:
         """Whether one of these pictures is among its own."""

@@ -40,7 +40,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments):
-    """Catches an import at the top of cli.py that makes every --help take seconds."""
+    """Catches an import at the top of cli/ that makes every --help take seconds."""
     script = (
         "import sys\n"
         "from glimt.cli import main\n"

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people type and read them; imports nothing, as the help of cli.py must."""
+"""Sizes in bytes as people type and read them; imports nothing, as the help of cli/ must."""
 
 from __future__ import annotations
 

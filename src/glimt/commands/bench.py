@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from glimt.bench.synthetic import Measurements, SyntheticJob, run
 from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.machine import installed_version, read_processor
 from glimt.commands.memory import plan_rows
+from glimt.commands.reporting import command_line
 from glimt.commands.tables import figures, key_values
 from glimt.commands.writing import write_file
 from glimt.devices.host import read_memory, read_numa_nodes
@@ -74,11 +73,6 @@ def _write_report(out: Path, data: Mapping[str, Any]) -> None:
     except OSError as error:
         said = f"{out} cannot be written: {error.strerror or error}"
         raise ConfigError("out", [f"{said}; the report is on stdout with --json"]) from error
-
-
-def command_line() -> str:
-    """What was typed, quoted so that a shell takes it again."""
-    return shlex.join(["glimt", *sys.argv[1:]])
 
 
 def machine_facts() -> dict[str, Any]:

@@ -37,6 +37,13 @@ class LLM:
         self.engine = Engine.load(EngineConfig(model=model, **options), on_tensor)
         self._inboxes: dict[str, deque[StepOutput]] = {}
 
+    @classmethod
+    def around(cls, engine: Engine) -> LLM:
+        """The same of an engine that is loaded already."""
+        llm = cls.__new__(cls)
+        llm.engine, llm._inboxes = engine, {}
+        return llm
+
     @overload
     def chat(
         self,

@@ -1,4 +1,4 @@
-"""`glimt evaluate`: what users compare. Options and help only."""
+"""`glimt precision` and `evaluate`: what users compare. Options and help only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from glimt.cli.options import ENGINE, AsJson, Commands, Fields, Verbose, gathers
+from glimt.cli.options import (
+    ASK,
+    ENGINE,
+    RUN,
+    AsJson,
+    Commands,
+    Fields,
+    Report,
+    Verbose,
+    gathers,
+    option,
+)
 
 compare_app = typer.Typer(cls=Commands)
 
@@ -48,3 +59,71 @@ def evaluate(
             is_verbose=verbose,
         )
     )
+
+
+@compare_app.command()
+@gathers(engine=ENGINE)
+def precision(
+    *,
+    engine: Fields,
+    against: Annotated[
+        str | None,
+        option(
+            "--against",
+            "What to compare with: a dtype (nothing is quantised then), changes such as "
+            "quant=none,isa=none, or a file that --record wrote. Default: float32.",
+            RUN,
+            "WHAT",
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        option("--record", "Store this setting as a reference; compare nothing.", RUN, "FILE"),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        option("--images", "Ask about the pictures of a folder. Default: drawn ones.", ASK, "DIR"),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        option("--prompt -p", "What to ask of each. Default: four questions in turn.", ASK, "TEXT"),
+    ] = None,
+    num_probes: Annotated[
+        int, option("--probes", "Ask at least so many questions.", RUN, "N")
+    ] = 64,
+    num_tokens: Annotated[
+        int, option("--tokens", "And until their answers have so many tokens.", RUN, "N")
+    ] = 2000,
+    max_tokens: Annotated[int, option("--max-tokens", "Of one answer.", RUN, "N")] = 32,
+    num_staged: Annotated[
+        int, option("--stages", "Watch every stage of so many questions.", RUN, "N")
+    ] = 4,
+    seed: Annotated[int, option("--seed", "Of the drawn pictures.", RUN, "S")] = 0,
+    report: Report = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell how far a setting is from another one, where first, and whether too far (status 1)."""
+    from glimt.commands.precision import PrecisionJob, run
+    from glimt.evaluate.recording import RecordingSize
+
+    size = RecordingSize(
+        num_probes=num_probes,
+        num_tokens=num_tokens,
+        max_tokens=max_tokens,
+        num_staged=num_staged,
+    )
+    job = PrecisionJob(
+        engine=engine,
+        against=against,
+        record=record,
+        images=images,
+        prompt=prompt,
+        size=size,
+        seed=seed,
+        report=report,
+        as_json=as_json,
+        is_verbose=verbose,
+    )
+    if not run(job):
+        raise typer.Exit(1)

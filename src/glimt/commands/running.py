@@ -11,6 +11,7 @@ from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.errors import RequestError
 from glimt.inputs.request import LANGUAGES
+from glimt.llm import LLM
 from glimt.loader import open_model
 from glimt.types import Request, StepOutput, Timings, Usage
 
@@ -37,6 +38,11 @@ def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
     if is_told:
         note(plan_line(engine.memory))
     return engine
+
+
+def load_llm(config: EngineConfig) -> LLM:
+    """The same, as what answers whole conversations."""
+    return LLM.around(load_engine(config))
 
 
 def run_request(

@@ -6,7 +6,7 @@ batching, chunking, caches and kernels are those of a real answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,19 +18,22 @@ from glimt.errors import EngineError
 from glimt.inputs.request import RequestOptions
 from glimt.llm import LLM
 from glimt.sampling import Sampler
-from glimt.types import Messages, Request, SampledToken, SamplingParams, StepOutput, StepPlan
+from glimt.types import Messages, Request, SampledToken, SamplingParams, StepPlan
 
 
 class ForcingSampler(Sampler):
-    """Gives every request its own answer, token by token.
+    """Gives every request its own answer, token by token; its likeliest one if it has none.
 
-    logits: by request id, one row [vocab_size] float32 on the CPU per token given
+    answers: by request id; whoever is not in it answers greedily
+    logits:  by request id, one row [vocab_size] float32 on the CPU per token given
+    given:   by request id, the tokens
     """
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
         self.answers: dict[str, Sequence[int]] = {}
         self.logits: dict[str, list[Tensor]] = {}
+        self.given: dict[str, list[int]] = {}
 
     def sample(self, logits: Tensor, plan: StepPlan) -> list[SampledToken]:
         """Give each row its answer's next token; keep a copy of its logits.
@@ -38,15 +41,25 @@ class ForcingSampler(Sampler):
         logits: [num_sampled, vocab_size]
         """
         return [
-            self._next(row.request_id, len(row.output_ids), row.sequence_id, logits[i])
+            SampledToken(
+                row.sequence_id, self._next(row.request_id, len(row.output_ids), logits[i])
+            )
             for i, row in enumerate(plan.sampled_rows)
         ]
 
-    def _next(self, request_id: str, place: int, sequence_id: int, row: Tensor) -> SampledToken:
+    def _next(self, request_id: str, place: int, row: Tensor) -> int:
         kept = self.logits.setdefault(request_id, [])
-        del kept[place:]  # a preempted sequence may sample a place twice
+        given = self.given.setdefault(request_id, [])
+        del kept[place:], given[place:]  # a preempted sequence may sample a place twice
         kept.append(row.detach().to("cpu", torch.float32, copy=True))
-        return SampledToken(sequence_id, self.answers[request_id][place])
+        answer = self.answers.get(request_id)
+        given.append(likeliest(kept[-1]) if answer is None else answer[place])
+        return given[-1]
+
+
+def likeliest(row: Tensor) -> int:
+    """The id of the largest of [vocab_size] logits on the CPU; of equal ones the lowest."""
+    return int(row.numpy().argmax())
 
 
 @contextmanager
@@ -57,9 +70,39 @@ def _forcing(llm: LLM) -> Iterator[ForcingSampler]:
     try:
         yield forcing
     finally:
-        for request_id in forcing.answers:
-            engine.abort(request_id)
         engine.sampler = sampler
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """An answer and what each of its tokens was chosen from.
+
+    token_ids: the stop token included, if one was given
+    logits:    [len(token_ids), vocab_size] float32
+    """
+
+    token_ids: tuple[int, ...]
+    logits: Tensor
+
+
+def answer_all(
+    llm: LLM, requests: Sequence[Request], answers: Mapping[str, Sequence[int]]
+) -> list[Answered]:
+    """Run requests as one batch, in which those that `answers` names by id get these tokens.
+
+    Raises EngineError when the engine cannot compute one of them.
+    """
+    with _forcing(llm) as forcing:
+        forcing.answers = dict(answers)
+        try:
+            _run(llm, requests)
+        finally:
+            for request in requests:
+                llm.engine.abort(request.request_id)
+        return [
+            Answered(tuple(forcing.given[r.request_id]), torch.stack(forcing.logits[r.request_id]))
+            for r in requests
+        ]
 
 
 def forced_logits(
@@ -71,28 +114,26 @@ def forced_logits(
     engine cannot compute one of them.
     """
     asked = zip(conversations, answers, strict=True)
-    requests = [_forced_request(llm, number, *each) for number, each in enumerate(asked)]
-    with _forcing(llm) as forcing:
-        forcing.answers = {r.request_id: a for r, a in zip(requests, answers, strict=True)}
-        for request in requests:
-            llm.engine.add_request(request)
-        while llm.engine.has_work:
-            _refuse_errors(llm.engine.step())
-        return [torch.stack(forcing.logits[request.request_id]) for request in requests]
+    requests = [forced_request(llm, f"forced-{i}", *each) for i, each in enumerate(asked)]
+    by_id = {r.request_id: answer for r, answer in zip(requests, answers, strict=True)}
+    return [answered.logits for answered in answer_all(llm, requests, by_id)]
 
 
-def _refuse_errors(outputs: Sequence[StepOutput]) -> None:
-    for output in outputs:
-        if output.finish_reason == "error":
-            raise EngineError(f"an answer could not be computed: {output.error}")
+def _run(llm: LLM, requests: Sequence[Request]) -> None:
+    for request in requests:
+        llm.engine.add_request(request)
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            if output.finish_reason == "error":
+                raise EngineError(f"an answer could not be computed: {output.error}")
 
 
-def _forced_request(
-    llm: LLM, number: int, conversation: Messages, answer: Sequence[int]
+def forced_request(
+    llm: LLM, request_id: str, conversation: Messages, answer: Sequence[int]
 ) -> Request:
+    """A request for exactly these tokens. Raises RequestError when it does not fit."""
     sampling = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
-    options = RequestOptions(request_id=f"forced-{number}")
-    return llm.engine.prepare_chat(conversation, sampling, options)
+    return llm.engine.prepare_chat(conversation, sampling, RequestOptions(request_id=request_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from glimt.errors import ConfigError
+from glimt.errors import ConfigError, RequestError
 from glimt.evaluate.forced import Answered, answer_all, forced_request
 from glimt.evaluate.gates import Setting
 from glimt.evaluate.probes import Probe
@@ -134,13 +134,10 @@ def _answer(
     is_staged: bool,
 ) -> list[Trace]:
     """Run a batch, with its stages if it is a single probe of which they are wanted."""
-    if answers is None:
-        requests = [_open_request(llm, i, probe, max_tokens) for i, probe in enumerate(probes)]
-    else:
-        pairs = zip(probes, answers, strict=True)
-        requests = [
-            forced_request(llm, f"probe-{i}", p.messages, a) for i, (p, a) in enumerate(pairs)
-        ]
+    requests = [
+        _request(llm, i, probe, None if answers is None else answers[i], max_tokens)
+        for i, probe in enumerate(probes)
+    ]
     by_id = {} if answers is None else {f"probe-{i}": a for i, a in enumerate(answers)}
     stages: StageRows = {}
     if is_staged:
@@ -156,10 +153,19 @@ def _trace(probe: Probe, answered: Answered, stages: StageRows) -> Trace:
     return Trace(probe, answered.token_ids, answered.logits, stages)
 
 
-def _open_request(llm: LLM, number: int, probe: Probe, max_tokens: int) -> Request:
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-    options = RequestOptions(request_id=f"probe-{number}")
-    return llm.engine.prepare_chat(probe.messages, sampling, options)
+def _request(
+    llm: LLM, number: int, probe: Probe, answer: Sequence[int] | None, max_tokens: int
+) -> Request:
+    """Raises RequestError naming the probe."""
+    name = f"probe-{number}"
+    try:
+        if answer is not None:
+            return forced_request(llm, name, probe.messages, answer)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+        options = RequestOptions(request_id=name)
+        return llm.engine.prepare_chat(probe.messages, sampling, options)
+    except RequestError as error:
+        raise RequestError(probe.name, error.message) from error
 
 
 # --- the file --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from glimt.evaluate.recording import Recording
 from glimt.reports.document import Document, Paragraph, Plot, Table
 from glimt.reports.plots import Axis, Series, draw_histogram, draw_lines
 
-_FLOOR = 1e-12  # what a logarithm shows of no difference at all
+_FLOOR = 1e-9  # what a logarithm shows of no difference at all
 _SIGNS = {True: "passes", False: "FAILS"}
 
 

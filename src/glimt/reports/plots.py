@@ -15,8 +15,10 @@ _SIZE = (8.4, 4.4)  # inches
 class Series:
     """A line of points.
 
+    name:      in the legend; "" for a line that another one's name or the axis explains
     low, high: the spread of each point, where it has one
     is_limit:  what nothing can pass, or must pass: drawn with dashes and without points
+    colour:    number of its colour, so that a limit can have that of its line; None: its place
     """
 
     name: str
@@ -25,6 +27,7 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     is_limit: bool = False
+    colour: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,14 @@ def draw_lines(series: Sequence[Series], x: Axis, y: Axis) -> bytes:
     """Lines over a common axis; the spread as a band."""
     figure, axes = _figure(x, y)
     for i, each in enumerate(series):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = _COLOURS[(i if each.colour is None else each.colour) % len(_COLOURS)]
         style = {"linestyle": "--"} if each.is_limit else {"marker": "o", "markersize": 3.5}
-        axes.plot(each.x, each.y, color=colour, label=each.name, linewidth=1.6, **style)
+        axes.plot(
+            each.x, each.y, color=colour, label=each.name or "_nolegend_", linewidth=1.6, **style
+        )
         if each.low and each.high:
             axes.fill_between(each.x, each.low, each.high, color=colour, alpha=0.15, linewidth=0)
-    return _png(figure, axes, has_legend=len(series) > 1)
+    return _png(figure, axes, has_legend=sum(bool(each.name) for each in series) > 1)
 
 
 def draw_histogram(groups: Sequence[tuple[str, Sequence[float]]], x: Axis) -> bytes:
@@ -89,7 +94,7 @@ def _figure(x: Axis, y: Axis) -> tuple[Any, Any]:
 
 def _png(figure: Any, axes: Any, has_legend: bool) -> bytes:
     if has_legend:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9, edgecolor="none", framealpha=0.7)  # lines may pass beneath
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -12,7 +12,7 @@ from glimt.engine import Engine
 from glimt.errors import RequestError
 from glimt.inputs.request import LANGUAGES
 from glimt.llm import LLM
-from glimt.loader import open_model
+from glimt.loader import OpenedModel, open_model
 from glimt.types import Request, StepOutput, Timings, Usage
 
 _LARGE_BYTES = 256 * 2**20  # what is smaller loads at once and fits anywhere
@@ -30,10 +30,7 @@ def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
     Raises ConfigError or CheckpointError, each listing everything that is wrong.
     """
     opened = open_model(config)
-    total = opened.plan().nbytes
-    is_told = total >= _LARGE_BYTES and not is_quiet
-    with byte_bar("loading", total) if is_told else nullcontext() as on_tensor:
-        opened.load(on_tensor)
+    is_told = load_weights(opened, is_quiet)
     engine = Engine(opened, config)
     if is_told:
         note(plan_line(engine.memory))
@@ -43,6 +40,18 @@ def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
 def load_llm(config: EngineConfig) -> LLM:
     """The same, as what answers whole conversations."""
     return LLM.around(load_engine(config))
+
+
+def load_weights(opened: OpenedModel, is_quiet: bool = False) -> bool:
+    """Load an opened model's weights, with a progress bar if they are many; tells if they were.
+
+    Raises CheckpointError.
+    """
+    total = opened.plan().nbytes
+    is_told = total >= _LARGE_BYTES and not is_quiet
+    with byte_bar("loading", total) if is_told else nullcontext() as on_tensor:
+        opened.load(on_tensor)
+    return is_told
 
 
 def run_request(

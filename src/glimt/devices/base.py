@@ -190,6 +190,10 @@ class Device:
         """Memory that could still be allocated, in bytes; 4 GiB where the host does not say."""
         return read_memory().usable or 4 * 2**30
 
+    def peak_bytes(self) -> int | None:
+        """The most held on the device so far, in bytes; None where its memory is the host's."""
+        return None
+
     def keep_freed_memory(self) -> None:
         """The weights are in place: from here on every step asks for the same memory again."""
 

@@ -91,3 +91,23 @@ def test_shares_are_work_over_time_over_limit():
     assert TOY.mbu(step_s=2.0, read_limit=240) == 0.5
     assert mfu(ops=100, seconds=4, ops_limit=50) == 0.5
     assert TOY.with_weights(60).mbu(1.0, 60) == 1.0
+
+
+def test_a_step_is_held_up_by_reading_or_by_multiplying():
+    """Catches the sum of both, or the smaller of the two, as the limit."""
+    costs = ModelCosts(
+        layer_products=90,
+        head_products=10,
+        step_bytes=200,
+        kv_bytes=2,
+        num_layers=1,
+        attention_size=5,
+        image_ops=1000,
+    )
+    # 2 rows, 10 tokens of context: 200 + 2*10*2 bytes, 2 * (2*100 + 4*5*10) operations.
+    assert costs.decode_limit_s(2, 10, read_limit=240, ops_limit=8000) == 1.0
+    assert costs.decode_limit_s(2, 10, read_limit=2400, ops_limit=400) == 2.0
+    # 4 tokens: 2*90*4 + 2*5*4² + 2*10 = 900 operations a prompt, and 1000 its picture.
+    assert costs.prefill_limit_s(2, 4, 1, read_limit=1e9, ops_limit=1900) == 2.0
+    assert costs.prefill_limit_s(2, 4, 0, read_limit=1e9, ops_limit=1800) == 1.0
+    assert costs.prefill_limit_s(1, 4, 0, read_limit=100, ops_limit=1e9) == 2.0

@@ -67,6 +67,26 @@ class ModelCosts:
         """Bytes that such a step reads: the weights once, and every row's keys and values."""
         return self.step_bytes + batch * context * self.kv_bytes
 
+    def decode_limit_s(
+        self, batch: int, context: float, read_limit: float, ops_limit: float
+    ) -> float:
+        """Seconds below which such a step cannot be, whichever of the two holds it up.
+
+        read_limit, ops_limit: bytes and operations per second
+        """
+        read_s = self.decode_bytes(batch, context) / read_limit
+        return max(read_s, self.decode_ops(batch, context) / ops_limit)
+
+    def prefill_limit_s(
+        self, batch: int, num_tokens: int, num_images: int, read_limit: float, ops_limit: float
+    ) -> float:
+        """The same until the first token of so many prompts of num_tokens, pictures included.
+
+        num_images: pictures of each prompt, which go through tower and adapter
+        """
+        ops = batch * (self.prefill_ops(num_tokens) + num_images * self.image_ops)
+        return max(self.step_bytes / read_limit, ops / ops_limit)
+
     def mbu(self, step_s: float, read_limit: float) -> float:
         """Share of the bandwidth that the weights alone take: step_bytes / step_s / read_limit.
 

@@ -6,18 +6,17 @@ nothing of tables and files.
 
 from __future__ import annotations
 
-import random
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-import numpy as np
 from PIL import Image
 
 from glimt.bench.roofline import ModelCosts, costs_of
 from glimt.bench.samples import Sample, Summary, summarise
+from glimt.bench.workload import LANGUAGE, RANDOM, Workload
 from glimt.config import EngineConfig
 from glimt.devices.host import plan_threads
 from glimt.engine import Engine
@@ -27,7 +26,7 @@ from glimt.memory_plan import MemoryPlan
 from glimt.quant.base import find_format
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.synthetic import SyntheticName, published_config
-from glimt.types import Request, SamplingParams, StepOutput
+from glimt.types import Request, StepOutput
 
 _TEXT_TOKENS = 32  # of a prompt, besides its picture; the template is among them
 _GROUP_S = 0.2  # decoding steps that are timed together, between two limits
@@ -207,30 +206,14 @@ class _Bench:
         chosen = find_format(job.quant)
         is_int8 = chosen is not None and chosen.quantises_x and meter.is_native
         self.math: MathKind = "int8" if is_int8 else "bf16"
-        self._random = random.Random(job.name.seed)
-        picture = self._picture()
-        bare = self._request(picture, 1)
-        self.image_tokens = sum(span.length for span in bare.prompt.spans)
-        self._num_characters = 1 + _TEXT_TOKENS - (len(bare.prompt.token_ids) - self.image_tokens)
+        self._workload = Workload(engine, job.name.seed, RANDOM)
+        self.image_tokens = self._workload.image_tokens
         self.prompt_tokens = self.image_tokens + _TEXT_TOKENS
 
     # --- requests ---
 
-    def _picture(self) -> Image.Image:
-        """Noise of the size that GLM-4v's tower takes."""
-        noise = np.random.default_rng(self._random.getrandbits(32))
-        return Image.fromarray(noise.integers(0, 256, (1120, 1120, 3), dtype=np.uint8))
-
-    def _characters(self) -> str:
-        """Random Chinese characters: the synthetic tokenizer makes a random id of each."""
-        count = max(1, self._num_characters)
-        return "".join(chr(self._random.randrange(0x4E00, 0x9FA5)) for _ in range(count))
-
-    def _request(self, picture: Image.Image | None, num_tokens: int, text: str = "中") -> Request:
-        images = [] if picture is None else [{"type": "image", "image": picture}]
-        content = [*images, {"type": "text", "text": text}]
-        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        return self.engine.prepare_chat([{"role": "user", "content": content}], sampling)
+    def _text(self) -> str:
+        return self._workload.text(_TEXT_TOKENS)
 
     def check_room(self) -> None:
         """Raise ConfigError if the largest batch does not fit the context or the cache."""
@@ -248,7 +231,7 @@ class _Bench:
 
     def warm_up(self) -> None:
         """A short text, so that no figure pays for what happens once."""
-        request = self._request(None, 4)
+        request = self._workload.ask("中", 4, None)
         self.engine.add_request(request)
         while self.engine.is_open(request.request_id):
             _checked(self.engine.step())
@@ -257,15 +240,15 @@ class _Bench:
 
     def first_tokens(self) -> tuple[FirstToken, FirstToken]:
         """Of requests never seen, and of one that was seen before."""
-        pictures = [self._picture() for _ in range(self.job.repeats * _MAX_TRIES)]
+        pictures = [self._workload.picture() for _ in range(self.job.repeats * _MAX_TRIES)]
         self._seen = pictures[0]
-        text = self._characters()
+        text = self._text()
         fresh = self._first_tokens(lambda i: (pictures[i], text), self.costs.image_ops)
         again = self._first_tokens(lambda i: (pictures[0], text), 0)
         return fresh, again
 
     def _first_tokens(
-        self, ask: Callable[[int], tuple[Image.Image, str]], image_ops: int
+        self, ask: Callable[[int], tuple[Image.Image | None, str]], image_ops: int
     ) -> FirstToken:
         ttft: list[Sample] = []
         image: list[Sample] = []
@@ -274,7 +257,8 @@ class _Bench:
         before = self._math_limit()
         while not self._is_enough(ttft):
             began = time.perf_counter()
-            request = self._request(ask(len(ttft))[0], 2, ask(len(ttft))[1])
+            picture, text = ask(len(ttft))
+            request = self._workload.ask(text, 2, picture, LANGUAGE)
             image_s, step_s, cached = self._until_first(request)
             total = time.perf_counter() - began
             after = self._math_limit()
@@ -333,7 +317,8 @@ class _Bench:
         """Run until every row has a first token; tells how many the longest has."""
         counts: dict[str, int] = {}
         requests = [
-            self._request(self._seen, self.job.output_len, self._characters()) for _ in range(batch)
+            self._workload.ask(self._text(), self.job.output_len, self._seen, LANGUAGE)
+            for _ in range(batch)
         ]
         for request in requests:
             self.engine.add_request(request)

@@ -25,10 +25,15 @@ from glimt.synthetic import SyntheticName, parse_name
 
 def parse_batches(text: str) -> tuple[int, ...]:
     """Read "1,2,4" as (1, 2, 4). Raises ConfigError."""
+    return parse_counts(text, "batch")
+
+
+def parse_counts(text: str, field: str) -> tuple[int, ...]:
+    """The same for any field, which the error names."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         said = f"is {text!r}; whole numbers above 0 with commas between them are needed: 1,2,4"
-        raise ConfigError("batch", [said])
+        raise ConfigError(field, [said])
     return tuple(int(part) for part in parts)
 
 

@@ -22,8 +22,9 @@ SRC = Path(glimt.__file__).parent
 # From high to low. A unit is a file or folder of src/glimt; it may import any unit of a lower
 # level, and of its own level unless the level is closed.
 LEVELS: tuple[tuple[str, ...], ...] = (
+    ("compat",),
     ("cli",),
-    ("bench", "cluster", "commands", "compat", "demo", "evaluate", "export", "reports", "server"),
+    ("bench", "cluster", "commands", "demo", "evaluate", "export", "reports", "server"),
     ("async_engine", "llm"),
     ("engine",),
     ("loader", "memory_plan", "synthetic"),

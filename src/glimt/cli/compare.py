@@ -1,4 +1,4 @@
-"""`glimt precision` and `evaluate`: what users compare. Options and help only."""
+"""`glimt evaluate`, `precision`, `predict`: what users compare. Options and help only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import typer
 from glimt.cli.options import (
     ASK,
     ENGINE,
+    OUT,
     RUN,
+    SAMPLING,
     AsJson,
     Commands,
     Fields,
+    Language,
     Report,
     Verbose,
     gathers,
@@ -126,4 +129,77 @@ def precision(
         is_verbose=verbose,
     )
     if not run(job):
+        raise typer.Exit(1)
+
+
+@compare_app.command()
+@gathers(engine=ENGINE, sampling=SAMPLING)
+def predict(
+    *,
+    images: Annotated[
+        str | None,
+        option(
+            "--images",
+            "A folder of pictures, asked in the order of their names. Default: three pictures "
+            "drawn here, each with its own question.",
+            ASK,
+            "DIR",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        option(
+            "--prompt -p",
+            "What is asked about each picture. Default: 描述这张图片. For glimt judge ask in "
+            "English, and for one short sentence.",
+            ASK,
+            "TEXT",
+        ),
+    ] = None,
+    lang: Language = "auto",
+    engine: Fields,
+    sampling: Fields,
+    batch: Annotated[
+        int, option("--batch", "How many pictures are in the engine together.", RUN, "N")
+    ] = 8,
+    restart: Annotated[
+        bool,
+        option("--restart", "Ask all pictures anew, those that FILE answers already too.", RUN),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        option(
+            "--out",
+            "The predictions, one JSON object of paths and answers; what FILE holds of other "
+            "pictures stays. Default: predict_result.json, and none for the drawn pictures.",
+            OUT,
+            "FILE",
+        ),
+    ] = None,
+    report: Report = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question about every picture of a folder; greedy, at most 256 tokens each.
+
+    Sampled if --temperature, --top-p, --top-k, --min-p or --seed is given. A stopped run goes on
+    where it was.
+    """
+    from glimt.commands.predict import run
+    from glimt.commands.predict_job import PredictJob
+
+    is_whole = run(
+        PredictJob(
+            engine=engine,
+            sampling=sampling,
+            images=images,
+            prompt=prompt,
+            language=lang,
+            out=out,
+            batch=batch,
+            restarts=restart,
+            report=report,
+            as_json=as_json,
+        )
+    )
+    if not is_whole:
         raise typer.Exit(1)

@@ -1,0 +1,85 @@
+"""`glimt predict` without a folder: three drawn pictures, each with its fixed question."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from glimt.commands.answer_file import open_answers
+from glimt.commands.console import note, printable
+from glimt.commands.predict_job import PredictJob
+from glimt.commands.running import facts, load_engine, run_request
+from glimt.engine import Engine
+from glimt.errors import EngineError
+from glimt.evaluate.predict import Prediction, prediction
+from glimt.evaluate.predict_report import Predictions
+from glimt.evaluate.scenes import Scene, scenes
+from glimt.inputs.request import RequestOptions
+from glimt.outputs.assembler import OutputAssembler
+from glimt.types import RequestOutput
+
+
+def predict_scenes(job: PredictJob) -> tuple[Engine, Predictions]:
+    """Ask one after the other; each answer is told with its times, and written if job.out is set.
+
+    One at a time, so that the first picture's process time is that of a cold engine and the
+    others' are those of a warm one.
+    """
+    engine = load_engine(job.config, job.as_json)
+    say: Callable[[str], None] = note if job.as_json else _print
+    begun = time.monotonic()
+    done = tuple(_answers(engine, job, say))
+    found = Predictions("its own question", done, 0, (), time.monotonic() - begun, 1)
+    _write(job, found)
+    return engine, found
+
+
+def times(found: Predictions) -> dict[str, Any]:
+    """Picture process time in seconds, of the first picture and, on average, of the later ones."""
+    first, *later = [each.image_s for each in found.done]
+    return {"image_s_first": first, "image_s_later": sum(later) / len(later)}
+
+
+def questions(job: PredictJob) -> list[str]:
+    """What the three are asked: the job's prompt, or each its own question."""
+    return [job.prompt or scene.question for scene in scenes()]
+
+
+def _answers(engine: Engine, job: PredictJob, say: Callable[[str], None]) -> Iterator[Prediction]:
+    for scene in scenes():
+        question = job.prompt or scene.question
+        output = _ask(engine, job, scene, question)
+        answered = prediction(scene.name, output)
+        said = answered.answer if answered.error is None else f"none: {answered.error}"
+        say(f"{scene.name}\n  Q  {question}\n  A  {' '.join((said or '').split())}")
+        say(f"  {facts(output.usage, output.timings)}")
+        yield answered
+
+
+def _ask(engine: Engine, job: PredictJob, scene: Scene, question: str) -> RequestOutput:
+    parts = [{"type": "image", "image": scene.picture}, {"type": "text", "text": question}]
+    options = RequestOptions(language=job.language)
+    messages = [{"role": "user", "content": parts}]
+    request = engine.prepare_chat(messages, job.asking.sampling, options)
+    assembler = OutputAssembler(request)
+    for output in run_request(engine, request):
+        if (whole := assembler.add(output)) is not None:
+            return whole
+    raise EngineError(f"request {request.request_id} ended without its last output")
+
+
+def _write(job: PredictJob, found: Predictions) -> None:
+    """Three answers are asked anew every time, and take the place of earlier ones."""
+    if job.out is None:
+        return
+    names = [each.picture for each in found.done]
+    settings = {**job.settings, "prompt": questions(job)}
+    file = open_answers(job.out, names, settings, len(names), restarts=True)
+    for each in found.answered:
+        file.add(each.picture, each.answer or "")
+    file.save()
+
+
+def _print(text: str) -> None:
+    print(printable(text), flush=True)

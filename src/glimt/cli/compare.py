@@ -1,4 +1,4 @@
-"""`glimt evaluate`, `precision`, `predict`: what users compare. Options and help only."""
+"""`glimt evaluate`, `precision`, `predict`, `judge`: what users compare. Options and help only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from glimt.cli.options import (
     Fields,
     Language,
     Report,
+    Threads,
     Verbose,
     gathers,
     option,
@@ -203,3 +204,101 @@ def predict(
     )
     if not is_whole:
         raise typer.Exit(1)
+
+
+JUDGE = "Judge"
+
+
+@compare_app.command()
+def judge(
+    *,
+    predictions: Annotated[
+        list[Path],
+        option(
+            "--predictions",
+            "What glimt predict or MindIE wrote; given twice, the two are compared.",
+            ASK,
+            "FILE",
+        ),
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The second file, after the first one."),
+    ] = None,
+    images: Annotated[
+        str | None,
+        option(
+            "--images", "The folder that each key is joined with; an absolute key wins.", ASK, "DIR"
+        ),
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        option(
+            "--captions",
+            "Reference captions, one JSON object a line (file, captions): adds CIDEr-D, BLEU, "
+            "ROUGE-L, exact match.",
+            ASK,
+            "FILE",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        option(
+            "--weights",
+            "open_clip_pytorch_model.bin (or .safetensors) in open_clip's names, or a Hugging "
+            "Face CLIP folder. May be left out if captions judge.",
+            JUDGE,
+            "PATH",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        option(
+            "--tokenizer",
+            "bpe_simple_vocab_16e6.txt.gz, which open_clip's wheel ships; needed with an "
+            "open_clip file.",
+            JUDGE,
+            "FILE",
+        ),
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        option(
+            "--architecture",
+            "Of an open_clip file: ViT-H-14, ViT-B-32-quickgelu … or an open_clip_config.json. "
+            "Default: that file beside the weights, else what their shapes tell.",
+            JUDGE,
+            "NAME",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, option("--batch", "How many pictures go through the CLIP together.", RUN, "N")
+    ] = 16,
+    threads: Threads = None,
+    seed: Annotated[int, option("--seed", "Seed of the bootstrap.", RUN, "S")] = 0,
+    csv: Annotated[
+        Path | None,
+        option("--csv", "Write every picture's answers and figures to this file.", OUT, "FILE"),
+    ] = None,
+    report: Report = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge answers about pictures with a CLIP, with reference captions, or both; compare two."""
+    from glimt.commands.judge import JudgeJob, run
+
+    run(
+        JudgeJob(
+            predictions=[*predictions, *([other] if other else [])],
+            weights=weights,
+            tokenizer=tokenizer,
+            architecture=architecture,
+            images=images,
+            captions=captions,
+            batch=batch,
+            seed=seed,
+            num_threads=threads,
+            csv=csv,
+            report=report,
+            as_json=as_json,
+        )
+    )

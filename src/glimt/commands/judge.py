@@ -26,6 +26,7 @@ from glimt.evaluate.judge import judge
 from glimt.evaluate.judge_files import Paired, read_pairs
 from glimt.evaluate.judge_report import judge_document
 from glimt.evaluate.judge_words import Told, labels_of, line_text, remarks, winner_text
+from glimt.evaluate.predictions import read_origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def run(job: JudgeJob) -> None:
     """
     with told_as_json(job.as_json):
         _check(job)
-        paired = read_pairs(job.predictions, job.images)
+        paired = read_pairs(job.predictions, job.images, by_name=job.weights is None)
         captions = read_captions(job.captions) if job.captions else None
         _tell_pairs(job, paired)
         clip = _load(job)
@@ -145,7 +146,8 @@ def _tell_pairs(job: JudgeJob, paired: Paired) -> None:
 def _print(told: Told, clip: str | None) -> None:
     console = out_console()
     for table in tables(told, clip):
-        console.print(table, end="\n\n")
+        console.print(table)
+        console.print()
     if told.found.comparisons:
         console.print(winner_text(told), soft_wrap=True)
         if line := line_text(told):
@@ -167,14 +169,23 @@ def _facts(job: JudgeJob, clip: Clip | None) -> dict[str, str]:
     judged_by = {"judge": clip.name, "judge digest": _digest(clip.files)} if clip else {}
     files = {f"predictions {i + 1}": file for i, file in enumerate(job.predictions)}
     given = {**files, **({"captions": job.captions} if job.captions else {})}
+    asked = {f"asked {i + 1}": _asked(file) for i, file in enumerate(job.predictions)}
     draws = f"each picture once; intervals from {NUM_RESAMPLES:,} resamples, seed {job.seed}"
     return {
         **judged_by,
         **{name: f"{file}, {_digest([file])}" for name, file in given.items()},
+        **{name: said for name, said in asked.items() if said},
         "settings": f"batch {job.batch}",
         "repeats and spread": draws,
         **place_facts(),
     }
+
+
+def _asked(file: Path) -> str:
+    """Model and prompt of a predictions file, if they stand beside it."""
+    found = read_origins(file, "predictions").values()
+    said = [f"{each.get('model')}: {each.get('prompt')}" for each in found]
+    return "; ".join(dict.fromkeys(said))
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -81,6 +81,9 @@ def load_clip(weights: Path, tokenizer: Path | None, architecture: str | None) -
                 said = f"belongs to an open_clip file; {weights} is a folder and brings its own"
                 raise ConfigError(name, [said])
         return _load_folder(weights)
+    if not weights.exists():
+        said = f"{weights} does not exist; name an open_clip file or a CLIP folder"
+        raise ConfigError("weights", [said])
     if tokenizer is None:
         said = "is needed with an open_clip file: bpe_simple_vocab_16e6.txt.gz of open_clip's wheel"
         raise ConfigError("tokenizer", [said])

@@ -42,27 +42,38 @@ class Paired:
     refused: tuple[tuple[str, str], ...]
 
 
-def read_pairs(files: Sequence[Path], images: str | None) -> Paired:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    key: str
+    path: str
+    answer: str
+
+
+def read_pairs(files: Sequence[Path], images: str | None, by_name: bool = False) -> Paired:
     """Read one or two predictions files.
 
-    images: the folder of the pictures; None: the keys are paths as they stand, and those of no file
-        go by their names
+    images:  the folder of the pictures; None: the keys are paths as they stand
+    by_name: pictures of the same name are the same, wherever they are: enough where captions judge
     Raises ConfigError for a file that is none, and if no picture is in all of them.
     """
     refused: list[tuple[str, str]] = []
-    sides = [_by_picture(read_answers(file, "predictions"), images, refused) for file in files]
-    common = [path for path in sides[0] if all(path in side for side in sides)]
+    sides = [
+        _by_picture(read_answers(file, "predictions"), images, by_name, refused) for file in files
+    ]
+    common = [picture for picture in sides[0] if all(picture in side for side in sides)]
     if not common:
         raise ConfigError("predictions", [_nothing(files, sides)])
-    pictures = tuple(
-        Answered(sides[0][path][0], Path(path), tuple(side[path][1] for side in sides))
-        for path in common
-    )
+    pictures = tuple(_answered([side[picture] for side in sides]) for picture in common)
     only_in = tuple(len(side) - len(common) for side in sides)
     return Paired(pictures, only_in, tuple(refused))
 
 
-def _nothing(files: Sequence[Path], sides: Sequence[Mapping[str, tuple[str, str]]]) -> str:
+def _answered(entries: Sequence[_Entry]) -> Answered:
+    first = entries[0]
+    return Answered(first.key, Path(first.path), tuple(each.answer for each in entries))
+
+
+def _nothing(files: Sequence[Path], sides: Sequence[Mapping[str, _Entry]]) -> str:
     if any(not side for side in sides):
         empty = next(file for file, side in zip(files, sides, strict=True) if not side)
         return f"{empty} holds no answer that is a text"
@@ -72,18 +83,19 @@ def _nothing(files: Sequence[Path], sides: Sequence[Mapping[str, tuple[str, str]
 
 
 def _by_picture(
-    answers: Answers, images: str | None, refused: list[tuple[str, str]]
-) -> dict[str, tuple[str, str]]:
-    """Key and answer by the picture's path."""
-    found: dict[str, tuple[str, str]] = {}
+    answers: Answers, images: str | None, by_name: bool, refused: list[tuple[str, str]]
+) -> dict[str, _Entry]:
+    """The entries by what tells their pictures apart."""
+    found: dict[str, _Entry] = {}
     for key, answer in sorted(answers.items()):
         path = locate(key, images)
+        picture = PurePath(key).name if by_name else path
         if not isinstance(answer, str):
             refused.append((key, f"its answer is a {type(answer).__name__}, not a text"))
-        elif path in found:
-            refused.append((key, f"is the same picture as {found[path][0]}"))
+        elif picture in found:
+            refused.append((key, f"is the same picture as {found[picture].key}"))
         else:
-            found[path] = key, answer
+            found[picture] = _Entry(key, path, answer)
     return found
 
 

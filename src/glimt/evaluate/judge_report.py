@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from glimt.evaluate.judge import BLEU, Figure
+from glimt.evaluate.judge import BLEU, PREFIX, Figure
 from glimt.evaluate.judge_words import (
     Told,
     interval_text,
@@ -59,7 +59,10 @@ def _means(told: Told) -> Table:
         for each in told.found.figures
     ]
     rows += bleu_rows(told)
-    note = f"Means over {len(told.found.pictures)} pictures; BLEU is of all answers together."
+    note = (
+        f"Means over {len(told.found.pictures)} pictures; BLEU is of all answers together. The "
+        f"prefix of CLIPScore and RefCLIPScore is '{PREFIX}'."
+    )
     return Table("Figures", ("figure", "variant", *told.labels), tuple(rows), note)
 
 
@@ -115,9 +118,9 @@ def _cards(told: Told) -> Cards:
 
 
 def _order(told: Told) -> list[int]:
-    """Worst first: where the second file falls furthest behind the first, or the lowest figure."""
+    """Worst first: where two files are furthest apart, or the lowest figure of one."""
     values = [verdict.figures[told.ranking] for verdict in told.found.verdicts]
-    badness = values[-1] - values[0] if len(values) == 2 else values[0]
+    badness = -abs(values[1] - values[0]) if len(values) == 2 else values[0]
     return [int(i) for i in np.argsort(np.nan_to_num(badness, nan=np.inf), kind="stable")]
 
 

@@ -70,6 +70,8 @@ class Shapes:
 def plain_state(raw: Any, name: str) -> dict[str, Tensor]:
     """The named tensors of a checkpoint, whether saved alone, by a trainer, or with a text module.
 
+    Each keeps its shape and dtype: [width], [out, in], or as open_clip has it.
+
     Raises CheckpointError, naming the file, if it holds no open_clip model.
     """
     state = raw.get("state_dict", raw) if isinstance(raw, Mapping) else raw
@@ -133,6 +135,9 @@ def _num_blocks(state: State, tower: str | None) -> int:
 
 def to_hub(state: State, name: str) -> dict[str, Tensor]:
     """The same weights under transformers' names, in float32.
+
+    A fused [3 * width, width] becomes three of [width, width]; a projection [width, embed_dim] is
+    transposed.
 
     Raises CheckpointError for a weight that a CLIP of this kind does not have.
     """

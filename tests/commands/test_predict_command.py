@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ def test_the_report_is_written(model, folder):
     assert "model digest" in page
     assert page.count("data:image/jpeg") == 3
     assert Path("out/predict_lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_that_are_no_utf8_are_asked_about_and_reported(model, folder):
+    """Catches hours of work that end in a UnicodeEncodeError."""
+    name = os.fsdecode(b"\xff\xfe.png")
+    try:
+        Image.new("RGB", (16, 16)).save(folder / "pics" / name)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert on_pictures(model, "--report", "out").exit_code == 0
+    assert f"pics/{name}" in read()
+    assert "pics/??.png" in Path("out/predict.html").read_text(encoding="utf-8")
+    assert summary(on_pictures(model, "--json"))["skipped"] == 4
 
 
 # --- the drawn pictures ----------------------------------------------------------------------

@@ -223,7 +223,7 @@ def judge(
     ],
     other: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="The second file, after the first one."),
+        typer.Argument(metavar="FILE", help="The second file, after the first one."),
     ] = None,
     images: Annotated[
         str | None,

@@ -108,7 +108,7 @@ def _tell_others(names: Sequence[str]) -> None:
 
 
 def _print(job: PredictJob, found: Predictions) -> None:
-    if found.done:
+    if found.answered:
         rates = f"{found.pictures_per_s:.2f} pictures/s · {found.tokens_per_s:.1f} tokens/s"
         note(f"{found.seconds:.1f} s · {rates} · {found.num_cut} cut at the longest answer")
     if job.images is None:

@@ -155,13 +155,18 @@ def write_report(document: Document, folder: Path, name: str) -> None:
     """
     plots = [section for section in document.sections if isinstance(section, Plot)]
     files = {
-        f"{name}.html": to_html(document).encode(),
-        f"{name}.md": to_markdown(document).encode(),
+        f"{name}.html": _encoded(to_html(document)),
+        f"{name}.md": _encoded(to_markdown(document)),
         **{f"{plot.name}.png": plot.png for plot in plots},
     }
     for file, content in files.items():
         write_output(folder / file, content, "report")
     note(f"report: {folder / f'{name}.html'}")
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; file names of another encoding hold halves of characters, shown as question marks."""
+    return text.encode("utf-8", "replace")
 
 
 def write_output(path: Path, content: bytes, field: str) -> None:

@@ -84,7 +84,7 @@ def _fill(
             request = _request(engine, picture, asking)
             engine.add_request(request)
         except ImageError as error:  # what else is wrong with a request, is so for every picture
-            yield Prediction(picture, None, str(error))
+            yield Prediction(picture, None, error.message)
         else:
             asked[request.request_id] = _Open(picture, OutputAssembler(request))
 

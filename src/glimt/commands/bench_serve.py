@@ -1,0 +1,409 @@
+"""`glimt bench serve`: puts a load on a running server and tells what a client sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import aiohttp
+
+from glimt.bench.load.client import Ask, Target, open_session, send
+from glimt.bench.load.fields import Found, as_dict
+from glimt.bench.load.load_report import (
+    latency_headings,
+    latency_rows,
+    load_document,
+    status_line,
+    total_rows,
+)
+from glimt.bench.load.metrics import INTERACTIVE, SERVER, Metrics, measure
+from glimt.bench.load.outcome import Outcome
+from glimt.bench.load.pictures import find_pictures, parse_size
+from glimt.bench.load.run import Plan, Run
+from glimt.bench.load.server import ENDPOINTS, checked_url, endpoint_url, find_model
+from glimt.bench.load.texts import CountTokens
+from glimt.bench.load.workload import Workload
+from glimt.commands.console import count_bar, note, out_console, print_json, told_as_json, warn
+from glimt.commands.reporting import (
+    check_folder,
+    place_facts,
+    write_output,
+    write_report,
+)
+from glimt.commands.tables import figures, key_values
+from glimt.errors import ConfigError
+
+_NUM_PREPARED = 256  # requests made before the clock starts; further ones are made in threads
+_NUM_REQUESTS = 100  # where neither number nor duration is given
+_LIMITED = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeJob:
+    """What was asked for, as it was typed."""
+
+    base_url: str
+    model: str | None
+    api_key: str | None
+    endpoint: str
+    concurrency: int | None
+    rate: float | None
+    burstiness: float
+    num_requests: int | None
+    duration_s: float | None
+    num_warmup: int
+    timeout_s: float
+    input_len: int
+    output_len: int
+    stops_at_eos: bool
+    temperature: float
+    tokenizer: str | None
+    image_sizes: tuple[str, ...]
+    images: Path | None
+    images_per_request: int
+    text_share: float
+    seed: int
+    percentiles: str
+    goodput: tuple[str, ...]
+    as_json: bool
+    out: Path | None
+    report: Path | None
+
+
+def run(job: ServeJob) -> int:
+    """Send the load, print and write what it came to; gives the exit code.
+
+    130 for a run that was stopped by Ctrl-C, 1 if nothing completed or the server went away.
+    Raises ConfigError for what can be known before: bad values, no server, a refused warm-up.
+    """
+    with told_as_json(job.as_json):
+        checked = _check(job)
+        found = asyncio.run(_load(job, checked))
+    for said in found.notes:
+        warn(said)
+    print_json(as_dict(found)) if job.as_json else _print(found)
+    if job.out is not None:
+        text = json.dumps(as_dict(found), ensure_ascii=False, allow_nan=False) + "\n"
+        write_output(job.out, text.encode(), "out")
+    if job.report is not None:
+        write_report(load_document(found), job.report, "load")
+    if found.cut_because == _BY_HAND:
+        return 130
+    return 1 if found.cut_because or not found.metrics.num_completed else 0
+
+
+# --- what was typed --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Checked:
+    """The job's parts that are known to be good. limits: of goodput, named ones first."""
+
+    url: str
+    plan: Plan
+    workload: Workload
+    percentiles: tuple[float, ...]
+    limits: tuple[tuple[str, Mapping[str, float]], ...]
+
+
+def _check(job: ServeJob) -> _Checked:
+    """Everything that can be wrong before the server is asked. Raises ConfigError."""
+    if problems := list(_problems(job)):
+        raise ConfigError("bench serve", problems)
+    url = checked_url(job.base_url)
+    percentiles = parse_percentiles(job.percentiles)
+    named = parse_goodput(job.goodput)
+    limits = (("as asked", named),) if named else ()
+    workload = _workload(job)
+    _check_out(job.out)
+    check_folder(job.report, "report")
+    return _Checked(url, _plan(job), workload, percentiles, (*limits, SERVER, INTERACTIVE))
+
+
+def _problems(job: ServeJob) -> Iterator[str]:
+    counts = {"input_len": 1, "output_len": 1, "images_per_request": 1, "num_warmup": 0}
+    counts |= {
+        name: 1 for name in ("concurrency", "num_requests") if getattr(job, name) is not None
+    }
+    for name, least in counts.items():
+        if getattr(job, name) < least:
+            yield f"{name} is {getattr(job, name)}; it must be at least {least}"
+    positive = ["burstiness", "timeout_s"]
+    positive += [name for name in ("rate", "duration_s") if getattr(job, name) is not None]
+    for name in positive:
+        if not 0 < getattr(job, name) < 1e9:
+            yield f"{name} is {getattr(job, name)}; it must be above 0"
+    if not 0 <= job.text_share <= 1:
+        yield f"text_share is {job.text_share}; it must be from 0 to 1"
+    if not 0 <= job.temperature <= 2:
+        yield f"temperature is {job.temperature}; it must be from 0 to 2"
+    if job.endpoint not in ENDPOINTS:
+        yield f"endpoint is {job.endpoint!r}; choose one of {', '.join(ENDPOINTS)}"
+    if job.image_sizes and job.images:
+        yield "image_size and images are both given; drawn pictures or your own, not both"
+    if job.endpoint == "completions" and (job.image_sizes or job.images):
+        yield "endpoint completions takes no pictures; use chat"
+
+
+def parse_percentiles(text: str) -> tuple[float, ...]:
+    """Read "50,90,99". Raises ConfigError."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 <= value <= 100 for value in values):
+        said = f"is {text!r}; numbers from 0 to 100 with commas between are needed: 50,90,99"
+        raise ConfigError("percentiles", [said])
+    return values
+
+
+def parse_goodput(given: Sequence[str]) -> dict[str, float]:
+    """Read ("ttft:2000", "tpot:100") as milliseconds by metric. Raises ConfigError."""
+    limits: dict[str, float] = {}
+    for each in given:
+        name, _, value = each.partition(":")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = -1.0
+        if name not in _LIMITED or not 0 <= limit < 1e12:
+            said = f"is {each!r}; a metric and milliseconds are needed, as in ttft:2000"
+            raise ConfigError("goodput", [f"{said}; metrics are {', '.join(_LIMITED)}"])
+        limits[name] = limit
+    return limits
+
+
+def _plan(job: ServeJob) -> Plan:
+    is_unlimited = job.num_requests is None and job.duration_s is None
+    return Plan(
+        rate=job.rate,
+        burstiness=job.burstiness,
+        concurrency=job.concurrency or (1 if job.rate is None else None),
+        num_requests=_NUM_REQUESTS if is_unlimited else job.num_requests,
+        duration_s=job.duration_s,
+        seed=job.seed,
+    )
+
+
+def _workload(job: ServeJob) -> Workload:
+    return Workload(
+        model=job.model or "",
+        is_chat=job.endpoint == "chat",
+        input_len=job.input_len,
+        output_len=job.output_len,
+        ignore_eos=not job.stops_at_eos,
+        temperature=job.temperature,
+        seed=job.seed,
+        image_sizes=tuple(parse_size(size) for size in job.image_sizes),
+        image_files=find_pictures(job.images) if job.images else (),
+        images_per_request=job.images_per_request,
+        text_share=job.text_share,
+        count_tokens=_tokenizer(job.tokenizer) if job.tokenizer else None,
+    )
+
+
+def _tokenizer(name: str) -> CountTokens:
+    """Counts tokens as the model does. Raises ConfigError for a folder without a tokenizer."""
+    from glimt.loader import model_folder, read_folder
+
+    processor = read_folder(model_folder(name)).processor
+    if processor is None:
+        raise ConfigError("tokenizer", [f"{name} has no tokenizer that can be read"])
+    encode = processor.tokenizer.encode
+    return lambda text: len(encode(text))
+
+
+def _check_out(out: Path | None) -> None:
+    """A run takes minutes; that its file cannot be written must be known before."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        said = "is a folder" if out.is_dir() else f"lies in {out.parent}, which does not exist"
+        raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+_BY_HAND = "stopped by Ctrl-C"
+
+
+async def _load(job: ServeJob, checked: _Checked) -> Found:
+    key = job.api_key or os.environ.get("OPENAI_API_KEY") or None
+    async with open_session() as session:
+        model = await find_model(session, checked.url, key, job.model)
+        workload = replace(checked.workload, model=model)
+        sender = _Sender(
+            session,
+            Target(endpoint_url(checked.url, job.endpoint), key, job.timeout_s),
+            workload,
+            _prepare(workload, checked.plan),
+        )
+        await _warm_up(sender, job.num_warmup, checked.plan)
+        ran = await _measured(sender, checked.plan)
+    outcomes = _in_order(ran.outcomes, workload.count_tokens)
+    metrics = measure(outcomes, checked.percentiles, checked.limits, job.output_len)
+    return Found(
+        server=checked.url,
+        plan=checked.plan,
+        workload=workload,
+        num_warmup=job.num_warmup,
+        tokenizer=job.tokenizer,
+        outcomes=outcomes,
+        metrics=metrics,
+        has_limits=bool(job.goodput),
+        cut_because=ran.cut_because,
+        notes=tuple(_notes(metrics, workload)),
+        facts=_facts(key),
+        date=datetime.now().strftime("%Y%m%d-%H%M%S"),
+    )
+
+
+class _Sender:
+    """Sends the workload's requests, on a clock that begins when it is told to."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        target: Target,
+        workload: Workload,
+        prepared: Sequence[Ask],
+    ) -> None:
+        self.session = session
+        self.target = target
+        self.workload = workload
+        self.prepared = prepared
+        self.start_s = time.perf_counter()
+
+    def begin(self) -> None:
+        """It is 0 now."""
+        self.start_s = time.perf_counter()
+
+    def clock(self) -> float:
+        """Seconds since it began, monotonic."""
+        return time.perf_counter() - self.start_s
+
+    async def send(self, number: int, due_s: float) -> Outcome:
+        """Send one request; one that is not prepared is made first, beside the loop."""
+        if 0 <= number < len(self.prepared):
+            ask = self.prepared[number]
+        else:
+            ask = await asyncio.to_thread(self.workload.ask, number)
+            due_s = max(due_s, self.clock()) if due_s else self.clock()
+        return await send(self.session, self.target, ask, due_s, self.clock)
+
+
+def _prepare(workload: Workload, plan: Plan) -> list[Ask]:
+    num = min(_NUM_PREPARED, plan.num_requests or _NUM_PREPARED)
+    prepared = []
+    with count_bar("preparing requests", num) as on_done:
+        for number in range(num):
+            prepared.append(workload.ask(number))
+            if on_done:
+                on_done(1)
+    return prepared
+
+
+async def _warm_up(sender: _Sender, num: int, plan: Plan) -> None:
+    """Send requests that do not count. Raises ConfigError if none of them completes."""
+    closed = replace(plan, rate=None, num_requests=num, duration_s=None)
+    warm = Run(closed, lambda number, due_s: sender.send(-1 - number, due_s), sender.clock)
+    await warm.finish()
+    if num and not any(outcome.is_completed for outcome in warm.outcomes):
+        last = warm.outcomes[-1]
+        said = f"a request to warm up failed ({last.said}): {last.error}"
+        raise ConfigError("server", [f"{said}; {_REMEDY.get(last.status or 0, _REMEDY[0])}"])
+
+
+_REMEDY = {
+    0: "see the server's log, or measure in spite of it with --warmup 0",
+    401: "give the server's key with --api-key or OPENAI_API_KEY",
+    404: "name one of the server's models with --model",
+    429: "the server has no room; try again later",
+}
+
+
+async def _measured(sender: _Sender, plan: Plan) -> Run:
+    is_counted = plan.num_requests is not None
+    bar = count_bar("requests", plan.num_requests or 0) if is_counted else nullcontext()
+    with bar as on_done:
+        if not is_counted:
+            note(f"sending for {plan.duration_s:g} s")
+        sender.begin()
+        ran = Run(plan, sender.send, sender.clock, on_done)
+        with _stopped_by_hand(lambda: ran.stop(_BY_HAND)):
+            await ran.finish()
+    return ran
+
+
+@contextmanager
+def _stopped_by_hand(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C stops the run, so that it can be reported; a second one ends at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop_once() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        stop()
+
+    with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
+        loop.add_signal_handler(signal.SIGINT, stop_once)
+    try:
+        yield
+    finally:
+        with suppress(ValueError, RuntimeError, NotImplementedError):
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+def _in_order(outcomes: Sequence[Outcome], count: CountTokens | None) -> tuple[Outcome, ...]:
+    ordered = sorted(outcomes, key=lambda outcome: outcome.number)
+    if count is None:
+        return tuple(ordered)
+    return tuple(replace(outcome, text_tokens=count(outcome.text)) for outcome in ordered)
+
+
+# --- what it came to -------------------------------------------------------------------------
+
+
+def _notes(metrics: Metrics, workload: Workload) -> Iterator[str]:
+    if metrics.num_short:
+        why = "the server does not know ignore_eos" if workload.ignore_eos else "natural ends"
+        said = f"{metrics.num_short} of {metrics.num_completed} answers have fewer than"
+        yield f"{said} {workload.output_len} tokens ({why}, or there was no room)"
+    if metrics.num_uncounted:
+        by = "the tokenizer" if workload.count_tokens else "events with text"
+        said = f"{metrics.num_uncounted} answers came without usage: their tokens are counted by"
+        missing = "" if workload.count_tokens else ", and their input tokens are unknown"
+        yield f"{said} {by}{missing}"
+    if metrics.cached_tokens:
+        share = metrics.cached_tokens / max(1, metrics.input_tokens)
+        yield f"the server took {share:.0%} of the input tokens from its cache"
+    if metrics.num_sent > _NUM_PREPARED:
+        said = f"requests after the first {_NUM_PREPARED} were made while the run went on"
+        yield f"{said}, on this machine's processor"
+
+
+def _facts(key: str | None) -> dict[str, str]:
+    """Of the client; the key stays out of every file."""
+    facts = place_facts()
+    if key:
+        facts["command"] = facts["command"].replace(shlex.quote(key), "***").replace(key, "***")
+    return {
+        ("client's machine" if name == "machine" else name): said for name, said in facts.items()
+    }
+
+
+def _print(found: Found) -> None:
+    console = out_console()
+    console.print(f"{found.workload.model} at {found.server}: {found.plan.said}", soft_wrap=True)
+    console.print(status_line(found), "", soft_wrap=True)
+    table = figures(*latency_headings(found), title="latency")
+    for row in latency_rows(found):
+        table.add_row(*row)
+    console.print(table, "")
+    console.print(key_values("throughput", total_rows(found)))

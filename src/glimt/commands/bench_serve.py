@@ -224,9 +224,13 @@ def _tokenizer(name: str) -> CountTokens:
 
 def _check_out(out: Path | None) -> None:
     """A run takes minutes; that its file cannot be written must be known before."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        said = "is a folder" if out.is_dir() else f"lies in {out.parent}, which does not exist"
-        raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
+    if out is None or out.is_file() or (not out.exists() and out.parent.is_dir()):
+        return
+    if out.exists():
+        said = "is no ordinary file"
+    else:
+        said = f"lies in {out.parent}, which does not exist"
+    raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
 
 
 # --- the run ---------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ async def _warm_up(sender: _Sender, num: int, plan: Plan) -> None:
     await warm.finish()
     if num and not any(outcome.is_completed for outcome in warm.outcomes):
         last = warm.outcomes[-1]
-        said = f"a request to warm up failed ({last.said}): {last.error}"
+        said = f"a request to warm up failed: {last.error}"
         raise ConfigError("server", [f"{said}; {_REMEDY.get(last.status or 0, _REMEDY[0])}"])
 
 

@@ -18,6 +18,7 @@ _NAMES = {
 }
 _SHARES = tuple(i / 100 for i in range(101))
 _MOST_ERRORS = 10
+_LEAST_SECONDS = 3
 
 
 def status_line(found: Found) -> str:
@@ -155,7 +156,7 @@ def _plots(found: Found) -> Iterator[Plot]:
     yield _distribution("ttft", "Time to the first token", (("TTFT", firsts), ("E2EL", ends)))
     if gaps:
         yield _distribution("itl", "Between tokens", (("ITL", gaps),))
-    yield _over_time(found)
+    yield from _over_time(found)
     sent = [outcome.sent_s for outcome in completed]
     drawn = draw_lines(
         [Series("E2EL", sent, ends), Series("TTFT", sent, firsts)],
@@ -178,11 +179,15 @@ def _quantiles(values: Sequence[float]) -> list[float]:
     return [ordered[round(share * (len(ordered) - 1))] for share in _SHARES]
 
 
-def _over_time(found: Found) -> Plot:
+def _over_time(found: Found) -> Iterator[Plot]:
+    """Two plots, of a run that has seconds to compare."""
     time = found.metrics.timeline
-    series = [
-        Series("output tokens in that second", time.seconds, time.output_tokens),
-        Series("requests in flight", time.seconds, time.in_flight),
-    ]
-    drawn = draw_lines(series, Axis("after the start (s)"), Axis("tokens, requests"))
-    return Plot("Over time", "over-time", drawn, "Output tokens and requests in flight by second.")
+    for name, title, values in (
+        ("tokens", "Output tokens by second", time.output_tokens),
+        ("in-flight", "Most requests in flight by second", time.in_flight),
+    ):
+        if len(time.seconds) >= _LEAST_SECONDS:
+            drawn = draw_lines(
+                [Series(title, time.seconds, values)], Axis("after the start (s)"), Axis(name)
+            )
+            yield Plot(title, name, drawn, f"{title} of the run; the last one may be cut short.")

@@ -72,6 +72,7 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     num_sent: int = 0
     cut_because: str = ""
+    _ended: set[int] = field(default_factory=set)  # numbers of those that have an outcome
     _num_unreachable: int = 0  # in a row
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _is_stopped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -98,7 +99,7 @@ class Run:
     def _note_unsent(self) -> None:
         """No request is lost: those that were stopped before they began have an outcome too."""
         now = self.clock()
-        for number in set(range(self.num_sent)) - {outcome.number for outcome in self.outcomes}:
+        for number in set(range(self.num_sent)) - self._ended:
             self.outcomes.append(Outcome(number, "cut", now, now, now, error=self.cut_because))
 
     # --- closed loop ---
@@ -146,6 +147,7 @@ class Run:
         async with gate or nullcontext():
             outcome = await self.send(number, due_s)
         self.outcomes.append(outcome)
+        self._ended.add(number)
         self._notice_absence(outcome)
         if self.on_done:
             self.on_done(1)

@@ -77,6 +77,7 @@ async def _get(
         raise ConfigError("base_url", [said]) from error
     except (aiohttp.ClientError, OSError) as error:
         number = getattr(error, "errno", None)
-        why = os.strerror(number) if number and number > 0 else str(error)
+        name = getattr(error, "strerror", None) or str(error)
+        why = os.strerror(number) if number and number > 0 else name
         said = f"{url} cannot be reached ({why}); start the server, or name another address"
         raise ConfigError("base_url", [said]) from error

@@ -226,10 +226,8 @@ def _check_out(out: Path | None) -> None:
     """A run takes minutes; that its file cannot be written must be known before."""
     if out is None or out.is_file() or (not out.exists() and out.parent.is_dir()):
         return
-    if out.exists():
-        said = "is no ordinary file"
-    else:
-        said = f"lies in {out.parent}, which does not exist"
+    lost = f"lies in {out.parent}, which does not exist"
+    said = "is no ordinary file" if out.exists() else lost
     raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
 
 

@@ -202,7 +202,7 @@ def _timeline(outcomes: Sequence[Outcome], duration_s: float) -> Timeline:
         for time in outcome.event_s:
             tokens[min(int(time), num - 1)] += share
     times, levels = _levels(outcomes)
-    for time, level, until in zip(times, levels, [*times[1:], duration_s], strict=True):
+    for time, level, until in zip(times, levels, times[1:], strict=False):  # the last level is 0
         for second in range(min(int(time), num - 1), min(int(until), num - 1) + 1):
             peaks[second] = max(peaks[second], level)
     return Timeline(tuple(i + 0.5 for i in range(num)), tuple(tokens), tuple(peaks))

@@ -135,3 +135,57 @@ def test_bad_questions_are_refused_before_the_model_is_loaded(tmp_path):
     result = run(tmp_path, "-m", "nowhere", "--json")
     assert result.exit_code == 2
     assert "questions.jsonl cannot be read" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_a_report_tells_what_was_asked_and_what_failed(model, folder, tmp_path):
+    """Catches a report without its model's digest, or without the question that failed."""
+    line = json.dumps(
+        {
+            "id": "c-0",
+            "task": "c",
+            "language": "zh",
+            "answer": "",
+            "messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}],
+        }
+    )
+    (folder / "b.png").write_bytes(b"no picture")
+    with (folder / FILE).open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+    out = tmp_path / "report"
+    result = run(folder, "-m", model, "--report", out, "--against", "float32")
+    assert result.exit_code == 0, result.stderr
+    text = (out / "evaluate.md").read_text(encoding="utf-8")
+    assert text.splitlines()[0].startswith(
+        "**⚠ With errors: 4 questions asked, 50.0% answered right"
+    )
+    assert "| c-0 | c | zh |" in text
+    assert "sha256:" in text
+    assert "Divergence from float32" in text
+    assert {path.name for path in out.iterdir()} == {"evaluate.html", "evaluate.md", "accuracy.png"}
+    assert "With errors: 4 questions asked" in result.stdout
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(folder):
+    """Catches an hour of answers that end in an error."""
+    result = run(folder, "-m", "nowhere", "--report", "/dev/null/report")
+    assert result.exit_code == 2
+    assert "report: /dev/null/report cannot be made" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("--draft-tokens", "4"),
+        ("--kv-dtype", "int8"),
+        ("--quant", "int8", "--quant-tower", "int8"),
+        ("--max-model-len", "200"),
+    ],
+    ids=" ".join,
+)
+def test_any_setting_can_be_compared(model, folder, setting):
+    """Catches drafts that shift the forced tokens, and a setting that the reference gets too."""
+    result = run(folder, "-m", model, *setting, "--against", "float32", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)["divergence"]
+    assert said["mean_kl"] < 0.2
+    assert said["num_tokens"] > 3

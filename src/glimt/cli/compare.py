@@ -47,6 +47,7 @@ def evaluate(
             metavar="N", help="Ask at most N questions of each task and language. Default: all."
         ),
     ] = None,
+    report: Report = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -60,6 +61,7 @@ def evaluate(
             against=against,
             limit=limit,
             as_json=as_json,
+            report=report,
             is_verbose=verbose,
         )
     )

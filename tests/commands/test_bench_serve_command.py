@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import glimt
 from glimt.cli import app
+from glimt.commands import bench_serve
 from openai_server import (
     BREAK,
     DONE,
@@ -400,3 +401,37 @@ def test_the_handler_of_ctrl_c_is_given_back():
     """Catches a program that no Ctrl-C ends after a run."""
     scripted(lambda n: answer_of("a", "b", "c"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_busy_client_is_told(monkeypatch):
+    """Catches a client too slow for its load, whose own delay passes for the server's."""
+    found, _, result = scripted(lambda n: answer_of("a", "b", "c"))
+    assert found["client_busy"] > 0
+    monkeypatch.setattr(bench_serve, "_BUSY", 0.0)
+    monkeypatch.setattr(bench_serve, "_SETTLED_S", 0.0)
+    _, _, result = scripted(lambda n: answer_of("a", "b", "c"))
+    assert "this client was busy " in result.stderr
+
+
+def test_requests_beyond_those_prepared_are_made_on_the_way(monkeypatch):
+    """Catches an index past the end, and a request that is sent twice."""
+    monkeypatch.setattr(bench_serve, "_NUM_PREPARED", 2)
+    script = Script(lambda n: answer_of("a", "b", "c"))
+    found, _, result = scripted(script, "-n", "7", "-c", "2", "--image-size", "9x9")
+    assert found["completed"] == 7
+    assert len({json.dumps(body["messages"]) for body in script.bodies}) == 7
+    assert "requests after the first 2 were made while the run went on" in result.stderr
+
+
+def test_a_duration_ends_a_run_that_has_no_number():
+    """Catches a hundred requests by default where a duration was given."""
+    found, _, result = scripted(
+        lambda n: answer_of("a", "b", "c"), "-n", "100000", "--duration", "0.2"
+    )
+    assert 0 < found["completed"] < 100_000
+    assert found["is_whole"]
+    script = Script(lambda n: answer_of("a", "b", "c"))
+    with serving(script.app()) as url:
+        result = bench(url, *QUICK, "--duration", "0.2", "--json")
+    assert said(result)["num_prompts"] is None
+    assert "sending for 0.2 s" in result.stderr

@@ -44,6 +44,8 @@ from glimt.errors import ConfigError
 
 _NUM_PREPARED = 256  # requests made before the clock starts; further ones are made in threads
 _NUM_REQUESTS = 100  # where neither number nor duration is given
+_BUSY = 0.8  # of a core: beyond, events wait to be read
+_SETTLED_S = 2.0  # a shorter run is mostly its own beginning
 _LIMITED = ("ttft", "tpot", "e2el")
 
 
@@ -248,7 +250,9 @@ async def _load(job: ServeJob, checked: _Checked) -> Found:
             _prepare(workload, checked.plan),
         )
         await _warm_up(sender, job.num_warmup, checked.plan)
+        busy_s = -time.process_time()
         ran = await _measured(sender, checked.plan)
+        busy_s += time.process_time()
     outcomes = _in_order(ran.outcomes, workload.count_tokens)
     metrics = measure(outcomes, checked.percentiles, checked.limits, job.output_len)
     return Found(
@@ -261,7 +265,8 @@ async def _load(job: ServeJob, checked: _Checked) -> Found:
         metrics=metrics,
         has_limits=bool(job.goodput),
         cut_because=ran.cut_because,
-        notes=tuple(_notes(metrics, workload)),
+        client_busy=metrics.per_s(busy_s),
+        notes=tuple(_notes(metrics, workload, metrics.per_s(busy_s))),
         facts=_facts(key),
         date=datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
@@ -292,12 +297,11 @@ class _Sender:
         return time.perf_counter() - self.start_s
 
     async def send(self, number: int, due_s: float) -> Outcome:
-        """Send one request; one that is not prepared is made first, beside the loop."""
+        """Send one request; one that is not prepared is made first, and waits for that here."""
         if 0 <= number < len(self.prepared):
             ask = self.prepared[number]
         else:
             ask = await asyncio.to_thread(self.workload.ask, number)
-            due_s = max(due_s, self.clock()) if due_s else self.clock()
         return await send(self.session, self.target, ask, due_s, self.clock)
 
 
@@ -372,7 +376,7 @@ def _in_order(outcomes: Sequence[Outcome], count: CountTokens | None) -> tuple[O
 # --- what it came to -------------------------------------------------------------------------
 
 
-def _notes(metrics: Metrics, workload: Workload) -> Iterator[str]:
+def _notes(metrics: Metrics, workload: Workload, busy: float) -> Iterator[str]:
     if metrics.num_short:
         why = "the server does not know ignore_eos" if workload.ignore_eos else "natural ends"
         said = f"{metrics.num_short} of {metrics.num_completed} answers have fewer than"
@@ -385,6 +389,9 @@ def _notes(metrics: Metrics, workload: Workload) -> Iterator[str]:
     if metrics.cached_tokens:
         share = metrics.cached_tokens / max(1, metrics.input_tokens)
         yield f"the server took {share:.0%} of the input tokens from its cache"
+    if busy > _BUSY and metrics.duration_s > _SETTLED_S:
+        said = f"this client was busy {busy:.0%} of the time of one core"
+        yield f"{said}: it may have read late, and the times may be its own; send less"
     if metrics.num_sent > _NUM_PREPARED:
         said = f"requests after the first {_NUM_PREPARED} were made while the run went on"
         yield f"{said}, on this machine's processor"

@@ -94,6 +94,7 @@ def found(outcomes: list[Outcome], **given: Any) -> Found:
         "metrics": measure(outcomes, PERCENTILES, limits, output_len=3),
         "has_limits": False,
         "cut_because": "",
+        "client_busy": 0.1,
         "notes": (),
         "facts": {"glimt": "0"},
         "date": "d",

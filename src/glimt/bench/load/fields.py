@@ -23,6 +23,7 @@ class Found:
     tokenizer:   folder of the model's tokenizer; None where none was given
     has_limits:  whether the caller named goodput limits; they are then the first
     cut_because: why the run was stopped; empty for a whole one
+    client_busy: this process's processor time over the run's time
     notes:       what a reader must know, one sentence each
     facts:       the client, the command and the time
     """
@@ -36,6 +37,7 @@ class Found:
     metrics: Metrics
     has_limits: bool
     cut_because: str
+    client_busy: float
     notes: tuple[str, ...]
     facts: Mapping[str, str]
     date: str
@@ -67,6 +69,7 @@ def _settings(found: Found) -> dict[str, Any]:
         "client": dict(found.facts),
         "is_whole": not found.cut_because,
         "cut_because": found.cut_because or None,
+        "client_busy": found.client_busy,
         "notes": list(found.notes),
     }
 

@@ -63,6 +63,7 @@ def _facts(found: Found) -> dict[str, str]:
         "seed": str(work.seed),
         "repeats and spread": f"one run of {found.metrics.num_sent} requests after "
         f"{found.num_warmup} to warm up, each with a text of its own; spread over the requests",
+        "client": f"busy {found.client_busy:.0%} of the time of one core",
         "clock": "monotonic, of the client; sent: before the connection is made or taken again",
         **found.facts,
     }

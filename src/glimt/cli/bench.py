@@ -308,8 +308,8 @@ def bench_serve(
     report: Report = None,
 ) -> None:
     """Put a load on a running OpenAI-compatible server and time what a client sees."""
-    from glimt.commands.bench_serve import ServeJob
     from glimt.commands.bench_serve import run as run_load
+    from glimt.commands.bench_serve_job import ServeJob
 
     job = ServeJob(
         base_url=base_url,

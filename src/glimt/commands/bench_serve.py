@@ -8,11 +8,10 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import aiohttp
 
@@ -25,16 +24,15 @@ from glimt.bench.load.load_report import (
     status_line,
     total_rows,
 )
-from glimt.bench.load.metrics import INTERACTIVE, SERVER, Metrics, measure
+from glimt.bench.load.metrics import Metrics, measure
 from glimt.bench.load.outcome import Outcome
-from glimt.bench.load.pictures import find_pictures, parse_size
 from glimt.bench.load.run import Plan, Run
-from glimt.bench.load.server import ENDPOINTS, checked_url, endpoint_url, find_model
+from glimt.bench.load.server import endpoint_url, find_model
 from glimt.bench.load.texts import CountTokens
 from glimt.bench.load.workload import Workload
+from glimt.commands.bench_serve_job import Checked, ServeJob, check
 from glimt.commands.console import count_bar, note, out_console, print_json, told_as_json, warn
 from glimt.commands.reporting import (
-    check_folder,
     place_facts,
     write_output,
     write_report,
@@ -43,42 +41,8 @@ from glimt.commands.tables import figures, key_values
 from glimt.errors import ConfigError
 
 _NUM_PREPARED = 256  # requests made before the clock starts; further ones are made in threads
-_NUM_REQUESTS = 100  # where neither number nor duration is given
 _BUSY = 0.8  # of a core: beyond, events wait to be read
 _SETTLED_S = 2.0  # a shorter run is mostly its own beginning
-_LIMITED = ("ttft", "tpot", "e2el")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeJob:
-    """What was asked for, as it was typed."""
-
-    base_url: str
-    model: str | None
-    api_key: str | None
-    endpoint: str
-    concurrency: int | None
-    rate: float | None
-    burstiness: float
-    num_requests: int | None
-    duration_s: float | None
-    num_warmup: int
-    timeout_s: float
-    input_len: int
-    output_len: int
-    stops_at_eos: bool
-    temperature: float
-    tokenizer: str | None
-    image_sizes: tuple[str, ...]
-    images: Path | None
-    images_per_request: int
-    text_share: float
-    seed: int
-    percentiles: str
-    goodput: tuple[str, ...]
-    as_json: bool
-    out: Path | None
-    report: Path | None
 
 
 def run(job: ServeJob) -> int:
@@ -88,7 +52,7 @@ def run(job: ServeJob) -> int:
     Raises ConfigError for what can be known before: bad values, no server, a refused warm-up.
     """
     with told_as_json(job.as_json):
-        checked = _check(job)
+        checked = check(job)
         found = asyncio.run(_load(job, checked))
     for said in found.notes:
         warn(said)
@@ -103,142 +67,12 @@ def run(job: ServeJob) -> int:
     return 1 if found.cut_because or not found.metrics.num_completed else 0
 
 
-# --- what was typed --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Checked:
-    """The job's parts that are known to be good. limits: of goodput, named ones first."""
-
-    url: str
-    plan: Plan
-    workload: Workload
-    percentiles: tuple[float, ...]
-    limits: tuple[tuple[str, Mapping[str, float]], ...]
-
-
-def _check(job: ServeJob) -> _Checked:
-    """Everything that can be wrong before the server is asked. Raises ConfigError."""
-    if problems := list(_problems(job)):
-        raise ConfigError("bench serve", problems)
-    url = checked_url(job.base_url)
-    percentiles = parse_percentiles(job.percentiles)
-    named = parse_goodput(job.goodput)
-    limits = (("as asked", named),) if named else ()
-    workload = _workload(job)
-    _check_out(job.out)
-    check_folder(job.report, "report")
-    return _Checked(url, _plan(job), workload, percentiles, (*limits, SERVER, INTERACTIVE))
-
-
-def _problems(job: ServeJob) -> Iterator[str]:
-    counts = {"input_len": 1, "output_len": 1, "images_per_request": 1, "num_warmup": 0}
-    counts |= {
-        name: 1 for name in ("concurrency", "num_requests") if getattr(job, name) is not None
-    }
-    for name, least in counts.items():
-        if getattr(job, name) < least:
-            yield f"{name} is {getattr(job, name)}; it must be at least {least}"
-    positive = ["burstiness", "timeout_s"]
-    positive += [name for name in ("rate", "duration_s") if getattr(job, name) is not None]
-    for name in positive:
-        if not 0 < getattr(job, name) < 1e9:
-            yield f"{name} is {getattr(job, name)}; it must be above 0"
-    if not 0 <= job.text_share <= 1:
-        yield f"text_share is {job.text_share}; it must be from 0 to 1"
-    if not 0 <= job.temperature <= 2:
-        yield f"temperature is {job.temperature}; it must be from 0 to 2"
-    if job.endpoint not in ENDPOINTS:
-        yield f"endpoint is {job.endpoint!r}; choose one of {', '.join(ENDPOINTS)}"
-    if job.image_sizes and job.images:
-        yield "image_size and images are both given; drawn pictures or your own, not both"
-    if job.endpoint == "completions" and (job.image_sizes or job.images):
-        yield "endpoint completions takes no pictures; use chat"
-
-
-def parse_percentiles(text: str) -> tuple[float, ...]:
-    """Read "50,90,99". Raises ConfigError."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(0 <= value <= 100 for value in values):
-        said = f"is {text!r}; numbers from 0 to 100 with commas between are needed: 50,90,99"
-        raise ConfigError("percentiles", [said])
-    return values
-
-
-def parse_goodput(given: Sequence[str]) -> dict[str, float]:
-    """Read ("ttft:2000", "tpot:100") as milliseconds by metric. Raises ConfigError."""
-    limits: dict[str, float] = {}
-    for each in given:
-        name, _, value = each.partition(":")
-        try:
-            limit = float(value)
-        except ValueError:
-            limit = -1.0
-        if name not in _LIMITED or not 0 <= limit < 1e12:
-            said = f"is {each!r}; a metric and milliseconds are needed, as in ttft:2000"
-            raise ConfigError("goodput", [f"{said}; metrics are {', '.join(_LIMITED)}"])
-        limits[name] = limit
-    return limits
-
-
-def _plan(job: ServeJob) -> Plan:
-    is_unlimited = job.num_requests is None and job.duration_s is None
-    return Plan(
-        rate=job.rate,
-        burstiness=job.burstiness,
-        concurrency=job.concurrency or (1 if job.rate is None else None),
-        num_requests=_NUM_REQUESTS if is_unlimited else job.num_requests,
-        duration_s=job.duration_s,
-        seed=job.seed,
-    )
-
-
-def _workload(job: ServeJob) -> Workload:
-    return Workload(
-        model=job.model or "",
-        is_chat=job.endpoint == "chat",
-        input_len=job.input_len,
-        output_len=job.output_len,
-        ignore_eos=not job.stops_at_eos,
-        temperature=job.temperature,
-        seed=job.seed,
-        image_sizes=tuple(parse_size(size) for size in job.image_sizes),
-        image_files=find_pictures(job.images) if job.images else (),
-        images_per_request=job.images_per_request,
-        text_share=job.text_share,
-        count_tokens=_tokenizer(job.tokenizer) if job.tokenizer else None,
-    )
-
-
-def _tokenizer(name: str) -> CountTokens:
-    """Counts tokens as the model does. Raises ConfigError for a folder without a tokenizer."""
-    from glimt.loader import model_folder, read_folder
-
-    processor = read_folder(model_folder(name)).processor
-    if processor is None:
-        raise ConfigError("tokenizer", [f"{name} has no tokenizer that can be read"])
-    encode = processor.tokenizer.encode
-    return lambda text: len(encode(text))
-
-
-def _check_out(out: Path | None) -> None:
-    """A run takes minutes; that its file cannot be written must be known before."""
-    if out is None or out.is_file() or (not out.exists() and out.parent.is_dir()):
-        return
-    lost = f"lies in {out.parent}, which does not exist"
-    said = "is no ordinary file" if out.exists() else lost
-    raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
-
-
 # --- the run ---------------------------------------------------------------------------------
 
 _BY_HAND = "stopped by Ctrl-C"
 
 
-async def _load(job: ServeJob, checked: _Checked) -> Found:
+async def _load(job: ServeJob, checked: Checked) -> Found:
     key = job.api_key or os.environ.get("OPENAI_API_KEY") or None
     async with open_session() as session:
         model = await find_model(session, checked.url, key, job.model)

@@ -145,3 +145,12 @@ def test_an_answer_without_text_is_none():
 def test_an_error_is_read_in_any_form(body, said):
     """Catches errors told as a dictionary, or not at all."""
     assert message_of_body(body) == said
+
+
+def test_half_characters_are_joined_or_replaced():
+    """Catches a result file that cannot be written because a server cut a character in two."""
+    recording = Recording()
+    for half in ("\ud83d", "\ude00", "a\ud83d"):
+        recording.add(json.dumps({"choices": [{"text": half}]}), 1.0)
+    assert recording.text == "😀a\ufffd"
+    assert message_of_body('{"error": "\\ud83d"}') == "\ufffd"

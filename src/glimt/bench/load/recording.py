@@ -38,8 +38,8 @@ class Recording:
 
     @property
     def text(self) -> str:
-        """All text so far."""
-        return "".join(self._pieces)
+        """All text so far; JSON can write half a character, which no file takes."""
+        return _mended("".join(self._pieces))
 
     def add(self, data: str, now: float) -> None:
         """Take one event, read at `now`. Raises StreamFailure for an error and for no event."""
@@ -112,7 +112,12 @@ def _count(raw: Any) -> int | None:
 
 def _message(error: Any) -> str:
     said = error.get("message") if isinstance(error, dict) else error
-    return str(said or error)[:300]
+    return _mended(str(said or error))[:300]
+
+
+def _mended(text: str) -> str:
+    """The text with halves of a surrogate pair joined, and U+FFFD for one that stands alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def message_of_body(body: str) -> str:

@@ -236,8 +236,6 @@ def test_every_option_is_one_that_its_command_has(argv):
     """Catches a translation into an option that was renamed."""
     command: Any = typer.main.get_command(app)
     for word in takewhile(lambda word: not word.startswith("-"), argv):
-        if word not in command.commands:
-            pytest.skip(f"this build has no command {word}")
         command = command.commands[word]
     known = {name for parameter in command.params for name in parameter.opts}
     assert {word for word in argv if word.startswith("-")} <= known

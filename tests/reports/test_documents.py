@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from html.parser import HTMLParser
 from io import BytesIO
@@ -14,7 +15,7 @@ from glimt.commands.reporting import write_report
 from glimt.reports.document import Card, Cards, Document, Paragraph, Plot, Table
 from glimt.reports.html import to_html
 from glimt.reports.markdown import to_markdown
-from glimt.reports.plots import Axis, Series, draw_histogram, draw_lines
+from glimt.reports.plots import Axis, Series, draw_bars, draw_histogram, draw_lines
 
 EVIL = '<script>alert(1)</script> & "x" | `y`'
 PNG = b"\x89PNG fake"
@@ -62,6 +63,16 @@ def test_html_holds_all_and_needs_no_other_file():
     assert all(source.startswith("data:image/") for source in reader.sources)
     kept = [base64.b64decode(source.partition(",")[2]) for source in reader.sources]
     assert kept == [PNG, b"JPEG"]
+
+
+def test_figures_stand_right_and_words_left():
+    """Catches words at the right edge, and a column of figures that does not line up."""
+    table = Table("t", ("name", "value", "why"), (("a", "1.5", "1 of x"), ("b", "-", "late")))
+    html = to_html(Document("d", "s", True, {}, (table,)))
+    assert '<th>name</th><th class="figure">value</th><th>why</th>' in html
+    assert '<td>b</td><td class="figure">-</td><td>late</td>' in html
+    empty = to_html(Document("d", "s", True, {}, (Table("t", ("name",), ()),)))
+    assert "<th>name</th>" in empty
 
 
 def test_what_a_model_says_is_not_markup():
@@ -117,6 +128,7 @@ def test_plots_are_drawn_without_a_screen(monkeypatch):
     for png in (
         draw_lines([line, limit], Axis("length", is_log=True), Axis("ms", is_log=True)),
         draw_lines([line], Axis("stage", ticks=("pixels", "tower", "head")), Axis("cosine")),
+        draw_bars(["one", "two"], [("zh", [50.0, 70.0]), ("en", [60.0, math.nan])], Axis("%")),
         draw_histogram([("a", [0.1, 0.2, 0.2]), ("b", [])], Axis("score")),
         draw_histogram([], Axis("score")),
     ):

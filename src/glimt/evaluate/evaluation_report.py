@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from glimt.evaluate.forced import Divergence
 from glimt.evaluate.tasks import Evaluation, Tally
 from glimt.reports.document import Document, Paragraph, Plot, Section, Table
-from glimt.reports.plots import Axis, Series, draw_lines
+from glimt.reports.plots import Axis, draw_bars
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +95,15 @@ def _row(tally: Tally) -> tuple[str, ...]:
 
 
 def _plot(tallies: Sequence[Tally]) -> Plot:
-    """One line for each language over the tasks."""
+    """A bar for each task and language; none where it was not asked."""
     tasks = sorted({tally.task for tally in tallies})
-    series = []
-    for language in sorted({tally.language for tally in tallies}):
-        own = [tally for tally in tallies if tally.language == language]
-        places = [float(tasks.index(tally.task)) for tally in own]
-        series.append(Series(language, places, [100 * tally.accuracy for tally in own]))
-    drawn = draw_lines(series, Axis("task", ticks=tasks), Axis("right answers (%)"))
-    said = "Share of right answers by task, one line for each language; no task leads to the next."
+    shares = {(tally.task, tally.language): 100 * tally.accuracy for tally in tallies}
+    groups = [
+        (language, [shares.get((task, language), math.nan) for task in tasks])
+        for language in sorted({tally.language for tally in tallies})
+    ]
+    drawn = draw_bars(tasks, groups, Axis("right answers (%)"))
+    said = "Share of right answers by task and language."
     return Plot("Accuracy by task and language", "accuracy", drawn, said)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import re
+from collections.abc import Sequence
 from html import escape
+from itertools import zip_longest
 
 from glimt.reports.document import Card, Cards, Document, Paragraph, Plot, Section, Table
 
@@ -24,9 +27,9 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   font-size: .92rem; }
-th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { color: var(--dim); }
+th.figure, td.figure { text-align: right; } thead th { color: var(--dim); }
 tr.marked td { background: var(--mark); }
 table.facts td:first-child { color: var(--dim); white-space: nowrap; width: 1%; }
 table.facts td { text-align: left; overflow-wrap: anywhere; }
@@ -77,17 +80,29 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    headings = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
-    rows = "\n".join(_row(row, i in table.marked) for i, row in enumerate(table.rows))
+    kinds = [_kind(column) for column in zip(*table.rows, strict=True)]
+    heads = zip_longest(table.headings, kinds, fillvalue="")
+    headings = "".join(f"<th{kind}>{escape(heading)}</th>" for heading, kind in heads)
+    rows = "\n".join(_row(row, kinds, i in table.marked) for i, row in enumerate(table.rows))
     return (
         f'<div class="wide"><table><thead><tr>{headings}</tr></thead>\n<tbody>\n{rows}\n'
         f"</tbody></table></div>{_note(table.note)}"
     )
 
 
-def _row(cells: tuple[str, ...], is_marked: bool) -> str:
-    kind = ' class="marked"' if is_marked else ""
-    return f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+_FIGURE = re.compile(r"[≥≤<>+−±~-]?\s*\d.*|[-–—]|exact|")
+
+
+def _kind(column: Sequence[str]) -> str:
+    """Figures stand right, one under the other; words stand left."""
+    is_figure = any(column) and all(_FIGURE.fullmatch(cell) for cell in column)
+    return ' class="figure"' if is_figure else ""
+
+
+def _row(cells: tuple[str, ...], kinds: Sequence[str], is_marked: bool) -> str:
+    mark = ' class="marked"' if is_marked else ""
+    pairs = zip(cells, kinds, strict=True)
+    return f"<tr{mark}>{''.join(f'<td{kind}>{escape(cell)}</td>' for cell, kind in pairs)}</tr>"
 
 
 def _plot(plot: Plot) -> str:

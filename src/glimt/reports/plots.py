@@ -53,6 +53,19 @@ def draw_lines(series: Sequence[Series], x: Axis, y: Axis) -> bytes:
     return _png(figure, axes, has_legend=sum(bool(each.name) for each in series) > 1)
 
 
+def draw_bars(
+    names: Sequence[str], groups: Sequence[tuple[str, Sequence[float]]], y: Axis
+) -> bytes:
+    """A bar for each name and group, side by side; from 0 on, so that lengths tell."""
+    figure, axes = _figure(Axis("", ticks=names), y)
+    width = 0.8 / max(1, len(groups))
+    for i, (group, values) in enumerate(groups):
+        places = [place - 0.4 + width * (i + 0.5) for place in range(len(names))]
+        axes.bar(places, values, width, color=_COLOURS[i % len(_COLOURS)], label=group)
+    axes.set_ylim(bottom=0)
+    return _png(figure, axes, has_legend=len(groups) > 1)
+
+
 def draw_histogram(groups: Sequence[tuple[str, Sequence[float]]], x: Axis) -> bytes:
     """How many values lie where, one colour for each group; a dashed line at each mean."""
     figure, axes = _figure(x, Axis("count"))

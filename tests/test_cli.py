@@ -104,6 +104,7 @@ def test_an_error_is_one_plain_message_and_an_exit_code(monkeypatch, error, code
         ("generate", "--model", "x", "--prompt", "hi", "--top-p", "2", "--json"),
         ("generate", "--model", "/no/such/folder", "--prompt", "hi", "--json"),
         ("inspect", "--json", "/no/such/folder"),
+        ("bench", "performance", "--repeats", "x", "--json"),
     ],
     ids=" ".join,
 )

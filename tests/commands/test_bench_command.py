@@ -101,7 +101,7 @@ REFUSED = [
     (("glm-4v-9b", "--device", "abacus"), "'abacus' is unknown"),
     (("glm-4v-9b", "--quant", "no-such-form"), "no-such-form"),
     (("glm-4v-9b", "--memory-limit", "3G"), "language 15.2 GiB"),
-    (("glm-4v-9b", "--out", "/no/such/folder/x.json"), "does not exist"),
+    (("glm-4v-9b", "--out", "/dev/null/x.json"), "cannot be made"),
 ]
 
 

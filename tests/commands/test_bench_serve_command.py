@@ -336,8 +336,8 @@ BAD = [
     (("--goodput", "itl:5"), "metrics are ttft, tpot, e2el"),
     (("--goodput", "ttft:-5"), "as in ttft:2000"),
     (("--tokenizer", "nowhere"), "does not exist"),
-    (("--out", "nowhere/x.json"), "does not exist"),
-    (("--out", "/dev/null"), "no ordinary file"),
+    (("--out", "/dev/null/x.json"), "cannot be made"),
+    (("--out", "/dev"), "is a folder"),
     (("--report", "/dev/null"), "cannot be made"),
 ]
 

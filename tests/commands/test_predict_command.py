@@ -234,7 +234,9 @@ BAD = [
     (("--images", "pics", "--report", "file"), "report: file cannot be made"),
     (("--images", "pics", "--out", "list.json"), "out: list.json holds a list"),
     (("--images", "pics", "--out", "file"), "out: file is not JSON"),
+    (("--images", "pics", "--out", "pipe"), "out: pipe is no ordinary file"),
     (("--images", "pics", "-p", " "), "prompt: is empty"),
+    (("--images", "pics", "--max-tokens", "0"), "max_tokens"),
     (("--images", "pics", "--lang", "fr"), "lang: is 'fr'"),
     (("--images", "pics", "-t", "-1"), "temperature"),
     (("--images", "pics", "--dtype", "int3"), "dtype 'int3' is unknown"),
@@ -249,6 +251,7 @@ def test_bad_options_are_refused_in_words_and_in_json(model, folder, arguments, 
     (folder / "empty").mkdir()
     (folder / "file").write_text("x")
     (folder / "list.json").write_text("[]")
+    os.mkfifo(folder / "pipe")
     result = run(model, *arguments, "--json")
     assert result.exit_code == 2
     assert said in json.loads(result.stdout)["error"]["message"] or said in result.stderr

@@ -1,10 +1,12 @@
 """Files and folders are written whole or not at all, and what stood in the way is told."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from glimt.commands import writing
+from glimt.commands.reporting import check_file
 from glimt.commands.writing import whole_folder, write_file
 from glimt.errors import ConfigError
 
@@ -46,6 +48,32 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         write_file(path, b"new")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"talk.json": "precious"}
+
+
+def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
+    """Catches a device that becomes an ordinary file, for the whole machine where root asks."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_file(pipe, "out")
+        write_file(pipe, b"new")
+        assert os.read(reading, 9) == b"new"
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_file_that_cannot_be_written_is_known_before(tmp_path):
+    """Catches a run of an hour whose result has no place, and a folder that is not made."""
+    check_file(tmp_path / "new" / "out.json", "out")
+    assert (tmp_path / "new").is_dir()
+    check_file(None, "out")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "out.json"):
+        with pytest.raises(ConfigError, match="out: "):
+            check_file(path, "out")
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -31,7 +31,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except _UsageError as error:
-            if as_json:
+            if as_json and ctx.parent is None:  # a group inside a group passes it on
                 from glimt.commands.console import print_json, usage_object
 
                 print_json(usage_object(error.format_message()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from glimt.bench.synthetic import Measurements, SyntheticJob, run
 from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.machine import installed_version, read_processor
 from glimt.commands.memory import plan_rows
-from glimt.commands.reporting import command_line
+from glimt.commands.reporting import check_file, command_line, write_output
 from glimt.commands.tables import figures, key_values
-from glimt.commands.writing import write_file
 from glimt.devices.host import read_memory, read_numa_nodes
 from glimt.errors import ConfigError
 from glimt.synthetic import SyntheticName, parse_name
@@ -49,35 +47,20 @@ def bench_synthetic(
 ) -> None:
     """Run and report. options: fields of SyntheticJob. Raises ConfigError before it starts."""
     with told_as_json(as_json):
-        _check_out(out)
+        check_file(out, "out")
         name = _name(model, layers, vision_layers, seed)
         job = SyntheticJob(name=name, batches=parse_batches(batches), **options)
         found = run(job, note)
     data = report.as_dict(found, machine_facts(), command_line())
     print_json(data) if as_json else _print(found)
     if out is not None:  # last: what was measured is told even if it cannot be written
-        _write_report(out, data)
+        text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        write_output(out, text.encode(), "out")
 
 
 def _name(model: str, layers: int | None, vision_layers: int | None, seed: int) -> SyntheticName:
     """Checked as a name of the same model would be, wherever one is given."""
     return parse_name(str(SyntheticName(model, layers, vision_layers, seed)))
-
-
-def _check_out(out: Path | None) -> None:
-    """A run takes minutes; that its report cannot be written must be known before."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        said = "is a folder" if out.is_dir() else f"lies in {out.parent}, which does not exist"
-        raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])
-
-
-def _write_report(out: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    try:
-        write_file(out, text.encode())
-    except OSError as error:
-        said = f"{out} cannot be written: {error.strerror or error}"
-        raise ConfigError("out", [f"{said}; the report is on stdout with --json"]) from error
 
 
 def machine_facts() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from glimt.bench.load.run import Plan
 from glimt.bench.load.server import ENDPOINTS, checked_url
 from glimt.bench.load.texts import CountTokens
 from glimt.bench.load.workload import Workload
-from glimt.commands.reporting import check_folder
+from glimt.commands.reporting import check_file, check_folder
 from glimt.errors import ConfigError
 
 _NUM_REQUESTS = 100  # where neither number nor duration is given
@@ -71,7 +71,7 @@ def check(job: ServeJob) -> Checked:
     named = parse_goodput(job.goodput)
     limits = (("as asked", named),) if named else ()
     workload = _workload(job)
-    _check_out(job.out)
+    check_file(job.out, "out")
     check_folder(job.report, "report")
     return Checked(url, _plan(job), workload, percentiles, (*limits, SERVER, INTERACTIVE))
 
@@ -167,12 +167,3 @@ def _tokenizer(name: str) -> CountTokens:
         raise ConfigError("tokenizer", [f"{name} has no tokenizer that can be read"])
     encode = processor.tokenizer.encode
     return lambda text: len(encode(text))
-
-
-def _check_out(out: Path | None) -> None:
-    """A run takes minutes; that its file cannot be written must be known before."""
-    if out is None or out.is_file() or (not out.exists() and out.parent.is_dir()):
-        return
-    lost = f"lies in {out.parent}, which does not exist"
-    said = "is no ordinary file" if out.exists() else lost
-    raise ConfigError("out", [f"{out} {said}; name a file in a folder that is there"])

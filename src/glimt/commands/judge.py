@@ -12,6 +12,7 @@ import torch
 from glimt.commands.console import count_bar, note, out_console, print_json, told_as_json, warn
 from glimt.commands.judge_output import as_csv, as_dict, tables
 from glimt.commands.reporting import (
+    check_file,
     check_folder,
     place_facts,
     write_output,
@@ -103,11 +104,9 @@ def _check(job: JudgeJob) -> None:
         ]
     if job.images is not None and not Path(job.images).is_dir():
         problems.append(f"images: {job.images} is not a folder; name the one with the pictures")
-    if job.csv is not None and job.csv.is_dir():
-        problems.append(f"csv: {job.csv} is a folder; name a file")
     if problems:
         raise ConfigError("judge", problems)
-    check_folder(job.csv.parent if job.csv else None, "csv")
+    check_file(job.csv, "csv")
     check_folder(job.report, "report")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from glimt.commands.console import count_bar, note, out_console, print_json, told_as_json, warn
 from glimt.commands.memory import note_plan
 from glimt.commands.reporting import (
+    check_file,
     check_folder,
     model_digest,
     run_facts,
@@ -94,8 +95,7 @@ def _check(job: PrecisionJob) -> None:
     ]
     if problems:
         raise ConfigError("precision", problems)
-    if job.record is not None:
-        check_folder(job.record.parent, "record")
+    check_file(job.record, "record")
     check_folder(job.report, "report")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimt.commands.reporting import check_folder
+from glimt.commands.reporting import check_file, check_folder
 from glimt.commands.running import check_language
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError, RequestError
@@ -80,16 +80,18 @@ def check_job(job: PredictJob) -> None:
     if job.prompt is not None and not job.prompt.strip():
         raise RequestError("prompt", f"is empty; leave it out to ask {PROMPT}")
     _ = job.config, job.asking
-    if job.path.is_dir():
-        raise ConfigError("out", [f"{job.path} is a folder; name a file"])
     if job.out is not None or job.images is not None:
-        check_folder(job.path.parent, "out")
+        check_file(job.path, "out")
+        if job.path.exists() and not job.path.is_file():  # /dev/full would be read for ever
+            said = f"{job.path} is no ordinary file, and its answers would be read again"
+            raise ConfigError("out", [f"{said}; name a file"])
     check_folder(job.report, "report")
 
 
 def sampling_of(given: Mapping[str, Any]) -> SamplingParams:
     """Greedy, and MAX_TOKENS long at most, where nothing else is said."""
-    fields = {**given, "max_tokens": given.get("max_tokens") or MAX_TOKENS}
+    asked = given.get("max_tokens")
+    fields = {**given, "max_tokens": MAX_TOKENS if asked is None else asked}
     if all(given.get(name) is None for name in _VARIED):
         fields["temperature"] = 0.0
     return SamplingParams(**fields)

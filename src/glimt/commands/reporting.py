@@ -148,6 +148,21 @@ def check_folder(folder: Path | None, field: str) -> None:
         raise ConfigError(field, [f"{folder} cannot be written to; name another folder"])
 
 
+def check_file(path: Path | None, field: str) -> None:
+    """The same for a file that will be written; makes the folder that it lies in.
+
+    A device or a pipe will do: `write_file` writes into it. Raises ConfigError.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(field, [f"{path} is a folder; name a file"])
+    if not path.exists() or path.is_file():
+        check_folder(path.parent, field)
+    elif not os.access(path, os.W_OK):
+        raise ConfigError(field, [f"{path} cannot be written to; name another file"])
+
+
 def write_report(document: Document, folder: Path, name: str) -> None:
     """NAME.html, which holds all, and NAME.md with its plots as PNG beside it.
 

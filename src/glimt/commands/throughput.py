@@ -16,12 +16,12 @@ from glimt.bench.workload import Workload
 from glimt.commands import static_batch as static
 from glimt.commands.bench import parse_counts
 from glimt.commands.console import note, out_console, print_json, told_as_json, warn
-from glimt.commands.reporting import check_folder, run_facts, write_output, write_report
+from glimt.commands.reporting import check_file, check_folder, run_facts, write_output, write_report
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures
 from glimt.config import EngineConfig
 from glimt.engine import Engine
-from glimt.errors import ConfigError, EngineError
+from glimt.errors import EngineError
 from glimt.loader import open_model
 
 NAME = "throughput.json"
@@ -91,9 +91,7 @@ def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder]:
     job = command.job()
     check_folder(command.report, "report")
     also = benchmark_path(os.environ)
-    check_folder(also.parent if also else None, FILEPATH)
-    if also and also.is_dir():
-        raise ConfigError(FILEPATH, [f"{also} is a folder; name a file"])
+    check_file(also, FILEPATH)
     if os.environ.get(FILEPATH) and also is None:
         note(f"{FILEPATH} is set, but not {ENABLE}=1: {BENCHMARK} is written into --out alone")
     config = static.static_config(command.engine, max(job.batches))

@@ -82,7 +82,13 @@ def _check_room(target: Path, nbytes: int) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole, or leave what was there. Raises OSError."""
+    """Write a file whole, or leave what was there. Raises OSError.
+
+    What is no ordinary file, such as a device or a pipe, is written into and stays what it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     path = path.resolve()  # what a link leads to is replaced, not the link
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

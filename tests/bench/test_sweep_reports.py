@@ -9,13 +9,13 @@ import pytest
 from glimt.bench import performance_report, throughput_report
 from glimt.bench.performance import (
     Case,
-    MachineLimits,
     PerformanceResult,
     PerformanceRow,
     PictureTimes,
     RunDetail,
 )
 from glimt.bench.roofline import ModelCosts
+from glimt.bench.sweep import MachineLimits
 from glimt.bench.throughput import ThroughputResult, ThroughputRow
 from glimt.reports import plots
 from glimt.reports.document import Paragraph, Plot, Table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from glimt.cli import app
-from glimt.commands import performance, static_batch
+from glimt.commands import performance, reporting, static_batch
+from glimt.commands.lock import only_run
 from glimt.kernels.limits import LimitMeter
 
 HEADER = (
@@ -139,6 +141,32 @@ def test_a_stopped_sweep_goes_on_where_it_was(folders, tmp_path, monkeypatch):
     data = json.loads(went_on.stdout)
     assert (data["runs"], len(data["rows"])) == (2, 8)
     assert data["pictures"] == pictures, "the first picture is the first run's"
+
+
+def test_a_second_run_into_the_same_folder_is_refused(folders, tmp_path):
+    """Catches two runs that time each other and write over each other's rows."""
+    small = ("-m", folders["visualglm"], "--batch", 1, "--input", 32, "--output-len", 2)
+    with only_run(tmp_path / "performance.json", "out"):
+        ran = run(*small, "--out", tmp_path, "--json")
+    assert ran.exit_code == 2
+    said = f"is being written by another run (process {os.getpid()}); wait for its end"
+    assert said in json.loads(ran.stdout)["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+    assert run(*small, "--out", tmp_path).exit_code == 0
+
+
+def test_weights_are_hashed_once(folders, tmp_path, monkeypatch):
+    """Catches minutes of reading twice where a checkpoint has tens of gigabytes."""
+    hashed = []
+    plain = reporting.files_digest
+    monkeypatch.setattr(
+        reporting, "files_digest", lambda files: hashed.append(1) or plain([*files])
+    )
+    small = ("-m", folders["visualglm"], "--batch", 1, "--input", 32, "--output-len", 2)
+    assert run(*small, "--out", tmp_path / "a", "--report", tmp_path / "b").exit_code == 0
+    assert hashed == [1]
+    digest = json.loads((tmp_path / "a" / "performance.json").read_text())["settings"]["model"]
+    assert digest in (tmp_path / "b" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_a_killed_sweep_goes_on_where_it_was(folders, tmp_path):

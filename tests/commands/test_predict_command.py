@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from glimt.cli import app
 from glimt.commands import answer_file
 from glimt.commands import predict as command
+from glimt.commands.lock import only_run
 from glimt.commands.predict_job import sampling_of
 from glimt.demo.noise import write_noise_model
 from glimt.errors import ConfigError
@@ -80,6 +81,35 @@ def test_a_second_run_asks_nothing(model, folder, monkeypatch):
     monkeypatch.setattr(command, "load_engine", None)
     said = summary(on_pictures(model, "--json"))
     assert (said["answered"], said["skipped"], said["failed"]) == (0, 3, [])
+
+
+def test_a_report_of_nothing_asked_is_not_passed_over_in_silence(model, folder):
+    """Catches --report that is taken and leaves no file and no word."""
+    on_pictures(model)
+    result = on_pictures(model, "--report", "out")
+    assert result.exit_code == 0
+    assert "no report is written: nothing was asked; --restart" in result.stderr
+
+
+def test_a_report_that_cannot_be_written_does_not_take_the_answers(model, folder, monkeypatch):
+    """Catches an hour's summary that is lost with the report."""
+
+    def full(*given: Any) -> None:
+        raise ConfigError("report", ["out cannot be written: No space left on device"])
+
+    monkeypatch.setattr(command, "write_report", full)
+    result = run(model, "--json", "--report", "out")
+    assert result.exit_code == 2
+    assert len(summary(result)["answers"]) == 3
+
+
+def test_two_runs_do_not_share_a_file(model, folder):
+    """Catches a run that writes over the answers of another."""
+    with only_run(Path("predict_result.json"), "out"):
+        result = on_pictures(model, "--json")
+    assert result.exit_code == 2
+    assert "predict_result.json is being written by another run" in result.stderr
+    assert on_pictures(model).exit_code == 0
 
 
 def test_new_pictures_are_asked_and_other_answers_stay(model, folder):
@@ -209,6 +239,8 @@ def test_without_a_folder_three_questions_are_asked(model, folder):
     assert "最左边是什么图形？" in result.stdout
     assert "picture process time: first " in result.stdout
     assert not Path("predict_result.json").exists()
+    asked = summary(run(model, "--json"))["settings"]["prompt"]
+    assert asked == ["图片里有什么？", "最左边是什么图形？", "描述这张图片。"]
 
 
 def test_the_drawn_answers_go_to_out(model, folder):
@@ -265,5 +297,6 @@ def test_a_damaged_settings_file_is_told(model, folder):
     on_pictures(model)
     for text in ("[]", "{}", '{"runs": [{"settings": 1, "pictures": ["a"]}]}', "{"):
         Path("predict_result.settings.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"out: predict_result\.settings\.json"):
-            answer_file.open_answers(Path("predict_result.json"), KEYS, {}, 8, False)
+        opened = answer_file.open_answers(Path("predict_result.json"), KEYS, {}, 8, False)
+        with pytest.raises(ConfigError, match=r"out: predict_result\.settings\.json"), opened:
+            pass

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from glimt.bench.batch_run import BatchRun, lack_of_room, run_batch
-from glimt.bench.roofline import ModelCosts
+from glimt.bench.sweep import SweepResult
 from glimt.bench.workload import RANDOM, Workload
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError, RequestError
@@ -130,44 +130,11 @@ class PictureTimes:
     later_s: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MachineLimits:
-    """What the machine does at most in a second: bytes read, and bfloat16 operations."""
-
-    read_bytes: float
-    bf16_ops: float
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PerformanceResult:
-    """All rows of a folder, and what they were measured on.
+class PerformanceResult(SweepResult[PerformanceRow]):
+    """A sweep; pictures: None for a family without a tower, and where they could not be timed."""
 
-    num_runs:     that it took; more than one where a run was stopped and another went on
-    host_bytes:   the most that the process held
-    device_bytes: the most that was held on the device; None where that is the host
-    limits:       None where the device is not the host
-    remark:       what was not as usual; "" for nothing
-    """
-
-    family: str
-    rows: tuple[PerformanceRow, ...]
-    num_runs: int
     pictures: PictureTimes | None
-    host_bytes: int
-    device_bytes: int | None
-    limits: MachineLimits | None
-    costs: ModelCosts
-    remark: str = ""
-
-    @property
-    def failed(self) -> list[PerformanceRow]:
-        """Rows that were begun and ended with an error."""
-        return [row for row in self.rows if row.is_error]
-
-    @property
-    def unfit(self) -> list[PerformanceRow]:
-        """Rows that cannot run in this context or cache."""
-        return [row for row in self.rows if row.left_out and not row.is_error]
 
 
 # --- running ---------------------------------------------------------------------------------

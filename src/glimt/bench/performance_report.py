@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 
 from glimt.bench import original_files as files
-from glimt.bench.performance import MachineLimits, PerformanceResult, PerformanceRow
+from glimt.bench.performance import PerformanceResult, PerformanceRow
+from glimt.bench.sweep import NONE, MachineLimits, memory_rows, status_line
 from glimt.reports.document import Document, Paragraph, Plot, Section, Table
 from glimt.reports.plots import Axis, Series, draw_lines
-from glimt.sizes import size_text
 
-NONE = "-"
 _LIMIT_NOTE = (
     "Dashed: what the machine's reading and multiplying allow at most, measured after the last row."
     " A model that fits a processor's caches can be read faster than memory."
@@ -20,7 +19,7 @@ _LIMIT_NOTE = (
 
 def document(found: PerformanceResult, facts: Mapping[str, str]) -> Document:
     """The whole report. facts: of `commands.reporting.run_facts`."""
-    measured = [row for row in found.rows if not row.left_out]
+    measured = found.measured
     sections: list[Section] = [_averages_table(found)]
     if measured:
         sections += [_decode_plot(found, measured), _first_token_plot(found, measured)]
@@ -32,19 +31,9 @@ def document(found: PerformanceResult, facts: Mapping[str, str]) -> Document:
         sections.append(Paragraph(f"Not as usual: {found.remark}."))
     sections.append(_rows_table(measured))
     title = f"Performance of {found.family}: batch sizes and lengths"
-    return Document(title, _status(found), not found.failed, dict(facts), tuple(sections))
-
-
-def _status(found: PerformanceResult) -> str:
-    num_measured = len(found.rows) - len(found.failed) - len(found.unfit)
-    parts = [f"{num_measured} of {len(found.rows)} rows measured"]
-    if found.failed:
-        parts.append(f"{len(found.failed)} ended with an error")
-    if found.unfit:
-        parts.append(f"{len(found.unfit)} do not fit the context or the cache")
-    if found.num_runs > 1:
-        parts.append(f"in {found.num_runs} runs, each going on where the one before stopped")
-    return f"{'With errors' if found.failed else 'Whole'}: {'; '.join(parts)}."
+    return Document(
+        title, status_line(found, "rows"), not found.failed, dict(facts), tuple(sections)
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -78,10 +67,7 @@ def picture_rows(found: PerformanceResult) -> dict[str, str]:
         spread = f"{min(later) * 1000:.1f} … {max(later) * 1000:.1f} ms"
         rows["picture process time, first"] = f"{found.pictures.first_s * 1000:.1f} ms"
         rows["picture process time, later"] = f"{median(later) * 1000:.1f} ms ({spread})"
-    rows["peak memory, host"] = size_text(found.host_bytes)
-    device = found.device_bytes
-    rows["peak memory, device"] = f"{NONE} (the host)" if device is None else size_text(device)
-    return rows
+    return rows | memory_rows(found)
 
 
 def _left_out_table(rows: Sequence[PerformanceRow]) -> Table:

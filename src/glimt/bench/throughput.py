@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from glimt.bench.batch_run import lack_of_room, run_batch
-from glimt.bench.performance import MachineLimits, warm_up
-from glimt.bench.roofline import ModelCosts
+from glimt.bench.performance import warm_up
+from glimt.bench.sweep import SweepResult
 from glimt.bench.workload import RANDOM, Workload
 from glimt.errors import ConfigError, EngineError, RequestError
 
@@ -88,32 +88,10 @@ class ThroughputRow:
         return cls(**{**raw, **times})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThroughputResult:
-    """All rows of a folder, and what they were measured on; the same fields as of a performance.
+class ThroughputResult(SweepResult[ThroughputRow]):
+    """A sweep of batch sizes."""
 
-    num_runs:     that it took; more than one where a run was stopped and another went on
-    host_bytes, device_bytes, limits, costs, remark: as in PerformanceResult
-    """
-
-    family: str
-    rows: tuple[ThroughputRow, ...]
-    num_runs: int
-    host_bytes: int
-    device_bytes: int | None
-    limits: MachineLimits | None
-    costs: ModelCosts
-    remark: str = ""
-
-    @property
-    def failed(self) -> list[ThroughputRow]:
-        """Rows that were begun and ended with an error."""
-        return [row for row in self.rows if row.is_error]
-
-    @property
-    def measured(self) -> list[ThroughputRow]:
-        """Rows with figures."""
-        return [row for row in self.rows if not row.left_out]
+    __slots__ = ()
 
 
 def measure(

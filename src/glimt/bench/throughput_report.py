@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from glimt.bench.sweep import NONE, memory_rows, status_line
 from glimt.bench.throughput import ThroughputResult, ThroughputRow
 from glimt.reports.document import Document, Paragraph, Plot, Section, Table
 from glimt.reports.plots import Axis, Series, draw_lines
-from glimt.sizes import size_text
 
-NONE = "-"
 HEADINGS = ("batch", "prompt", "first token", "of it pictures", "token", "response", "tokens/s")
 _LIMIT_NOTE = (
     "Dashed: what the machine's reading and multiplying allow, measured after the last row."
@@ -21,23 +20,14 @@ def document(found: ThroughputResult, facts: Mapping[str, str]) -> Document:
     sections: list[Section] = [_rows_table(found)]
     if found.measured:
         sections += [_throughput_plot(found), _first_token_plot(found)]
-    sections.append(_memory_table(found))
+    memory = tuple(memory_rows(found).items())
+    sections.append(Table("Memory", ("what", "figure"), memory))
     if found.remark:
         sections.append(Paragraph(f"Not as usual: {found.remark}."))
     title = f"Throughput of {found.family}: one picture, growing batches"
-    return Document(title, _status(found), not found.failed, dict(facts), tuple(sections))
-
-
-def _status(found: ThroughputResult) -> str:
-    parts = [f"{len(found.measured)} of {len(found.rows)} batch sizes measured"]
-    num_unfit = len(found.rows) - len(found.measured) - len(found.failed)
-    if found.failed:
-        parts.append(f"{len(found.failed)} ended with an error")
-    if num_unfit:
-        parts.append(f"{num_unfit} do not fit the context or the cache")
-    if found.num_runs > 1:
-        parts.append(f"in {found.num_runs} runs, each going on where the one before stopped")
-    return f"{'With errors' if found.failed else 'Whole'}: {'; '.join(parts)}."
+    return Document(
+        title, status_line(found, "batch sizes"), not found.failed, dict(facts), tuple(sections)
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -72,15 +62,6 @@ def _rows_table(found: ThroughputResult) -> Table:
     return Table(
         "Batch sizes", (*HEADINGS, "spread of a token", "why not"), tuple(rows), said, marked
     )
-
-
-def _memory_table(found: ThroughputResult) -> Table:
-    device = found.device_bytes
-    rows = (
-        ("peak memory, host", size_text(found.host_bytes)),
-        ("peak memory, device", f"{NONE} (the host)" if device is None else size_text(device)),
-    )
-    return Table("Memory", ("what", "figure"), rows)
 
 
 # --- plots -----------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from glimt.commands.lock import only_run
 from glimt.commands.reporting import write_output
 from glimt.errors import ConfigError
 from glimt.evaluate.predictions import (
@@ -53,14 +55,23 @@ class AnswerFile:
             self._num_new = 0
 
 
+@contextmanager
 def open_answers(
     path: Path, pictures: Sequence[str], settings: Settings, every: int, restarts: bool
-) -> AnswerFile:
-    """The file that a run over `pictures` adds to.
+) -> Iterator[AnswerFile]:
+    """The file that a run over `pictures` adds to; nobody else adds to it while inside.
 
     restarts: answers to these pictures are left out, so that all are asked anew
-    Raises ConfigError if it holds answers to some of them that other settings gave.
+    Raises ConfigError if it holds answers to some of them that other settings gave, or if another
+    run adds to it.
     """
+    with only_run(path, "out"):
+        yield _read(path, pictures, settings, every, restarts)
+
+
+def _read(
+    path: Path, pictures: Sequence[str], settings: Settings, every: int, restarts: bool
+) -> AnswerFile:
     answers, origins = read_if_there(path, "out") or {}, read_origins(path, "out")
     if restarts:
         for picture in pictures:

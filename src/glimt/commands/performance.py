@@ -10,7 +10,6 @@ from typing import Any
 from glimt.bench import original_files as files
 from glimt.bench.performance import (
     Case,
-    MachineLimits,
     PerformanceJob,
     PerformanceResult,
     PerformanceRow,
@@ -19,7 +18,8 @@ from glimt.bench.performance import (
     time_pictures,
     warm_tower,
 )
-from glimt.bench.performance_report import NONE, document, picture_rows
+from glimt.bench.performance_report import document, picture_rows
+from glimt.bench.sweep import NONE
 from glimt.bench.workload import Workload
 from glimt.commands import static_batch as static
 from glimt.commands.bench import parse_counts
@@ -74,18 +74,14 @@ def run(command: PerformanceCommand) -> None:
     failed.
     """
     with told_as_json(command.as_json):
-        found, folder = _found(command)
+        found, folder, engine = _found(command)
     print_json(_as_dict(found, folder)) if command.as_json else _print(found)
-    for row in found.rows:
-        if row.left_out:
-            warn(f"{_named(row.case)}: no measure: {row.left_out}")
-    note(f"rows in {folder.folder}: {len(found.rows)}")
-    if found.failed:
-        said = f"rows that failed, as told above: {len(found.failed)}"
-        raise EngineError(f"{said}; the same command tries them again")
+    if command.report:
+        _write_report(found, command, engine, folder, command.report)
+    static.tell_rows(found, folder, lambda row: _named(row.case))
 
 
-def _found(command: PerformanceCommand) -> tuple[PerformanceResult, SweepFolder]:
+def _found(command: PerformanceCommand) -> tuple[PerformanceResult, SweepFolder, Engine]:
     job = command.job()
     check_folder(command.report, "report")
     config = static.static_config(command.engine, max(job.batches))
@@ -94,16 +90,28 @@ def _found(command: PerformanceCommand) -> tuple[PerformanceResult, SweepFolder]
     settings = static.sweep_settings(opened, config, job.image, given)
     settings |= {"seed": job.seed, "repeats": job.repeats}
     patterns = [files.performance_name("*", opened.family.name), _averages_name(opened)]
-    folder = SweepFolder.open(command.out, NAME, settings, patterns, command.restart)
     cost = static.image_tokens(opened, job.image, given)
-    engine, remark = static.load_static(opened, config, _step_tokens(job, opened, cost))
-    found = _sweep(job, engine, config, folder, remark)
-    if command.report:
-        repeats = f"{job.repeats} of each row, medians told; spread: least … most decoding step"
-        more = {"picture": settings["image"], "seed": str(job.seed), "files": str(command.out)}
-        facts = run_facts(opened, engine.config, repeats, more)
-        write_report(document(found, facts), command.report, "performance")
-    return found, folder
+    with SweepFolder.open(command.out, NAME, settings, patterns, command.restart) as folder:
+        engine, remark = static.load_static(opened, config, _step_tokens(job, opened, cost))
+        return _sweep(job, engine, config, folder, remark), folder, engine
+
+
+def _write_report(
+    found: PerformanceResult,
+    command: PerformanceCommand,
+    engine: Engine,
+    folder: SweepFolder,
+    report: Path,
+) -> None:
+    repeats = f"{command.repeats} of each row, medians told; spread: least … most decoding step"
+    settings = folder.settings
+    more = {
+        "picture": settings["image"],
+        "seed": str(command.seed),
+        "files": str(folder.folder),
+    }
+    facts = run_facts(engine.opened, engine.config, repeats, more, settings["model"])
+    write_report(document(found, facts), report, "performance")
 
 
 def _step_tokens(job: PerformanceJob, opened: OpenedModel, image_tokens: int) -> int:
@@ -202,24 +210,14 @@ def _named(case: Case) -> str:
 def _as_dict(found: PerformanceResult, folder: SweepFolder) -> dict[str, Any]:
     names = ("tokens_per_s", "response_ms", "first_token_ms", "time_per_token_ms")
     return {
-        "folder": str(folder.folder),
-        "settings": folder.settings,
-        "runs": found.num_runs,
-        "is_whole": not found.failed,
-        "remark": found.remark,
+        **static.result_dict(found, folder),
         "averages": [
             {"batch": batch, **dict(zip(names, values, strict=True))}
             for batch, values in files.averages(found.rows).items()
         ],
         "pictures": None if found.pictures is None else asdict(found.pictures),
-        "memory": {"host_bytes": found.host_bytes, "device_bytes": found.device_bytes},
-        "limits": _limits_dict(found.limits),
         "rows": [row.as_dict() for row in found.rows],
     }
-
-
-def _limits_dict(limits: MachineLimits | None) -> dict[str, float] | None:
-    return None if limits is None else asdict(limits)
 
 
 def _print(found: PerformanceResult) -> None:

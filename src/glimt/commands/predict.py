@@ -29,34 +29,28 @@ def run(job: PredictJob) -> bool:
     """
     with told_as_json(job.as_json):
         check_job(job)
-        found = _of_scenes(job) if job.images is None else _of_folder(job, job.images)
+        engine, found = predict_scenes(job) if job.images is None else _of_folder(job, job.images)
     if job.as_json:
         print_json(_as_dict(job, found))
     else:
         _print(job, found)
+    _report(job, engine, found)
     return not found.failed
 
 
-def _of_scenes(job: PredictJob) -> Predictions:
-    engine, found = predict_scenes(job)
-    _report(job, engine, found)
-    return found
-
-
-def _of_folder(job: PredictJob, images: str) -> Predictions:
+def _of_folder(job: PredictJob, images: str) -> tuple[Engine | None, Predictions]:
+    """What became of a folder; no engine is loaded where nothing is left to ask."""
     folder = list_pictures(images)
     _tell_others(folder.others)
-    file = open_answers(job.path, folder.pictures, job.settings, job.batch, job.restarts)
-    pictures = [picture for picture in folder.pictures if picture not in file.answers]
-    skipped = len(folder.pictures) - len(pictures)
-    if skipped:
-        note(f"{job.path} answers {skipped} of {len(folder.pictures)} pictures already")
-    if not pictures:
-        return Predictions(job.asking.prompt, (), skipped, folder.others, 0.0, job.batch)
-    engine = load_engine(job.config, job.as_json)
-    found = _asked(engine, pictures, job, file, folder, skipped)
-    _report(job, engine, found)
-    return found
+    with open_answers(job.path, folder.pictures, job.settings, job.batch, job.restarts) as file:
+        pictures = [picture for picture in folder.pictures if picture not in file.answers]
+        skipped = len(folder.pictures) - len(pictures)
+        if skipped:
+            note(f"{job.path} answers {skipped} of {len(folder.pictures)} pictures already")
+        if not pictures:
+            return None, Predictions(job.asking.prompt, (), skipped, folder.others, 0.0, job.batch)
+        engine = load_engine(job.config, job.as_json)
+        return engine, _asked(engine, pictures, job, file, folder, skipped)
 
 
 def _asked(
@@ -92,8 +86,10 @@ def _taken(
         file.save()
 
 
-def _report(job: PredictJob, engine: Engine, found: Predictions) -> None:
-    if job.report:
+def _report(job: PredictJob, engine: Engine | None, found: Predictions) -> None:
+    if job.report and engine is None:
+        warn("no report is written: nothing was asked; --restart asks all pictures anew")
+    elif job.report and engine:
         facts = run_facts(engine.opened, job.config, "each picture once")
         drawn = {scene.name: scene.picture for scene in scenes()}
         document = predict_document(found, facts, drawn if job.images is None else {})

@@ -12,6 +12,7 @@ from glimt.commands.running import check_language
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError, RequestError
 from glimt.evaluate.predict import PROMPT, Asking
+from glimt.evaluate.scenes import scenes
 from glimt.types import SamplingParams
 
 OUT = Path("predict_result.json")  # MindIE's name
@@ -59,6 +60,11 @@ class PredictJob:
         return Asking(self.prompt or PROMPT, sampling_of(self.sampling), self.language)
 
     @property
+    def questions(self) -> list[str]:
+        """What the drawn pictures are asked: the prompt, or each its own question."""
+        return [self.prompt or scene.question for scene in scenes()]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the answers belong to: equal settings may share a file."""
         config, asking = self.config, self.asking
@@ -66,7 +72,7 @@ class PredictJob:
         return {
             "model": _model_name(config.model),
             **{name: getattr(config, name) for name in (*names, "rotary_table")},
-            "prompt": asking.prompt,
+            "prompt": self.questions if self.images is None else asking.prompt,
             "language": asking.language,
             "sampling": _given(asking.sampling),
         }

@@ -41,14 +41,8 @@ def times(found: Predictions) -> dict[str, Any]:
     return {"image_s_first": first, "image_s_later": sum(later) / len(later)}
 
 
-def questions(job: PredictJob) -> list[str]:
-    """What the three are asked: the job's prompt, or each its own question."""
-    return [job.prompt or scene.question for scene in scenes()]
-
-
 def _answers(engine: Engine, job: PredictJob, say: Callable[[str], None]) -> Iterator[Prediction]:
-    for scene in scenes():
-        question = job.prompt or scene.question
+    for scene, question in zip(scenes(), job.questions, strict=True):
         output = _ask(engine, job, scene, question)
         answered = prediction(scene.name, output)
         said = answered.answer if answered.error is None else f"none: {answered.error}"
@@ -74,11 +68,10 @@ def _write(job: PredictJob, found: Predictions) -> None:
     if job.out is None:
         return
     names = [each.picture for each in found.done]
-    settings = {**job.settings, "prompt": questions(job)}
-    file = open_answers(job.out, names, settings, len(names), restarts=True)
-    for each in found.answered:
-        file.add(each.picture, each.answer or "")
-    file.save()
+    with open_answers(job.out, names, job.settings, len(names), restarts=True) as file:
+        for each in found.answered:
+            file.add(each.picture, each.answer or "")
+        file.save()
 
 
 def _print(text: str) -> None:

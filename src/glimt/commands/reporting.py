@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,14 +36,18 @@ def command_line() -> str:
 
 
 def run_facts(
-    opened: OpenedModel, config: EngineConfig, repeats: str, more: Mapping[str, str] | None = None
+    opened: OpenedModel,
+    config: EngineConfig,
+    repeats: str,
+    more: Mapping[str, str] | None = None,
+    digest: str | None = None,
 ) -> dict[str, str]:
     """What figures of one engine belong to; repeats: how often, and how the spread is told.
 
-    Reads every weight file once, for the digest.
+    digest: of the weights, where it is known; else every weight file is read once for it
     """
     return {
-        **model_facts(opened),
+        **model_facts(opened, digest or model_digest(opened)),
         "settings": settings_text(config),
         **(more or {}),
         "repeats and spread": repeats,
@@ -51,11 +55,11 @@ def run_facts(
     }
 
 
-def model_facts(opened: OpenedModel) -> dict[str, str]:
+def model_facts(opened: OpenedModel, digest: str) -> dict[str, str]:
     """Which weights, by their content, and what they are computed in."""
     return {
         "model": f"{opened.checkpoint.folder.name} ({opened.family.name})",
-        "model digest": model_digest(opened),
+        "model digest": digest,
         "device": opened.device.name,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "context": f"{opened.max_model_len} tokens",
@@ -95,11 +99,24 @@ def model_digest(opened: OpenedModel) -> str:
     folder = opened.checkpoint.folder
     if not folder.is_dir():
         return str(folder)
+    return files_digest((folder / "config.json", *sorted(opened.checkpoint.files)))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of files with their names and sizes, in the order given."""
     digest = hashlib.sha256()
-    for path in (folder / "config.json", *sorted(opened.checkpoint.files)):
+    for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         for chunk in _chunks(path):
             digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file alone, as sha256sum tells it."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from glimt import __version__
 from glimt.bench.batch_run import static_engine
-from glimt.bench.performance import MachineLimits
 from glimt.bench.roofline import ModelCosts, costs_of
+from glimt.bench.sweep import MachineLimits, R, SweepResult
 from glimt.bench.workload import RANDOM, SIDE
 from glimt.commands.console import count_bar, note, warn
 from glimt.commands.machine import read_processor
@@ -26,6 +26,7 @@ from glimt.commands.sweep_folder import SweepFolder
 from glimt.config import EngineConfig
 from glimt.devices.host import plan_threads
 from glimt.engine import Engine
+from glimt.errors import EngineError
 from glimt.kernels.limits import LimitMeter
 from glimt.loader import OpenedModel
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
@@ -158,3 +159,33 @@ def engine_costs(engine: Engine, config: EngineConfig) -> ModelCosts:
     stored = cache_dtype(config.kv_dtype, opened.dtype)
     costs = costs.with_weights(engine.memory.language + engine.memory.head)
     return costs.with_cache(kv_bytes_per_token(opened.model, stored))
+
+
+# --- telling ---------------------------------------------------------------------------------
+
+
+def result_dict(found: SweepResult[R], folder: SweepFolder) -> dict[str, Any]:
+    """What every sweep's JSON has, as plain data, beside its rows."""
+    return {
+        "folder": str(folder.folder),
+        "settings": folder.settings,
+        "runs": found.num_runs,
+        "is_whole": not found.failed,
+        "remark": found.remark,
+        "memory": {"host_bytes": found.host_bytes, "device_bytes": found.device_bytes},
+        "limits": None if found.limits is None else asdict(found.limits),
+    }
+
+
+def tell_rows(found: SweepResult[R], folder: SweepFolder, name: Callable[[R], str]) -> None:
+    """On stderr, why rows have no measure, and how many there are; name: says which row it is.
+
+    Raises EngineError if rows failed.
+    """
+    for row in found.rows:
+        if row.left_out:
+            warn(f"{name(row)}: no measure: {row.left_out}")
+    note(f"rows in {folder.folder}: {len(found.rows)}")
+    if found.failed:
+        said = f"rows that failed, as told above: {len(found.failed)}"
+        raise EngineError(f"{said}; the same command tries them again")

@@ -7,10 +7,12 @@ made from it. A stop between any two writes costs the row that was being measure
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from glimt.commands.lock import only_run
 from glimt.commands.reporting import check_folder, write_output
 from glimt.errors import ConfigError
 
@@ -36,6 +38,7 @@ class SweepFolder:
         self._is_counted = False
 
     @classmethod
+    @contextmanager
     def open(
         cls,
         folder: Path,
@@ -43,25 +46,29 @@ class SweepFolder:
         settings: Mapping[str, Any],
         files: Sequence[str],
         restart: bool,
-    ) -> SweepFolder:
-        """Go on where an earlier run stopped, or begin.
+    ) -> Iterator[SweepFolder]:
+        """Go on where an earlier run stopped, or begin; no other run may while inside.
 
         files:   patterns of what the sweep writes beside its record
         restart: throw away what is there
-        Raises ConfigError for a record of other settings or one that cannot be read, and for such
-        files that belong to no record.
+        Raises ConfigError for a record of other settings or one that cannot be read, for such
+        files that belong to no record, and while another run fills the folder.
         """
         check_folder(folder, "out")
         found = cls(folder, name, settings)
-        others = [path for pattern in files for path in sorted(folder.glob(pattern))]
+        with only_run(found.path, "out"):
+            found._begin(files, restart)
+            yield found
+
+    def _begin(self, files: Sequence[str], restart: bool) -> None:
+        others = [path for pattern in files for path in sorted(self.folder.glob(pattern))]
         if restart:
-            _remove([found.path, *others])
-        elif found.path.exists():
-            found._go_on()
+            _remove([self.path, *others])
+        elif self.path.exists():
+            self._go_on()
         elif others:
-            said = f"{others[0]} is there, and no {name} that it belongs to"
+            said = f"{others[0]} is there, and no {self.name} that it belongs to"
             raise ConfigError("out", [f"{said}; {_ADVICE.replace('anew', 'anew over it')}"])
-        return found
 
     @property
     def path(self) -> Path:

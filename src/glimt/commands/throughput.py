@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from glimt.bench.throughput_report import HEADINGS, cells_of, document
 from glimt.bench.workload import Workload
 from glimt.commands import static_batch as static
 from glimt.commands.bench import parse_counts
-from glimt.commands.console import note, out_console, print_json, told_as_json, warn
+from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.reporting import check_file, check_folder, run_facts, write_output, write_report
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures
 from glimt.config import EngineConfig
 from glimt.engine import Engine
-from glimt.errors import EngineError
 from glimt.loader import open_model
 
 NAME = "throughput.json"
@@ -69,15 +68,11 @@ def run(command: ThroughputCommand) -> None:
     failed.
     """
     with told_as_json(command.as_json):
-        found, folder = _found(command)
+        found, folder, engine = _found(command)
     print_json(_as_dict(found, folder)) if command.as_json else _print(found)
-    for row in found.rows:
-        if row.left_out:
-            warn(f"batch {row.batch}: no measure: {row.left_out}")
-    note(f"rows in {folder.folder}: {len(found.rows)}")
-    if found.failed:
-        said = f"rows that failed, as told above: {len(found.failed)}"
-        raise EngineError(f"{said}; the same command tries them again")
+    if command.report:
+        _write_report(found, command.job(), engine, folder, command.report)
+    static.tell_rows(found, folder, lambda row: f"batch {row.batch}")
 
 
 def benchmark_path(environment: Mapping[str, str]) -> Path | None:
@@ -87,7 +82,7 @@ def benchmark_path(environment: Mapping[str, str]) -> Path | None:
     return Path(environment.get(FILEPATH) or _DEFAULT_PATH).expanduser()
 
 
-def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder]:
+def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder, Engine]:
     job = command.job()
     check_folder(command.report, "report")
     also = benchmark_path(os.environ)
@@ -98,20 +93,14 @@ def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder]:
     given = static.read_given(job.image, config)
     opened = open_model(config)
     cost = static.image_tokens(opened, job.image, given)
-    folder = _open_folder(command, job, static.sweep_settings(opened, config, job.image, given))
     longest = min(cost + _PROMPT_ROOM, opened.max_model_len)
-    engine, remark = static.load_static(opened, config, max(job.batches) * longest)
-    found = _sweep(job, engine, config, _Files(folder, also), remark)
-    if command.report:
-        _write_report(found, job, engine, folder, command.report)
-    return found, folder
-
-
-def _open_folder(
-    command: ThroughputCommand, job: ThroughputJob, settings: dict[str, Any]
-) -> SweepFolder:
+    settings = static.sweep_settings(opened, config, job.image, given)
     settings |= {"seed": job.seed, "prompt": job.prompt, "output_len": job.output_len}
-    return SweepFolder.open(command.out, NAME, settings, [BENCHMARK, PERFORMANCE], command.restart)
+    patterns = [BENCHMARK, PERFORMANCE]
+    with SweepFolder.open(command.out, NAME, settings, patterns, command.restart) as folder:
+        engine, remark = static.load_static(opened, config, max(job.batches) * longest)
+        found = _sweep(job, engine, config, _Files(folder, also), remark)
+    return found, folder, engine
 
 
 def _write_report(
@@ -124,7 +113,8 @@ def _write_report(
         "seed": str(job.seed),
         "files": str(folder.folder),
     }
-    facts = run_facts(engine.opened, engine.config, repeats, more)
+    digest = folder.settings["model"]
+    facts = run_facts(engine.opened, engine.config, repeats, more, digest)
     write_report(document(found, facts), report, "throughput")
 
 
@@ -194,13 +184,7 @@ def _result(engine: Engine, config: EngineConfig, kept: _Files, remark: str) -> 
 
 def _as_dict(found: ThroughputResult, folder: SweepFolder) -> dict[str, Any]:
     return {
-        "folder": str(folder.folder),
-        "settings": folder.settings,
-        "runs": found.num_runs,
-        "is_whole": not found.failed,
-        "remark": found.remark,
-        "memory": {"host_bytes": found.host_bytes, "device_bytes": found.device_bytes},
-        "limits": None if found.limits is None else asdict(found.limits),
+        **static.result_dict(found, folder),
         "rows": [row.as_dict() for row in found.rows],
     }
 

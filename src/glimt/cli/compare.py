@@ -12,7 +12,6 @@ from glimt.cli.options import (
     ENGINE,
     OUT,
     RUN,
-    SAMPLING,
     AsJson,
     Commands,
     Fields,
@@ -21,6 +20,7 @@ from glimt.cli.options import (
     Threads,
     Verbose,
     gathers,
+    max_tokens_by_default,
     option,
 )
 
@@ -98,7 +98,8 @@ def precision(
         int, option("--probes", "Ask at least so many questions.", RUN, "N")
     ] = 64,
     num_tokens: Annotated[
-        int, option("--tokens", "And until their answers have so many tokens.", RUN, "N")
+        int,
+        option("--tokens", "And until their answers have so many tokens, 512 at most.", RUN, "N"),
     ] = 2000,
     max_tokens: Annotated[int, option("--max-tokens", "Of one answer.", RUN, "N")] = 32,
     num_staged: Annotated[
@@ -136,7 +137,7 @@ def precision(
 
 
 @compare_app.command()
-@gathers(engine=ENGINE, sampling=SAMPLING)
+@gathers(engine=ENGINE, sampling=max_tokens_by_default(256))
 def predict(
     *,
     images: Annotated[
@@ -163,7 +164,14 @@ def predict(
     engine: Fields,
     sampling: Fields,
     batch: Annotated[
-        int, option("--batch", "How many pictures are in the engine together.", RUN, "N")
+        int,
+        option(
+            "--batch",
+            "How many pictures of --images are in the engine together; drawn ones are asked one "
+            "after another.",
+            RUN,
+            "N",
+        ),
     ] = 8,
     restart: Annotated[
         bool,

@@ -315,6 +315,14 @@ SAMPLING: Group = {  # fields of SamplingParams
 }
 Fields: TypeAlias = Mapping[str, Any]
 
+
+def max_tokens_by_default(count: int) -> Group:
+    """SAMPLING of a command whose answers end after so many tokens where nothing else is said."""
+    said = f"Longest answer, in tokens. Default: {count}."
+    changed = Annotated[int | None, option("--max-tokens", said, SAMPLE, "N")]
+    return {**SAMPLING, "max_tokens": (changed, None)}
+
+
 R = TypeVar("R")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from glimt.commands.judge_output import as_csv, as_dict, tables
 from glimt.commands.reporting import (
     check_file,
     check_folder,
+    file_digest,
+    files_digest,
     place_facts,
     write_output,
     write_report,
@@ -70,13 +71,13 @@ def run(job: JudgeJob) -> None:
         _tell_pairs(job, paired)
         clip = _load(job)
         told = _judged(job, paired, clip, captions)
-        failed = (*paired.refused, *told.found.failed)
-        _write(job, told, failed, clip)
+    failed = (*paired.refused, *told.found.failed)
     name = clip.name if clip else None
     if job.as_json:
         print_json(as_dict(told, failed, name, paired.only_in))
     else:
         _print(told, name)
+    _write(job, told, failed, clip)  # last: what was judged is told even if it cannot be written
 
 
 def _check(job: JudgeJob) -> None:
@@ -99,8 +100,12 @@ def _check(job: JudgeJob) -> None:
     if job.weights is None:
         problems += [
             f"{name} belongs to --weights, which is not given"
-            for name in ("tokenizer", "architecture")
-            if getattr(job, name) is not None
+            for name, value in (
+                ("tokenizer", job.tokenizer),
+                ("architecture", job.architecture),
+                ("threads", job.num_threads),
+            )
+            if value is not None
         ]
     if job.images is not None and not Path(job.images).is_dir():
         problems.append(f"images: {job.images} is not a folder; name the one with the pictures")
@@ -165,14 +170,16 @@ def _write(job: JudgeJob, told: Told, failed: Sequence[tuple[str, str]], clip: C
 
 def _facts(job: JudgeJob, clip: Clip | None) -> dict[str, str]:
     """What the figures belong to: the judge's weights, the files, the captions, the machine."""
-    judged_by = {"judge": clip.name, "judge digest": _digest(clip.files)} if clip else {}
+    judged_by = (
+        {"judge": clip.name, "judge digest": files_digest(sorted(clip.files))} if clip else {}
+    )
     files = {f"predictions {i + 1}": file for i, file in enumerate(job.predictions)}
     given = {**files, **({"captions": job.captions} if job.captions else {})}
     asked = {f"asked {i + 1}": _asked(file) for i, file in enumerate(job.predictions)}
     draws = f"each picture once; intervals from {NUM_RESAMPLES:,} resamples, seed {job.seed}"
     return {
         **judged_by,
-        **{name: f"{file}, {_digest([file])}" for name, file in given.items()},
+        **{name: f"{file}, {file_digest(file)}" for name, file in given.items()},
         **{name: said for name, said in asked.items() if said},
         "settings": f"batch {job.batch}",
         "repeats and spread": draws,
@@ -185,12 +192,3 @@ def _asked(file: Path) -> str:
     found = read_origins(file, "predictions").values()
     said = [f"{each.get('model')}: {each.get('prompt')}" for each in found]
     return "; ".join(dict.fromkeys(said))
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**24):
-                digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"

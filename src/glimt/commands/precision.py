@@ -16,7 +16,6 @@ from glimt.commands.memory import note_plan
 from glimt.commands.reporting import (
     check_file,
     check_folder,
-    model_digest,
     run_facts,
     write_output,
     write_report,
@@ -232,8 +231,8 @@ def _compare(job: PrecisionJob, reference: Recording) -> tuple[Precision, Settin
     with _loaded(job.engine, job.is_verbose) as (llm, config):
         opened = llm.engine.opened
         _check_same_model(reference, opened)
-        setting = _setting(opened, config, model_digest(opened))
         facts = run_facts(opened, config, "one run; spread over tokens and rows")
+        setting = _setting(opened, config, facts["model digest"])
         with count_bar("comparing, tokens", reference.num_tokens) as on_done:
             repeated = repeat(llm, reference.traces, on_done)
             pairs = zip(reference.traces, repeated, strict=True)

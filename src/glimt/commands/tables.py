@@ -11,7 +11,7 @@ def figures(*headings: str, title: str) -> Table:
     """An empty table whose first column is text and whose others are figures."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+        table.add_column(heading, justify="right" if i else "left", overflow="fold", no_wrap=i == 0)
     return table
 
 

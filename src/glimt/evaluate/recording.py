@@ -68,6 +68,7 @@ class Recording:
 class RecordingSize:
     """How much a reference records: probes until there are enough of them and of tokens.
 
+    most_probes: where there are never enough tokens; num_probes, if that is more
     max_tokens: of an answer
     num_staged: probes of which every stage is kept, each run alone
     """
@@ -93,7 +94,8 @@ def record(
     num_probes = num_tokens = 0
     while num_probes < size.num_probes or num_tokens < size.num_tokens:
         is_staged = num_probes < size.num_staged
-        room = min(1 if is_staged else BATCH, size.most_probes - num_probes)
+        most = max(size.most_probes, size.num_probes)
+        room = min(1 if is_staged else BATCH, most - num_probes)
         batch = list(islice(probes, room))
         if not batch:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,11 @@ def draw_bars(
 
 
 def draw_histogram(groups: Sequence[tuple[str, Sequence[float]]], x: Axis) -> bytes:
-    """How many values lie where, one colour for each group; a dashed line at each mean."""
+    """How many values lie where, one colour for each group; a dashed line at each mean.
+
+    What is no finite number lies nowhere, and is left out.
+    """
+    groups = [(name, [value for value in group if math.isfinite(value)]) for name, group in groups]
     figure, axes = _figure(x, Axis("count"))
     values = [value for _, group in groups for value in group]
     low, high = min(values, default=0.0), max(values, default=1.0)

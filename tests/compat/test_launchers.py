@@ -160,8 +160,8 @@ def test_a_folder_without_pictures_is_refused(started, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             mindie.main(["--performance", "W", str(images)])
     said = capsys.readouterr().err
-    assert "has no picture" in said
-    assert "does not exist" in said
+    assert "holds no picture" in said
+    assert "cannot be read: No such file" in said
     assert started == []
 
 

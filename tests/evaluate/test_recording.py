@@ -73,6 +73,12 @@ def test_recording_goes_on_until_there_are_enough_tokens(llm):
     assert len(list(record(llm, drawn_probes(1), most))) == 5
 
 
+def test_as_many_probes_are_asked_as_were_asked_for(llm):
+    """Catches --probes that is cut down to a number that nobody gave."""
+    size = RecordingSize(num_probes=6, num_tokens=0, most_probes=5, num_staged=0, max_tokens=1)
+    assert len(list(record(llm, drawn_probes(1), size))) == 6
+
+
 def test_a_file_holds_all_of_it(llm, tmp_path):
     """Catches a probe without its pictures, and logits in fewer bits."""
     traces = tuple(record(llm, drawn_probes(1), SIZE))

@@ -131,5 +131,6 @@ def test_plots_are_drawn_without_a_screen(monkeypatch):
         draw_bars(["one", "two"], [("zh", [50.0, 70.0]), ("en", [60.0, math.nan])], Axis("%")),
         draw_histogram([("a", [0.1, 0.2, 0.2]), ("b", [])], Axis("score")),
         draw_histogram([], Axis("score")),
+        draw_histogram([("a", [math.nan, 0.5, math.inf]), ("b", [math.nan])], Axis("score")),
     ):
         assert len(drawn(png).getcolors(maxcolors=1 << 20) or []) > 10

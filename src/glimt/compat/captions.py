@@ -10,24 +10,17 @@ from glimt.commands.console import count_bar, printable, warn
 from glimt.commands.running import load_engine
 from glimt.config import EngineConfig
 from glimt.engine import Engine
-from glimt.errors import ConfigError, RequestError
+from glimt.errors import RequestError
+from glimt.evaluate.pictures import list_pictures
 from glimt.outputs.assembler import OutputAssembler
 from glimt.types import Request, RequestOutput, SamplingParams
-
-_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 
 
 def pictures_of(images: Path) -> list[Path]:
     """A folder's pictures by name, or the one file that was named. Raises ConfigError for none."""
     if images.is_file():
         return [images]
-    if not images.is_dir():
-        raise ConfigError("images", [f"{images} does not exist; name a folder of pictures"])
-    found = [path for path in sorted(images.iterdir()) if path.suffix.lower() in _ENDINGS]
-    if not found:
-        kinds = ", ".join(sorted(_ENDINGS))
-        raise ConfigError("images", [f"{images} has no picture ({kinds}); name another folder"])
-    return found
+    return [Path(picture) for picture in list_pictures(str(images)).pictures]
 
 
 def print_captions(config: EngineConfig, images: Path, output_len: int) -> bool:

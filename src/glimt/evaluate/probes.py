@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from glimt.errors import ConfigError
+from glimt.evaluate.pictures import list_pictures
 from glimt.types import ImagePart, Message, TextPart
 
 QUESTIONS = (
@@ -25,7 +25,6 @@ QUESTIONS = (
 )
 _TEXTS = ("你好，{}", "Hello, {}. Who are you?", "{} 加一等于几？", "Count to {}.")
 _TEXT_EVERY = 8  # of so many drawn probes one has no picture
-_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +61,8 @@ def folder_probes(folder: Path, prompt: str | None) -> Iterator[Probe]:
 
     Raises ConfigError if there is none. Whether a picture can be read shows when it is asked about.
     """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
-    except OSError as error:
-        said = f"{folder} cannot be read: {error.strerror or error}"
-        raise ConfigError("images", [f"{said}; name a folder of pictures"]) from error
-    if not paths:
-        raise ConfigError("images", [f"{folder} holds no picture ({', '.join(_ENDINGS)})"])
     questions = cycle([prompt] if prompt else QUESTIONS)
-    for path in paths:
+    for path in map(Path, list_pictures(str(folder)).pictures):
         yield Probe(path.name, (path.read_bytes(),), next(questions))
 
 

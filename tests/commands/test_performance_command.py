@@ -171,7 +171,7 @@ def test_weights_are_hashed_once(folders, tmp_path, monkeypatch):
 
 def test_a_killed_sweep_goes_on_where_it_was(folders, tmp_path):
     """Catches a record that is only written at the end, or half written by a kill."""
-    lengths = ("--batch", "1", "--input", "32,48,64,80", "--output-len", "200,300,400,500")
+    lengths = ("--batch", "1", "--input", "32,48,64,80", "--output-len", "100,110,120,130")
     given = ["-m", str(folders["glm4v_9b"]), *lengths, "--out", str(tmp_path)]
     program = "from glimt.cli import main; main()"
     command = [sys.executable, "-c", program, "bench", "performance", *given]

@@ -186,11 +186,12 @@ def test_arrivals_come_from_the_seed_at_the_wanted_rate():
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
 def test_burstiness_is_the_gaps_squared_mean_over_variance(burstiness):
-    """Catches bursts that spread requests out, which is the wrong way round."""
+    """Catches bursts that spread requests out, the wrong way round, or change how many come."""
     times = list(islice(arrival_times(2.0, burstiness, seed=0), 20_000))
     gaps = [later - earlier for earlier, later in pairwise([0.0, *times])]
     mean = sum(gaps) / len(gaps)
     variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
+    assert mean == pytest.approx(0.5, rel=0.05)
     assert mean**2 / variance == pytest.approx(burstiness, rel=0.1)
 
 

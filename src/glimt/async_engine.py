@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class AsyncEngine:
         self._is_closed = False
         self._gate = threading.Lock()  # no command may slip in after the last drain
         self._failure: Exception | None = None
+        self._last_step_s = time.monotonic()  # written by the engine thread alone
         self._thread = threading.Thread(target=self._run, name="glimt-engine", daemon=True)
         self._thread.start()
 
@@ -158,6 +160,16 @@ class AsyncEngine:
         """The engine thread runs and has not failed."""
         return self._thread.is_alive() and self._failure is None
 
+    @property
+    def failure(self) -> str:
+        """Why the engine stopped; "" if it did not fail."""
+        return "" if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the last step while there is work for one; 0 when idle."""
+        return time.monotonic() - self._last_step_s if self._engine.has_work else 0.0
+
     def close(self) -> None:
         """Abort everything and stop the thread. Further requests raise EngineError."""
         with self._gate:
@@ -180,6 +192,7 @@ class AsyncEngine:
         try:
             while self._take_commands():
                 self._publish(self._engine.step())
+                self._last_step_s = time.monotonic()
         except Exception as error:
             log.exception("the engine stopped")
             self._failure = error
@@ -195,6 +208,7 @@ class AsyncEngine:
             if command is None:
                 return False
             command()
+            self._last_step_s = time.monotonic()
         return True
 
     def _add(self, subscriber: _Subscriber) -> None:

@@ -1,0 +1,1 @@
+"""Text to HTTP: one internal request, one file for each protocol that clients speak."""

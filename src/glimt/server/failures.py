@@ -1,0 +1,162 @@
+"""What went wrong, as each protocol says it: HTTP status and body. Chosen by the path alone.
+
+Knows every kind of error, and no request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from glimt.errors import CapacityError, EngineError, GlimtError, PromptTooLong, RequestError
+from glimt.server.host import EngineUnavailable
+from glimt.server.service import DeadlinePassed
+
+Family = Literal["openai", "tgi", "triton", "vllm", "mindie"]
+Kind = Literal[
+    "invalid", "too_long", "unknown_model", "unknown_route", "method", "key", "too_large",
+    "overloaded", "unavailable", "timeout", "engine",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One error for a client.
+
+    field: of the request, where one is at fault
+    """
+
+    kind: Kind
+    message: str
+    field: str | None = None
+
+
+class HttpFailure(GlimtError):
+    """An error that only HTTP knows, such as a model's name that is not served."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def failure_of(error: Exception) -> Failure:
+    """What an exception means for its client; an unknown one says nothing of its inside."""
+    if isinstance(error, HttpFailure):
+        return error.failure
+    if isinstance(error, RequestError):
+        kind: Kind = "too_long" if isinstance(error, PromptTooLong) else "invalid"
+        return Failure(kind, str(error), error.field)
+    if isinstance(error, EngineUnavailable):
+        return Failure("unavailable", str(error))
+    if isinstance(error, DeadlinePassed):
+        return Failure("timeout", str(error))
+    if isinstance(error, CapacityError):
+        return Failure("overloaded", str(error))
+    if isinstance(error, EngineError):
+        return Failure("engine", str(error))
+    return Failure("engine", "the server failed; its log says why")
+
+
+# --- status ----------------------------------------------------------------------------------
+
+_OPENAI: Mapping[Kind, tuple[int, str]] = {
+    "invalid": (400, "BadRequestError"),
+    "too_long": (400, "BadRequestError"),
+    "unknown_model": (404, "NotFoundError"),
+    "unknown_route": (404, "NotFoundError"),
+    "method": (405, "BadRequestError"),
+    "key": (401, "AuthenticationError"),
+    "too_large": (413, "BadRequestError"),
+    "overloaded": (429, "RateLimitError"),
+    "unavailable": (503, "ServiceUnavailableError"),
+    "timeout": (504, "TimeoutError"),
+    "engine": (500, "InternalServerError"),
+}
+_TGI: Mapping[Kind, tuple[int, str]] = {
+    "invalid": (422, "validation"),
+    "too_long": (422, "validation"),
+    "unknown_model": (422, "validation"),
+    "unknown_route": (404, "not_found"),
+    "method": (405, "validation"),
+    "key": (401, "authentication"),
+    "too_large": (413, "validation"),
+    "overloaded": (429, "overloaded"),
+    "unavailable": (503, "healthcheck"),
+    "timeout": (424, "generation"),
+    "engine": (424, "generation"),
+}
+_TRITON: Mapping[Kind, int] = {
+    "invalid": 400, "too_long": 400, "unknown_model": 404, "unknown_route": 404, "method": 405,
+    "key": 401, "too_large": 413, "overloaded": 503, "unavailable": 503, "timeout": 504,
+    "engine": 500,
+}  # fmt: skip
+_MINDIE_TITLES: Mapping[Kind, tuple[int, str]] = {
+    **_TGI,
+    "overloaded": (503, "overloaded"),
+    "invalid": (422, "Input Validation Error"),
+    "too_long": (422, "Input Validation Error"),
+    "unknown_model": (422, "Input Validation Error"),
+    "timeout": (424, "Generation Error"),
+    "engine": (424, "Generation Error"),
+}
+
+
+def status_of(failure: Failure, family: Family) -> int:
+    """The HTTP status."""
+    if family == "openai" or family == "vllm":
+        return _OPENAI[failure.kind][0]
+    if family == "triton":
+        return _TRITON[failure.kind]
+    return (_MINDIE_TITLES if family == "mindie" else _TGI)[failure.kind][0]
+
+
+def body_of(failure: Failure, family: Family, profile: str = "upstream") -> dict[str, Any]:
+    """The JSON body."""
+    if family == "triton":
+        return {"error": failure.message}
+    if family in ("openai", "vllm") and profile == "upstream":
+        status, kind = _OPENAI[failure.kind]
+        code: int | str = "context_length_exceeded" if failure.kind == "too_long" else status
+        inner = {"message": failure.message, "type": kind, "param": failure.field, "code": code}
+        return {"error": inner}
+    table = _MINDIE_TITLES if family == "mindie" or profile == "mindie" else _TGI
+    return {"error": failure.message, "error_type": table[failure.kind][1]}
+
+
+def headers_of(failure: Failure) -> dict[str, str]:
+    """What clients go by when they decide whether to try again."""
+    if failure.kind in ("overloaded", "unavailable"):
+        return {"Retry-After": "1"}
+    if failure.kind == "key":
+        return {"WWW-Authenticate": "Bearer"}
+    return {"x-should-retry": "false"} if failure.kind in ("engine", "timeout") else {}
+
+
+def one_line(value: Any) -> bytes:
+    """JSON as clients want it: one line, UTF-8, no NaN; half characters become U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+# --- whose form ------------------------------------------------------------------------------
+
+_BY_PREFIX: tuple[tuple[str, Family], ...] = (
+    ("/v1/config", "mindie"),
+    ("/v1/status", "mindie"),
+    ("/v1/tokenizer", "mindie"),
+    ("/v2", "triton"),
+    ("/v1", "openai"),
+    ("/infer", "mindie"),
+    ("/generate", "tgi"),
+    ("/info", "tgi"),
+    ("/tokenize", "tgi"),
+)
+
+
+def family_of(path: str) -> Family:
+    """Whose errors a path speaks."""
+    if path == "/":
+        return "tgi"
+    return next((family for prefix, family in _BY_PREFIX if path.startswith(prefix)), "openai")

@@ -1,0 +1,191 @@
+"""What happens to every HTTP request before a protocol sees it. Pure ASGI, so streams stay streams.
+
+    RequestIds   takes the caller's id or makes one, and says it in the reply
+    Keys         asks for an API key where one is set
+    BodyLimit    stops reading a body at its cap, whatever its Content-Length says
+    LastResort   an error that nobody caught becomes the family's 500, or a cut stream
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Iterable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from glimt.errors import RequestError
+from glimt.server.failures import (
+    Failure,
+    body_of,
+    failure_of,
+    family_of,
+    headers_of,
+    one_line,
+    status_of,
+)
+from glimt.server.service import checked_id
+
+log = logging.getLogger("glimt.server")
+
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live"})
+"""Answered without a key; "/" only to GET, which is the chat page."""
+
+
+async def send_failure(failure: Failure, path: str, profile: str, send: Send) -> None:
+    """A whole error reply in the form of the path's family."""
+    family = family_of(path)
+    body = one_line(body_of(failure, family, profile))
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **headers_of(failure),
+    }
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    status = status_of(failure, family)
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+class RequestIds:
+    """Puts `request_id` into the scope's state, and X-Request-Id into the reply."""
+
+    def __init__(self, app: ASGIApp, profile: str) -> None:
+        self._app, self._profile = app, profile
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its id; a bad one is refused."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id")
+        try:
+            request_id = checked_id(given, "X-Request-Id")
+        except RequestError as error:
+            await send_failure(failure_of(error), scope["path"], self._profile, send)
+            return
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Keys:
+    """Asks for an API key: `Authorization: Bearer KEY`, `api-key` or `x-api-key`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], profile: str) -> None:
+        self._app, self._profile = app, profile
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on if it needs no key or has one."""
+        if scope["type"] != "http" or not self._digests or self._is_open(scope):
+            await self._app(scope, receive, send)
+        elif any(self._is_known(key) for key in _given_keys(Headers(scope=scope))):
+            await self._app(scope, receive, send)
+        else:
+            said = "an API key is needed: Authorization: Bearer KEY"
+            await send_failure(Failure("key", said), scope["path"], self._profile, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        if scope["method"] == "OPTIONS":
+            return True
+        path: str = scope["path"]
+        if path == "/" or path.startswith("/page/"):
+            return scope["method"] in ("GET", "HEAD")
+        return path in OPEN_PATHS
+
+    def _is_known(self, key: str) -> bool:
+        """In constant time, over all keys, so that time tells nothing of any."""
+        digest = _digest(key)
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _given_keys(headers: Headers) -> Iterable[str]:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key:
+        yield key.strip()
+    for name in ("api-key", "x-api-key"):
+        if name in headers:
+            yield headers[name]
+
+
+class BodyLimit:
+    """Reads a request's body, at most so much of it, before anything is done with it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, profile: str) -> None:
+        self._app, self._max_bytes, self._profile = app, max_bytes, profile
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its whole body, or refuse it with 413."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "0")
+        body = None
+        if not length.isdecimal() or int(length) <= self._max_bytes:
+            body = await self._body(receive)
+        if body is None:
+            most = f"at most {self._max_bytes:,} bytes are taken"
+            failure = Failure("too_large", f"the request's body is larger than that: {most}")
+            await send_failure(failure, scope["path"], self._profile, send)
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The body; None beyond the limit. Empty if the client left meanwhile."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                return None
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the body once, then what comes after it: the client's leaving."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay
+
+
+class LastResort:
+    """Turns what nobody caught into an error reply that says nothing of our inside."""
+
+    def __init__(self, app: ASGIApp, profile: str) -> None:
+        self._app, self._profile = app, profile
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; log and answer what it raises."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = has_begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            log.exception("request %s failed", scope.get("state", {}).get("request_id"))
+            if not has_begun:
+                await send_failure(failure_of(error), scope["path"], self._profile, send)

@@ -1,0 +1,237 @@
+"""Service: what every protocol calls. Admission, preparation, deadlines and counts of a request.
+
+A protocol file turns a body into an `Ask`, and the outputs of `Answer.stream` into its own form.
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from glimt.async_engine import AsyncEngine
+from glimt.errors import CapacityError, EngineError, RequestError
+from glimt.inputs.request import RequestOptions
+from glimt.outputs.assembler import OutputAssembler
+from glimt.server.config import ServerConfig
+from glimt.server.host import EngineHost
+from glimt.server.metrics import Metrics
+from glimt.server.pictures import PictureReader
+from glimt.types import Message, Request, RequestOutput, SamplingParams, StepOutput
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
+_PREPARING = 4  # requests whose prompts and pictures are prepared at the same time
+
+
+class DeadlinePassed(CapacityError):
+    """The request took longer than it may: it is aborted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request, whatever protocol it came by.
+
+    messages:  a conversation; or
+    prompt:    a bare text to be continued; or
+    token_ids: the same as ids
+    request_id: checked already; the engine's own may get a suffix
+    timeout_s: from arrival; None: the server's limit
+    """
+
+    protocol: str
+    request_id: str
+    sampling: SamplingParams
+    messages: Sequence[Message] | None = None
+    prompt: str | None = None
+    token_ids: Sequence[int] | None = None
+    language: str = "auto"
+    cache_salt: str = ""
+    timeout_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A request that was admitted and prepared; it runs while `stream` is read.
+
+    request:   with every default filled in and the prompt's length known
+    arrival_s: by time.monotonic
+    """
+
+    request: Request
+    arrival_s: float
+    _outputs: AsyncIterator[StepOutput]
+    waited_s: float = field(default=0.0)
+
+    def stream(self) -> AsyncIterator[StepOutput]:
+        """Outputs as they come. Raises EngineError, or DeadlinePassed when it takes too long."""
+        return self._outputs
+
+    async def whole(self) -> RequestOutput:
+        """The finished answer. Raises as `stream`, and EngineError for a choice with an error."""
+        assembler = OutputAssembler(self.request)
+        async for output in self._outputs:
+            if output.finish_reason == "error":
+                raise EngineError(output.error or "the answer ended with an error")
+            whole = assembler.add(output)
+            if whole is not None:
+                return whole
+        raise EngineError(f"request {self.request.request_id} ended without its last output")
+
+
+class Service:
+    """One server's requests."""
+
+    def __init__(self, host: EngineHost, config: ServerConfig, metrics: Metrics) -> None:
+        self.host = host
+        self.config = config
+        self.metrics = metrics
+        self.pictures = PictureReader(config, metrics)
+        self._num_open = 0
+        self._preparing = asyncio.Semaphore(_PREPARING)
+        self._ids: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_open(self) -> int:
+        """Choices of requests that are admitted and not finished."""
+        return self._num_open
+
+    @asynccontextmanager
+    async def answer(self, ask: Ask) -> AsyncGenerator[Answer, None]:
+        """Admit and prepare a request; leaving the context ends it, finished or not.
+
+        Raises RequestError, CapacityError (of its kinds EngineUnavailable and DeadlinePassed), or
+        EngineError.
+        """
+        arrival_s = time.monotonic()
+        engine = self.host.engine
+        with self._admitted(engine, ask) as request_id:
+            deadline = asyncio.get_running_loop().time() + self._timeout_s(ask)
+            try:
+                async with asyncio.timeout_at(deadline), self._preparing:
+                    request = await self._prepare(engine, ask, request_id)
+            except TimeoutError:
+                raise self._late(ask) from None
+            self.metrics.began(ask.protocol, request)
+            outputs = self._stream(engine, request, ask, deadline)
+            async with aclosing(outputs):
+                yield Answer(request, arrival_s, outputs)
+
+    def _timeout_s(self, ask: Ask) -> float:
+        limit = self.config.request_timeout_s
+        return limit if ask.timeout_s is None else min(limit, ask.timeout_s)
+
+    def _late(self, ask: Ask) -> DeadlinePassed:
+        self.metrics.failed("timeout")
+        return DeadlinePassed(f"the request took longer than {self._timeout_s(ask):g} s")
+
+    # --- admission ---
+
+    def _admitted(self, engine: AsyncEngine, ask: Ask) -> _Place:
+        """A place for the request. Raises CapacityError if there is none."""
+        most = engine.max_num_seqs + self.config.max_waiting
+        if self._num_open and self._num_open + ask.sampling.n > most:
+            self.metrics.failed("overloaded")
+            said = f"{self._num_open} answers are running or waiting, at most {most} may"
+            raise CapacityError(f"{said}; try again in a second")
+        return _Place(self, ask)
+
+    async def wait_idle(self) -> None:
+        """Return once no request is open."""
+        await self._idle.wait()
+
+    def _enter(self, ask: Ask) -> str:
+        self._num_open += ask.sampling.n
+        self._idle.clear()
+        request_id = ask.request_id
+        while request_id in self._ids:  # a client that repeats an id of a running request
+            request_id = f"{ask.request_id}-{secrets.token_hex(4)}"
+        self._ids.add(request_id)
+        return request_id
+
+    def _leave(self, ask: Ask, request_id: str) -> None:
+        self._ids.discard(request_id)
+        self._num_open -= ask.sampling.n
+        if not self._num_open:
+            self._idle.set()
+
+    # --- preparation ---
+
+    async def _prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
+        """Everything that can be refused. Raises RequestError."""
+        options = RequestOptions(
+            request_id=request_id,
+            language=ask.language,
+            cache_salt=ask.cache_salt,
+            allow_files=False,
+        )
+        if ask.messages is not None:
+            num_images = sum(message.num_images for message in ask.messages)
+            if num_images > self.config.limit_images:
+                most = f"at most {self.config.limit_images} are taken (--limit-images)"
+                raise RequestError("messages", f"holds {num_images} pictures; {most}")
+            messages = await self.pictures.read(ask.messages)
+            return await engine.prepare_chat(messages, ask.sampling, options)
+        if ask.token_ids is not None:
+            return await engine.prepare_tokens(ask.token_ids, ask.sampling, options)
+        return await engine.prepare_text(ask.prompt or "", ask.sampling, options)
+
+    # --- running ---
+
+    async def _stream(
+        self, engine: AsyncEngine, request: Request, ask: Ask, deadline: float
+    ) -> AsyncGenerator[StepOutput, None]:
+        """The engine's outputs up to the deadline; counted, whatever becomes of them."""
+        watch = self.metrics.watch(request)
+        try:
+            async with aclosing(engine.stream(request)) as outputs:
+                iterator = aiter(outputs)
+                while True:
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            output = await anext(iterator)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        raise self._late(ask) from None
+                    watch.saw(output)
+                    yield output
+        finally:
+            watch.ended()
+
+
+class _Place:
+    """A request's place among the open ones."""
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self._service, self._ask = service, ask
+        self._request_id = ""
+
+    def __enter__(self) -> str:
+        self._request_id = self._service._enter(self._ask)
+        return self._request_id
+
+    def __exit__(self, *error: object) -> None:
+        self._service._leave(self._ask, self._request_id)
+
+
+def checked_id(given: str | None, field_name: str = "request_id") -> str:
+    """A request's id: the caller's, or a new one. Raises RequestError if it is no id."""
+    if given is None or given == "":
+        return secrets.token_hex(16)
+    if not REQUEST_ID.fullmatch(given):
+        raise RequestError(field_name, "must be 1 to 256 letters, digits, - or _")
+    return given
+
+
+def with_room(sampling: SamplingParams, most: int) -> SamplingParams:
+    """The same with its max_tokens cut to what the context leaves."""
+    if sampling.max_tokens is None or sampling.max_tokens <= most:
+        return sampling
+    return replace(sampling, max_tokens=most)

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -117,6 +117,15 @@ class AsyncEngine:
         """Encode a bare text in a worker thread. Raises RequestError."""
         return await asyncio.to_thread(self._engine.prepare_text, prompt, sampling, options)
 
+    async def prepare_tokens(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
+        """Check a prompt of ids in a worker thread. Raises RequestError."""
+        return await asyncio.to_thread(self._engine.prepare_tokens, token_ids, sampling, options)
+
     async def run(self, request: Request) -> RequestOutput:
         """Run a prepared request to its end. Raises as stream_chat does."""
         assembler = OutputAssembler(request)
@@ -154,6 +163,16 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counters; read without stopping the engine, so single figures may be a step apart."""
         return self._engine.stats()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for what does not change: its model, processor and limits."""
+        return self._engine
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at the same time."""
+        return self._engine.config.max_num_seqs
 
     @property
     def is_alive(self) -> bool:

@@ -118,6 +118,15 @@ class Engine:
         """Encode a bare text to be continued. Raises RequestError. Any thread."""
         return self.inputs.from_text(text, sampling, options)
 
+    def prepare_tokens(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
+        """Take a prompt that is given as ids. Raises RequestError. Any thread."""
+        return self.inputs.from_tokens(token_ids, sampling, options)
+
     def add_request(self, request: Request) -> None:
         """Queue a prepared request. Raises RequestError when its id is in use."""
         if self.is_open(request.request_id):

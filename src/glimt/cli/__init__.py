@@ -33,6 +33,7 @@ from glimt.cli.options import (
     gathers,
     option,
 )
+from glimt.cli.serve import serve_app
 
 app = typer.Typer(
     cls=Commands,
@@ -232,6 +233,7 @@ def quantize(
     quantize_with_bar(source, target, (blocks, head, tower), force, as_json)
 
 
+app.add_typer(serve_app)
 app.add_typer(compare_app)
 
 

@@ -137,6 +137,24 @@ class RequestFactory:
         max_tokens = self._check_fit(prompt, sampling)
         return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
 
+    def from_tokens(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> Request:
+        """Continue a prompt that is given as ids, which may be special ones; text alone.
+
+        Raises RequestError, PromptTooLong among them.
+        """
+        arrival_s = time.monotonic()
+        sampling = _or_defaults(sampling, SamplingParams, "sampling")
+        options = _or_defaults(options, RequestOptions, "options")
+        self._check_ids("prompt", token_ids)
+        prompt = self.processor.encode_tokens(token_ids)
+        max_tokens = self._check_fit(prompt, sampling)
+        return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
+
     def _open_images(self, messages: Sequence[Message], allow_files: bool) -> list[OpenedImage]:
         return [
             open_image(

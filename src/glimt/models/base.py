@@ -150,6 +150,9 @@ class Processor(Protocol):
     def encode_text(self, text: str) -> EncodedPrompt:
         """Encode a bare text to be continued, without a template."""
 
+    def encode_tokens(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        """Place a prompt that is given as ids, special ones among them; nothing is put before."""
+
     def finish_text(self, raw: str) -> str:
         """The reply as the original shows it: stripped, punctuation mended."""
 

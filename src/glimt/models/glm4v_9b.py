@@ -263,6 +263,12 @@ class Glm4vProcessor:
         prompt.add_text(self.tokenizer.encode(text))
         return prompt.build()
 
+    def encode_tokens(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        """The ids as they are, each one position further."""
+        prompt = _PromptBuilder([])
+        prompt.add_text(token_ids)
+        return prompt.build()
+
     def finish_text(self, raw: str) -> str:
         """Replies usually begin with a line feed, which the original strips."""
         return raw.strip()

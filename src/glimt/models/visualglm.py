@@ -262,6 +262,12 @@ class VisualGlmProcessor:
         """The text and `[gMASK]<sop>`."""
         return self._encode(text, ())
 
+    def encode_tokens(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        """The ids, and `[gMASK]<sop>` unless they end in it: answers begin there."""
+        end = (self.config.gmask_token_id, self.config.bos_token_id)
+        context = token_ids[:-2] if tuple(token_ids[-2:]) == end else token_ids
+        return _with_positions([*context, *end], ())
+
     def _encode(self, text: str, image_costs: Sequence[int]) -> EncodedPrompt:
         """The last end tag and the text are encoded together, as the original does."""
         ids: list[int] = []

@@ -200,7 +200,9 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
         assert isinstance(error, HTTPException)
         kinds = {404: "unknown_route", 405: "method"}
         kind: Any = kinds.get(error.status_code, "invalid")
-        return respond(request, Failure(kind, f"{request.method} {request.url.path}: {error.detail}"))
+        return respond(
+            request, Failure(kind, f"{request.method} {request.url.path}: {error.detail}")
+        )
 
     async def left(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it

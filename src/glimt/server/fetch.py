@@ -84,7 +84,7 @@ class Fetcher:
         except (OSError, TimeoutError, UnicodeError) as error:
             raise ImageError(field, f"the host {url.host!r} cannot be found") from error
         for *_, place in found:
-            address = ipaddress.ip_address(place[0].partition("%")[0])
+            address = ipaddress.ip_address(str(place[0]).partition("%")[0])
             if not self._may_reach(address):
                 said = f"the host {url.host!r} has the address {address}, which is not public"
                 raise ImageError(field, f"{said}; such pictures are not fetched")
@@ -111,7 +111,8 @@ class Fetcher:
     async def _download(self, url: URL, addresses: list[dict[str, Any]], field: str) -> bytes:
         import aiohttp
 
-        connector = aiohttp.TCPConnector(resolver=_Pinned(addresses), force_close=True)
+        pinned: Any = _Pinned(addresses)  # of AbstractResolver's form
+        connector = aiohttp.TCPConnector(resolver=pinned, force_close=True)
         timeout = aiohttp.ClientTimeout(_TOTAL_S, connect=_CONNECT_S, sock_read=_READ_S)
         headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
         options: dict[str, Any] = {"timeout": timeout, "trust_env": False, "auto_decompress": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from glimt.engine import EngineStats
@@ -134,7 +134,8 @@ class RequestWatch:
             self._finish(output, now)
 
     def _finish(self, output: StepOutput, now: float) -> None:
-        assert output.usage and output.timings
+        assert output.usage
+        assert output.timings
         m, usage, times = self._m, output.usage, output.timings
         labels = m._labels
         self._is_told = True

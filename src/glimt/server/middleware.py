@@ -1,9 +1,9 @@
 """What happens to every HTTP request before a protocol sees it. Pure ASGI, so streams stay streams.
 
-    RequestIds   takes the caller's id or makes one, and says it in the reply
-    Keys         asks for an API key where one is set
-    BodyLimit    stops reading a body at its cap, whatever its Content-Length says
-    LastResort   an error that nobody caught becomes the family's 500, or a cut stream
+RequestIds   takes the caller's id or makes one, and says it in the reply
+Keys         asks for an API key where one is set
+BodyLimit    stops reading a body at its cap, whatever its Content-Length says
+LastResort   an error that nobody caught becomes the family's 500, or a cut stream
 """
 
 from __future__ import annotations
@@ -85,13 +85,15 @@ class Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on if it needs no key or has one."""
-        if scope["type"] != "http" or not self._digests or self._is_open(scope):
+        if scope["type"] != "http" or not self._digests or self._may_pass(scope):
             await self._app(scope, receive, send)
-        elif any(self._is_known(key) for key in _given_keys(Headers(scope=scope))):
-            await self._app(scope, receive, send)
-        else:
-            said = "an API key is needed: Authorization: Bearer KEY"
-            await send_failure(Failure("key", said), scope["path"], self._profile, send)
+            return
+        said = "an API key is needed: Authorization: Bearer KEY"
+        await send_failure(Failure("key", said), scope["path"], self._profile, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        given = _given_keys(Headers(scope=scope))
+        return self._is_open(scope) or any(self._is_known(key) for key in given)
 
     def _is_open(self, scope: Scope) -> bool:
         if scope["method"] == "OPTIONS":

@@ -77,7 +77,7 @@ class EventStream(Response):
             asyncio.ensure_future(self._fill()),
             asyncio.ensure_future(self._send(send)),
         ]
-        left, filling, sending = tasks
+        left, _, sending = tasks
         try:
             await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and not sending.cancelled():

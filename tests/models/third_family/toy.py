@@ -156,6 +156,11 @@ class ToyProcessor:
         prompt.add_text(self.tokenizer.encode(text))
         return prompt.build()
 
+    def encode_tokens(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        prompt = _Prompt(0, 0)
+        prompt.add_text(token_ids)
+        return prompt.build()
+
     def finish_text(self, raw: str) -> str:
         return raw
 

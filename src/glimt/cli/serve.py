@@ -1,0 +1,145 @@
+"""`glimt serve`: options and help only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glimt.cli.options import ENGINE, Commands, Fields, gathers, option
+
+serve_app = typer.Typer(cls=Commands)
+SERVER, ACCESS, PICTURES = "Server", "Access", "Pictures"
+
+
+@serve_app.command()
+@gathers(engine=ENGINE)
+def serve(
+    *,
+    engine: Fields,
+    host: Annotated[str, option("--host", "Address to listen on.", SERVER, "HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, option("--port", "Port to listen on; 0: any that is free.", SERVER, "PORT")
+    ] = 8000,
+    management_port: Annotated[
+        int | None,
+        option(
+            "--management-port",
+            "Port of MindIE's management routes, on 127.0.0.1. Default: none.",
+            SERVER,
+            "PORT",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        option(
+            "--served-model-name",
+            "What clients call the model; may be repeated. Default: the folder's name.",
+            SERVER,
+            "NAME",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, option("--max-num-seqs", "Answers that are computed together.", SERVER, "N")
+    ] = 64,
+    max_waiting: Annotated[
+        int,
+        option("--max-waiting", "Answers that may wait; beyond, requests get 429.", SERVER, "N"),
+    ] = 256,
+    request_timeout: Annotated[
+        float, option("--request-timeout", "Seconds that a request may take.", SERVER, "S")
+    ] = 600.0,
+    drain_timeout: Annotated[
+        float,
+        option("--drain-timeout", "Seconds for running answers after SIGTERM.", SERVER, "S"),
+    ] = 90.0,
+    profile: Annotated[
+        str,
+        option("--profile", "upstream, or mindie: MindIE's habits to the letter.", SERVER, "NAME"),
+    ] = "upstream",
+    mindie_config: Annotated[
+        Path | None,
+        option("--mindie-config", "Take settings from MindIE's config.json.", SERVER, "FILE"),
+    ] = None,
+    metrics_compat: Annotated[
+        str,
+        option("--metrics-compat", "none, or tgi: TGI's metric names as well.", SERVER, "NAME"),
+    ] = "none",
+    log_level: Annotated[
+        str, option("--log-level", "debug, info, warning or error.", SERVER, "LEVEL")
+    ] = "info",
+    api_key: Annotated[
+        list[str] | None,
+        option(
+            "--api-key",
+            "A key that clients must send; may be repeated. Also GLIMT_API_KEY. Default: none.",
+            ACCESS,
+            "KEY",
+        ),
+    ] = None,
+    limit_images: Annotated[
+        int, option("--limit-images", "Pictures of one request.", PICTURES, "N")
+    ] = 8,
+    max_image_bytes: Annotated[
+        int, option("--max-image-bytes", "Of one encoded picture.", PICTURES, "N")
+    ] = 20 * 2**20,
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        option(
+            "--allowed-media-domains",
+            "A host that pictures are fetched from, *.example.org or *; may be repeated. "
+            "Default: none.",
+            PICTURES,
+            "HOST",
+        ),
+    ] = None,
+    allowed_media_networks: Annotated[
+        list[str] | None,
+        option(
+            "--allowed-media-networks",
+            "A private network that may be fetched from as well, such as 10.0.0.0/8.",
+            PICTURES,
+            "CIDR",
+        ),
+    ] = None,
+    media_path: Annotated[
+        Path | None,
+        option("--media-path", "A folder whose files MindIE's forms may name.", PICTURES, "DIR"),
+    ] = None,
+    decoders: Annotated[
+        int,
+        option("--decoders", "Child processes that decode pictures; 0: none.", PICTURES, "N"),
+    ] = 2,
+) -> None:
+    """Serve a model over HTTP, in the forms of OpenAI, TGI, Triton, vLLM and MindIE."""
+    import os
+
+    from glimt.commands.serve import ServeJob
+    from glimt.commands.serve import serve as run
+    from glimt.server.config import ServerConfig
+
+    of_environment = os.environ.get("GLIMT_API_KEY")
+    config = ServerConfig(
+        host=host,
+        port=port,
+        management_port=management_port,
+        served_model_names=tuple(served_model_name or ()),
+        api_keys=(*(api_key or ()), *([of_environment] if of_environment else [])),
+        profile=profile,
+        metrics_compat=metrics_compat,
+        limit_images=limit_images,
+        max_waiting=max_waiting,
+        request_timeout_s=request_timeout,
+        drain_timeout_s=drain_timeout,
+        max_image_bytes=max_image_bytes,
+        num_decoders=decoders,
+        allowed_media_domains=tuple(allowed_media_domains or ()),
+        allowed_media_networks=tuple(allowed_media_networks or ()),
+        media_path=media_path,
+    )
+    job = ServeJob(
+        engine={**engine, "max_num_seqs": max_num_seqs}, server=config, log_level=log_level
+    )
+    if status := run(job):
+        raise typer.Exit(status)

@@ -1,0 +1,164 @@
+"""`glimt serve`: the HTTP server, from its settings to its last running request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from glimt.async_engine import AsyncEngine
+from glimt.commands.console import note, say_error
+from glimt.commands.running import load_engine
+from glimt.config import EngineConfig
+from glimt.errors import ConfigError, GlimtError
+from glimt.loader import open_model
+from glimt.server.app import Context, create_app, create_management_app
+from glimt.server.config import ServerConfig
+
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeJob:
+    """What was asked for. engine: fields of EngineConfig."""
+
+    engine: Mapping[str, Any]
+    server: ServerConfig
+    log_level: str = "info"
+
+
+def serve(job: ServeJob) -> int:
+    """Serve until a signal ends it; the exit status.
+
+    Raises ConfigError or CheckpointError for what can be told before the port is open.
+    """
+    config = EngineConfig(**job.engine)
+    open_model(config)  # a folder that cannot be served is told at once, and not by a 503
+    logging.basicConfig(level=job.log_level.upper(), stream=sys.stderr, format=_FORMAT)
+    return asyncio.run(_Server(job, config).run())
+
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+class _Server:
+    """The public port, the management port if there is one, and the signals that end both."""
+
+    def __init__(self, job: ServeJob, config: EngineConfig) -> None:
+        self._job = job
+        self._config = config
+        self._status = 0
+        self._is_ending = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until a signal, drain, and end."""
+        server = self._job.server
+        app, context = create_app(
+            lambda: AsyncEngine(load_engine(self._config)),
+            server,
+            _model_name(self._config.model),
+            int(time.time()),
+            self._start_failed,
+        )
+        ports = [(app, _listen(server.host, server.port))]
+        if server.management_port is not None:
+            ports.append(
+                (create_management_app(context), _listen("127.0.0.1", server.management_port))
+            )
+        self._tell(ports, context)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._is_ending.set)
+        servers = [_Uvicorn(uvicorn.Config(each, **self._options())) for each, _ in ports]
+        running = [
+            asyncio.create_task(one.serve([listener]))
+            for one, (_, listener) in zip(servers, ports, strict=True)
+        ]
+        ending = asyncio.create_task(self._is_ending.wait())
+        await asyncio.wait({ending, *running}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        await self._drain(context)
+        for one in servers:
+            one.should_exit = True
+        await asyncio.gather(*running)
+        return self._status
+
+    async def _drain(self, context: Context) -> None:
+        """Take no more; let what runs go on for a while; what is left then is aborted."""
+        context.service.host.drain()
+        if not context.service.num_open:
+            return
+        limit = self._job.server.drain_timeout_s
+        note(f"ending: {context.service.num_open} answers may go on for {limit:g} s")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(context.service.wait_idle(), limit)
+
+    def _start_failed(self, error: GlimtError) -> None:
+        say_error(error)
+        self._status = 1
+        self._is_ending.set()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "log_level": "warning",
+            "access_log": False,
+            "timeout_keep_alive": int(self._job.server.idle_timeout_s),
+            "timeout_graceful_shutdown": 5,
+            "h11_max_incomplete_event_size": 64 * 2**10,
+            "server_header": False,
+            "lifespan": "on",
+            "backlog": _BACKLOG,
+        }
+
+    def _tell(self, ports: list[tuple[Any, socket.socket]], context: Context) -> None:
+        host, port = ports[0][1].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        note(f"serving {context.model_name} at http://{shown}:{port} (loading the model)")
+        for _, listener in ports[1:]:
+            note(f"management at http://127.0.0.1:{listener.getsockname()[1]}")
+        if not self._job.server.api_keys and host not in ("127.0.0.1", "::1"):
+            note("no API key is set: whoever reaches this port may use it (--api-key)")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: both ports end together, and only after the running requests."""
+
+    def install_signal_handlers(self) -> None:
+        """Leave them alone."""
+
+    def capture_signals(self) -> Any:
+        """Leave them alone, as newer releases call it."""
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if there can be none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        advice = "another program may have it; choose another --port"
+        raise ConfigError("port", [f"{host}:{port} cannot be opened: {said}; {advice}"]) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _model_name(model: str) -> str:
+    """What a model is called where no name is given: the folder's."""
+    return Path(model).expanduser().resolve().name if "/" in model else model

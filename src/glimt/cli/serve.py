@@ -69,6 +69,18 @@ def serve(
     log_level: Annotated[
         str, option("--log-level", "debug, info, warning or error.", SERVER, "LEVEL")
     ] = "info",
+    log_format: Annotated[
+        str, option("--log-format", "text, or json: an object a line.", SERVER, "NAME")
+    ] = "text",
+    otlp_endpoint: Annotated[
+        str | None,
+        option(
+            "--otlp-endpoint",
+            "Send a span of each request to this OpenTelemetry collector. Default: none.",
+            SERVER,
+            "URL",
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         option(
@@ -137,9 +149,13 @@ def serve(
         allowed_media_domains=tuple(allowed_media_domains or ()),
         allowed_media_networks=tuple(allowed_media_networks or ()),
         media_path=media_path,
+        otlp_endpoint=otlp_endpoint,
     )
     job = ServeJob(
-        engine={**engine, "max_num_seqs": max_num_seqs}, server=config, log_level=log_level
+        engine={**engine, "max_num_seqs": max_num_seqs},
+        server=config,
+        log_level=log_level,
+        log_format=log_format,
     )
     if status := run(job):
         raise typer.Exit(status)

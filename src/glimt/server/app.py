@@ -38,9 +38,10 @@ from glimt.server.failures import (
 )
 from glimt.server.host import EngineHost
 from glimt.server.metrics import Metrics
-from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds
+from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds, RequestLog
 from glimt.server.service import Service
 from glimt.server.streaming import ClientLeft
+from glimt.server.tracing import Traces
 
 log = logging.getLogger("glimt.server")
 
@@ -109,7 +110,7 @@ def create_app(
     """
     host = EngineHost(load, config.max_restarts, config.stall_timeout_s)
     metrics = Metrics(host, (config.served_model_names or (model_name,))[0])
-    service = Service(host, config, metrics)
+    service = Service(host, config, metrics, Traces(config.otlp_endpoint))
     names = config.served_model_names or (model_name,)
     context = Context(service, config, metrics, names, created)
     app = FastAPI(
@@ -143,7 +144,7 @@ def _wrapped(app: Any, config: ServerConfig) -> Any:
     app = LastResort(app, config.profile)
     app = BodyLimit(app, config.max_body_bytes, config.profile)
     app = Keys(app, config.api_keys, config.profile)
-    return RequestIds(app, config.profile)
+    return RequestIds(RequestLog(app), config.profile)
 
 
 def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -> Any:
@@ -163,6 +164,7 @@ def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -
         await asyncio.gather(starting, return_exceptions=True)
         await context.service.host.stop()
         context.service.pictures.close()
+        context.service.traces.close()
 
     return lifespan
 

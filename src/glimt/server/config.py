@@ -53,6 +53,7 @@ class ServerConfig:
     allowed_media_domains: tuple[str, ...] = ()  # hosts to fetch pictures from; "*": any public one
     allowed_media_networks: tuple[str, ...] = ()  # private networks that may be fetched from
     media_path: Path | None = None  # a folder from which MindIE's forms may name files
+    otlp_endpoint: str | None = None  # of an OpenTelemetry collector; None: no traces
     max_restarts: int = 3  # of an engine that failed, within an hour
 
     def __post_init__(self) -> None:

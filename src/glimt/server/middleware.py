@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import time
 from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -74,6 +75,38 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class RequestLog:
+    """One line for each request when its reply ends: no body, no header, no key in it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and log how it ended."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        seen = {"status": 0, "bytes": 0}
+
+        async def counted(message: Message) -> None:
+            seen["status"] = message.get("status", seen["status"])
+            seen["bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        began_s = time.monotonic()
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            facts = {
+                "method": scope["method"],
+                "path": scope["path"][:200],
+                **seen,
+                "seconds": round(time.monotonic() - began_s, 4),
+                "request_id": scope.get("state", {}).get("request_id"),
+            }
+            log.info("request", extra={"facts": facts})
 
 
 class Keys:

@@ -22,6 +22,7 @@ from glimt.server.config import ServerConfig
 from glimt.server.host import EngineHost
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
+from glimt.server.tracing import Trace, Traces
 from glimt.types import Message, Request, RequestOutput, SamplingParams, StepOutput
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
@@ -86,11 +87,18 @@ class Answer:
 class Service:
     """One server's requests."""
 
-    def __init__(self, host: EngineHost, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        config: ServerConfig,
+        metrics: Metrics,
+        traces: Traces | None = None,
+    ) -> None:
         self.host = host
         self.config = config
         self.metrics = metrics
         self.pictures = PictureReader(config, metrics)
+        self.traces = traces or Traces(None)
         self._num_open = 0
         self._preparing = asyncio.Semaphore(_PREPARING)
         self._ids: set[str] = set()
@@ -111,7 +119,8 @@ class Service:
         """
         arrival_s = time.monotonic()
         engine = self.host.engine
-        with self._admitted(engine, ask) as request_id:
+        trace_of = self.traces.request
+        with self._admitted(engine, ask) as request_id, trace_of(ask.protocol, request_id) as trace:
             deadline = asyncio.get_running_loop().time() + self._timeout_s(ask)
             try:
                 async with asyncio.timeout_at(deadline), self._preparing:
@@ -119,7 +128,7 @@ class Service:
             except TimeoutError:
                 raise self._late(ask) from None
             self.metrics.began(ask.protocol, request)
-            outputs = self._stream(engine, request, ask, deadline)
+            outputs = self._stream(engine, request, ask, deadline, trace)
             async with aclosing(outputs):
                 yield Answer(request, arrival_s, outputs)
 
@@ -180,12 +189,14 @@ class Service:
             return await engine.prepare_chat(messages, ask.sampling, options)
         if ask.token_ids is not None:
             return await engine.prepare_tokens(ask.token_ids, ask.sampling, options)
-        return await engine.prepare_text(ask.prompt or "", ask.sampling, options)
+        if not ask.prompt:
+            raise RequestError("prompt", "is empty")
+        return await engine.prepare_text(ask.prompt, ask.sampling, options)
 
     # --- running ---
 
     async def _stream(
-        self, engine: AsyncEngine, request: Request, ask: Ask, deadline: float
+        self, engine: AsyncEngine, request: Request, ask: Ask, deadline: float, trace: Trace
     ) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs up to the deadline; counted, whatever becomes of them."""
         watch = self.metrics.watch(request)
@@ -201,6 +212,7 @@ class Service:
                     except TimeoutError:
                         raise self._late(ask) from None
                     watch.saw(output)
+                    trace.saw(output)
                     yield output
         finally:
             watch.ended()

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
+FLUSH_S = 2.0  # for what waits when the source has failed
 _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # a proxy that collects would make a stream of one piece
@@ -77,10 +78,16 @@ class EventStream(Response):
             asyncio.ensure_future(self._fill()),
             asyncio.ensure_future(self._send(send)),
         ]
-        left, _, sending = tasks
+        left, filling, sending = tasks
         try:
-            await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done() and not sending.cancelled():
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if filling.done() and not isinstance(filling.exception(), ClientLeft):
+                # All is made; what waits may still go out, if somebody reads it.
+                patience_s = FLUSH_S if filling.exception() else None
+                both = {left, sending}
+                await asyncio.wait(both, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                filling.result()
+            if sending.done():
                 sending.result()
         finally:
             for task in tasks:
@@ -93,8 +100,10 @@ class EventStream(Response):
         try:
             async for piece in self._pieces:
                 self._waiting.put(piece)
-        finally:
-            self._waiting.end()
+        except BaseException:
+            self._waiting.cut()
+            raise
+        self._waiting.end()
 
     async def _send(self, send: Send) -> None:
         while True:
@@ -124,7 +133,6 @@ class _Waiting:
     def put(self, piece: bytes) -> None:
         """Raises ClientLeft if the reader is too far behind."""
         if len(self._bytes) + len(piece) > self._max_bytes:
-            self.is_cut = True
             raise ClientLeft
         self._bytes += piece
         self._changed.set()
@@ -134,6 +142,11 @@ class _Waiting:
         self._has_ended = True
         self._changed.set()
 
+    def cut(self) -> None:
+        """No more comes, and what came is not all: the reply must not look whole."""
+        self.is_cut = True
+        self.end()
+
     async def take(self, patience_s: float) -> bytes | None:
         """All that waits; b"" if nothing came for so long, None at the end."""
         if not self._bytes and not self._has_ended:
@@ -141,9 +154,7 @@ class _Waiting:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), patience_s)
         taken, self._bytes = bytes(self._bytes), bytearray()
-        if self.is_cut or (not taken and self._has_ended):
-            return None
-        return taken
+        return None if not taken and self._has_ended else taken
 
 
 Handler = Callable[..., Awaitable[Response]]

@@ -185,12 +185,13 @@ class _Uvicorn(uvicorn.Server):
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError if there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
+        listener.close()
         said = getattr(error, "strerror", None) or str(error)
         advice = "another program may have it; choose another --port"
         raise ConfigError("port", [f"{host}:{port} cannot be opened: {said}; {advice}"]) from error

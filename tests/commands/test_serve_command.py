@@ -1,4 +1,4 @@
-"""`glimt serve` as a process: it opens its port, tells the truth about itself, and ends when told."""
+"""`glimt serve` as a process: it opens its port, tells how it is, and ends when told."""
 
 from __future__ import annotations
 

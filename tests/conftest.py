@@ -135,6 +135,9 @@ class IdTokenizer:
     def decoder(self) -> IdTokenizer:
         return self
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return f"<{token_id}>".encode()
+
     def feed(self, token_id: int) -> str:
         return f"<{token_id}>"
 

@@ -4,6 +4,7 @@ Knows the numbers and the rules; nothing of models, caches, text or which sequen
 Every row of a step goes through the same stages, in this order:
 
     repetition penalty > presence and frequency > logit bias > min_tokens ban     edits of few ids
+    grammar                                                                       bars most ids
     temperature > top-k > top-p > min-p > one draw                                on sorted scores
 
 Promises:
@@ -97,7 +98,7 @@ class Sampler:
         ]
         for i, row in enumerate(rows):
             if not isinstance(choices[i], str) and _edit(scores[i], row):
-                choices[i] = _greedy(scores[i])
+                choices[i] = _greedy(scores[i], row)
         drawn = [i for i, row in enumerate(rows) if _draws(row) and not isinstance(choices[i], str)]
         for i, token_id in _draw_rows(scores, rows, drawn, self.num_candidates).items():
             choices[i] = token_id
@@ -151,7 +152,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _edit(scores: np.ndarray, row: StepRow) -> bool:
     """Apply penalties, bias and ban to one row's scores [vocab_size], in place; did any apply?"""
-    stages = (_penalise_repetition, _penalise_presence, _add_bias, _ban_stops)
+    stages = (_penalise_repetition, _penalise_presence, _add_bias, _ban_stops, _bar_by_grammar)
     applied = [stage(scores, row) for stage in stages]  # any() alone would stop at the first
     return any(applied)
 
@@ -198,6 +199,15 @@ def _ban_stops(scores: np.ndarray, row: StepRow) -> bool:
     return True
 
 
+def _bar_by_grammar(scores: np.ndarray, row: StepRow) -> bool:
+    """Forbid what the grammar does not allow after the output so far."""
+    allowed = None if row.filter is None else row.filter.allowed(row.output_ids)
+    if allowed is None:
+        return False
+    scores[~allowed] = -math.inf
+    return True
+
+
 def _in_vocabulary(ids: Collection[int], vocab_size: int) -> np.ndarray:
     """The ids as int64, without those outside the vocabulary: -1 would mean the last token."""
     try:
@@ -215,10 +225,10 @@ def _draws(row: StepRow) -> bool:
     return _given(row.sampling.temperature) > 0 and row.sampling.top_k != 1
 
 
-def _greedy(scores: np.ndarray) -> int | str:
+def _greedy(scores: np.ndarray, row: StepRow) -> int | str:
     """The id of the largest edited score, lowest id on ties, or why there is none."""
     token_id = int(scores.argmax())
-    return token_id if math.isfinite(scores[token_id]) else _edit_error(scores)
+    return token_id if math.isfinite(scores[token_id]) else _edit_error(scores, row)
 
 
 def _draw_rows(
@@ -393,8 +403,10 @@ def _model_error(scores: np.ndarray) -> str:
     return f"the model gave {found}; check the weights, or use a wider dtype such as float32"
 
 
-def _edit_error(scores: np.ndarray) -> str:
+def _edit_error(scores: np.ndarray, row: StepRow) -> str:
     """Say why penalties, bias and bans leave nothing to choose."""
+    if np.isneginf(scores).all() and row.filter is not None:
+        return "no token that the grammar allows is possible; simplify it, or drop logit_bias"
     if np.isneginf(scores).all():
         return (
             f"min_tokens forbids the stop ids and no other of the {len(scores)} tokens is possible;"

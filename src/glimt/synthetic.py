@@ -182,6 +182,10 @@ class SyntheticTokenizer:
         """Itself: it keeps nothing."""
         return self
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The letter of one token."""
+        return self.decode([token_id]).encode()
+
     def feed(self, token_id: int) -> str:
         """The letter of one token."""
         return self.decode([token_id])

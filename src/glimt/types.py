@@ -7,10 +7,11 @@ A request is read from left to right:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from glimt.errors import RequestError
 
 Role = Literal["system", "user", "assistant", "observation"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+GrammarKind = Literal["json_schema", "regex", "choice"]
 
 
 # --- what the caller says -------------------------------------------------------------------
@@ -63,12 +65,81 @@ Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
 """A conversation as callers write it; `inputs.chat.parse_messages` says what a dictionary holds."""
 
 
-_MAX_N = 64
+_MAX_N = 128
 # The widest limits of the protocols to be served (MindIE's); every token searches all of it.
 _MAX_STOP_STRINGS = 1024
 _MAX_STOP_CHARS = 1024
 _MAX_STOP_CHARS_IN_ALL = 32768
 _MAX_TOP_LOGPROBS = 64
+_MAX_GRAMMAR_CHARS = 65536
+_MAX_SCHEMA_DEPTH = 24
+_MAX_CHOICES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole text of an answer must look like.
+
+    text:  a JSON schema in JSON, a regular expression (Rust's syntax, anchored at both ends), or
+        a JSON list of the texts to choose from
+    field: what errors call it
+    Raises RequestError beyond 65,536 characters, 24 levels or 1,024 choices.
+    """
+
+    kind: GrammarKind
+    text: str
+    field: str = field(default="grammar", compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.text) > _MAX_GRAMMAR_CHARS:
+            said = f"has {len(self.text)} characters; at most {_MAX_GRAMMAR_CHARS} are accepted"
+            raise RequestError(self.field, said)
+
+    @classmethod
+    def of_schema(cls, schema: Any, field: str = "grammar") -> Grammar:
+        """JSON that a schema allows; the schema as json.loads gives it, or as text."""
+        try:
+            parsed = json.loads(schema) if isinstance(schema, str) else schema
+            text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(field, f"is no JSON schema: {error}") from error
+        if not isinstance(parsed, (dict, bool)):
+            raise RequestError(field, "is no JSON schema: an object is needed")
+        if (depth := _depth(parsed)) > _MAX_SCHEMA_DEPTH:
+            said = f"is nested {depth} levels deep; at most {_MAX_SCHEMA_DEPTH} are accepted"
+            raise RequestError(field, said)
+        return cls("json_schema", text, field)
+
+    @classmethod
+    def of_regex(cls, pattern: Any, field: str = "grammar") -> Grammar:
+        """Text that a regular expression matches from end to end."""
+        if not isinstance(pattern, str) or not pattern:
+            raise RequestError(field, "must be a regular expression")
+        return cls("regex", pattern, field)
+
+    @classmethod
+    def of_choice(cls, texts: Any, field: str = "grammar") -> Grammar:
+        """One of several texts."""
+        is_list = isinstance(texts, (list, tuple))
+        if not is_list or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise RequestError(field, "must be a list of texts, none of them empty")
+        if len(texts) > _MAX_CHOICES:
+            said = f"has {len(texts)} texts; at most {_MAX_CHOICES} are accepted"
+            raise RequestError(field, said)
+        return cls("choice", json.dumps(list(texts), ensure_ascii=False), field)
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, read without recursion."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for each in level
+        if isinstance(each, (list, tuple, dict))
+        for inner in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+    return depth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +167,9 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
     n: int = 1
+    include_stop_str_in_output: bool = False  # the text ends with what stopped it
+    skip_special_tokens: bool = True  # false: special tokens show as their names
+    grammar: Grammar | None = None  # what the whole answer must look like
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -114,13 +188,27 @@ class SamplingParams:
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
         ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
         object.__setattr__(self, "stop_token_ids", ids)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", f"must be true or false, not {self.ignore_eos!r}")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"must be true or false, not {getattr(self, name)!r}")
+        self._check_grammar()
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(
                 "min_tokens", f"is {self.min_tokens}, but max_tokens is {self.max_tokens}"
             )
         self._check_stop_lengths()
+
+    def _check_grammar(self) -> None:
+        """A finished text can only end: what forbids the end cannot go with it."""
+        if self.grammar is None:
+            return
+        if not isinstance(self.grammar, Grammar):
+            kind = type(self.grammar).__name__
+            raise RequestError("grammar", f"must be a Grammar, not a {kind}")
+        for name, is_given in (("ignore_eos", self.ignore_eos), ("min_tokens", self.min_tokens)):
+            if is_given:
+                said = f"cannot go with {self.grammar.field}: the text ends when it is complete"
+                raise RequestError(name, said)
 
     def _check_stop_lengths(self) -> None:
         if len(self.stop) > _MAX_STOP_STRINGS:
@@ -163,7 +251,7 @@ class SamplingParams:
             if getattr(self, name) is None:
                 filled[name] = 0.0
         if self.min_tokens is None:
-            least = max(0, family.min_length - prompt_tokens)
+            least = max(0, family.min_length - prompt_tokens) if self.grammar is None else 0
             filled["min_tokens"] = least if self.max_tokens is None else min(least, self.max_tokens)
         return replace(self, temperature=temperature, **filled)
 
@@ -285,6 +373,26 @@ class EncodedPrompt:
         return np.concatenate([self.positions[:, start:num_prompt], decoded], axis=1)
 
 
+class TokenFilter(Protocol):
+    """One sequence's grammar: says which tokens may come next. The implementation is `structured`.
+
+    It follows the output wherever it goes, also back, so a preempted sequence needs nothing more.
+    """
+
+    def allowed(self, output_ids: Sequence[int]) -> np.ndarray | None:
+        """[vocab_size] bool: what may follow this output; a stop id only if it is complete.
+
+        None if the output itself is impossible: it ends in a draft that will be refused.
+        """
+
+
+class Constraint(Protocol):
+    """A compiled grammar, shared by all that ask for it."""
+
+    def start(self) -> TokenFilter:
+        """A filter for one sequence, at its beginning."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """A request that passed every check and waits for the scheduler.
@@ -293,6 +401,9 @@ class Request:
     stop_token_ids: the ids that end it: the request's own and, without ignore_eos, the family's
     seeds:          one per choice (sampling.n)
     cache_salt:     requests share cached prefixes only with requests of the same salt
+    constraint:     of sampling.grammar
+    is_exact:       the text is what the tokens stand for, byte by byte, and not as the original
+        shows it
     """
 
     request_id: str
@@ -304,6 +415,8 @@ class Request:
     max_tokens: int
     arrival_s: float
     cache_salt: str = ""
+    constraint: Constraint | None = None
+    is_exact: bool = False
 
 
 # --- one step --------------------------------------------------------------------------------
@@ -335,6 +448,7 @@ class StepRow:
     prompt_ids, output_ids: all ids so far (prompt as the original writes it), for penalties
     drafts:      tokens that may follow; they are the last of token_ids, and the logits of each
                  are wanted besides those of the last known token
+    filter:      which tokens may be chosen; None: all
     """
 
     sequence_id: int
@@ -354,6 +468,7 @@ class StepRow:
     output_ids: Sequence[int]
     upcoming: tuple[ImageInput, ...] = ()
     drafts: tuple[int, ...] = ()
+    filter: TokenFilter | None = None
 
     @property
     def images_by_digest(self) -> dict[bytes, ImageInput]:

@@ -13,7 +13,8 @@ from glimt.config import ImageLimits
 from glimt.errors import PromptTooLong, RequestError
 from glimt.inputs.chat import parse_messages
 from glimt.inputs.image import OpenedImage, decode_image, open_image
-from glimt.models.base import Processor
+from glimt.models.base import OpenEnded, Processor
+from glimt.structured import GrammarCompiler
 from glimt.types import (
     EncodedPrompt,
     ImageInput,
@@ -58,6 +59,7 @@ class RequestLimits:
 
 
 LANGUAGES = ("auto", "zh", "en")
+PROMPT_ENDS = ("answer", "continue", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,10 @@ class RequestOptions:
     language:    "auto", "zh" or "en": the prompt template, where a family has one per language
     cache_salt:  cached prefixes are shared only between equal salts
     allow_files: whether text may name a file on this machine
+    prompt_end:  "answer": the assistant is to speak; "continue": it goes on with the last
+        message, which is its own; "none": nobody's turn is begun
+    is_exact:    the text comes as the tokens have it, not stripped or mended as the original does;
+        always so for an answer that goes on or has a grammar
     Raises RequestError, naming the field, for a value of the wrong kind.
     """
 
@@ -75,6 +81,8 @@ class RequestOptions:
     language: str = "auto"
     cache_salt: str = ""
     allow_files: bool = True
+    prompt_end: str = "answer"
+    is_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.request_id is not None and not (
@@ -86,8 +94,12 @@ class RequestOptions:
             raise RequestError("language", f"is {self.language!r}; choose one of {known}")
         if not isinstance(self.cache_salt, str):
             raise RequestError("cache_salt", f"must be a text, not {self.cache_salt!r}")
-        if not isinstance(self.allow_files, bool):
-            raise RequestError("allow_files", f"must be true or false, not {self.allow_files!r}")
+        for name in ("allow_files", "is_exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"must be true or false, not {getattr(self, name)!r}")
+        if self.prompt_end not in PROMPT_ENDS:
+            known = ", ".join(PROMPT_ENDS)
+            raise RequestError("prompt_end", f"is {self.prompt_end!r}; choose one of {known}")
 
 
 class RequestFactory:
@@ -99,6 +111,8 @@ class RequestFactory:
         self.processor = processor
         self.limits = limits
         self.image_limits = image_limits
+        stops = processor.stop_token_ids
+        self._grammars = GrammarCompiler(processor.tokenizer, limits.vocab_size, stops)
 
     def from_chat(
         self,
@@ -116,10 +130,27 @@ class RequestFactory:
         parsed = parse_messages(messages, self.image_limits)
         opened = self._open_images(parsed, options.allow_files)
         sizes = [(image.width, image.height) for image in opened]
-        prompt = self.processor.encode_chat(parsed, sizes, options.language)
+        prompt = self._encode_chat(parsed, sizes, options)
         max_tokens = self._check_fit(prompt, sampling)
         images = tuple(self._prepare(image) for image in opened)
         return self._request(prompt, images, sampling, max_tokens, arrival_s, options)
+
+    def _encode_chat(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[tuple[int, int]],
+        options: RequestOptions,
+    ) -> EncodedPrompt:
+        if options.prompt_end == "answer":
+            return self.processor.encode_chat(messages, sizes, options.language)
+        last = messages[-1]
+        if options.prompt_end == "continue" and not (last.role == "assistant" and last.text):
+            said = "the last message says nothing of the assistant's that could go on"
+            raise RequestError("messages", said)
+        if not isinstance(self.processor, OpenEnded):
+            said = f"{options.prompt_end!r} is not possible with this model's template"
+            raise RequestError("prompt_end", said)
+        return self.processor.encode_open(messages, sizes, options.language, options.prompt_end)
 
     def from_text(
         self,
@@ -244,6 +275,8 @@ class RequestFactory:
             max_tokens=max_tokens,
             arrival_s=arrival_s,
             cache_salt=options.cache_salt,
+            constraint=self._grammars.compile(sampling.grammar) if sampling.grammar else None,
+            is_exact=options.is_exact or bool(sampling.grammar) or options.prompt_end != "answer",
         )
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:

@@ -78,13 +78,14 @@ class TiktokenTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids, broken characters as U+FFFD; ids that are no ranks are skipped."""
-        return b"".join(map(self._bytes_of, token_ids)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def decoder(self) -> TokenDecoder:
         """A fresh incremental decoder."""
-        return _ByteDecoder(self._bytes_of)
+        return _ByteDecoder(self.token_bytes)
 
-    def _bytes_of(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a rank; b"" for any other id."""
         is_rank = 0 <= token_id < len(self._token_bytes)
         return self._token_bytes[token_id] if is_rank else b""
 
@@ -227,6 +228,14 @@ class SentencePieceTokenizer:
     def decoder(self) -> TokenDecoder:
         """A fresh incremental decoder."""
         return _PieceDecoder(self._content)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A piece's text with its leading space, or its one byte; b"" for control and no piece."""
+        content = self._content(token_id)
+        if isinstance(content, bytes):
+            return content
+        is_unknown = token_id == self._offset + self._model.unk_id()
+        return b"" if content is None or is_unknown else content.replace("▁", " ").encode()
 
     def _write_blank(self, blank: re.Match[str]) -> str:
         """A line end, a tab or a run of spaces as its pieces, the longest first."""

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> TokenDecoder:
         """A fresh incremental decoder."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What an ordinary token stands for inside a text; b"" for special ids and unknown ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,25 @@ class Processor(Protocol):
         """Length of the prefix of `raw` whose finished form no later text can change.
 
         For any continuation: finish_text(raw + more) starts with finish_text(raw[:length]).
+        """
+
+
+@runtime_checkable
+class OpenEnded(Protocol):
+    """A processor whose template can end elsewhere than where the assistant begins to speak."""
+
+    def encode_open(
+        self,
+        messages: Sequence[Message],
+        image_sizes: Sequence[tuple[int, int]],
+        language: str,
+        prompt_end: str,
+    ) -> EncodedPrompt:
+        """As `Processor.encode_chat`, with another end.
+
+        prompt_end: "continue": inside the last message, which is the assistant's, to be gone on
+            with; "none": after the last message, with nobody's turn begun
+        Raises RequestError for what the template cannot say.
         """
 
 

@@ -244,6 +244,23 @@ class Glm4vProcessor:
         self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], language: str
     ) -> EncodedPrompt:
         """Encode a conversation; a message with neither text nor picture emits nothing."""
+        prompt = self._conversation(messages, image_sizes)
+        prompt.add_text([self._roles["assistant"]])
+        return prompt.build()
+
+    def encode_open(
+        self,
+        messages: Sequence[Message],
+        image_sizes: Sequence[tuple[int, int]],
+        language: str,
+        prompt_end: str,
+    ) -> EncodedPrompt:
+        """Both ends are the end of the last message: no end of turn is ever written."""
+        return self._conversation(messages, image_sizes).build()
+
+    def _conversation(
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]
+    ) -> _PromptBuilder:
         prompt = _PromptBuilder(self._prefix)
         costs = iter([self.image_cost(*size) for size in image_sizes])
         for message in messages:
@@ -254,8 +271,7 @@ class Glm4vProcessor:
                 ids = (self.config.boi_token_id, self._filler, self.config.eoi_token_id)
                 prompt.add_image(ids, next(costs))
             prompt.add_text(self.tokenizer.encode(message.text))
-        prompt.add_text([self._roles["assistant"]])
-        return prompt.build()
+        return prompt
 
     def encode_text(self, text: str) -> EncodedPrompt:
         """`[gMASK]<sop>` and the text."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +258,23 @@ class VisualGlmProcessor:
         costs = [self.image_cost(*size) for size in image_sizes]
         return self._encode(_render(rounds, *_TEMPLATES[language]), costs)
 
+    def encode_open(
+        self,
+        messages: Sequence[Message],
+        image_sizes: Sequence[tuple[int, int]],
+        language: str,
+        prompt_end: str,
+    ) -> EncodedPrompt:
+        """The answer's beginning stands where it would have been generated, behind `<sop>`."""
+        if prompt_end != "continue":
+            said = "the template always ends where the answer begins; only it can be gone on with"
+            raise RequestError("add_generation_prompt", said)
+        asked, begun = messages[:-1], messages[-1]
+        if not asked:
+            raise RequestError("messages", "a question must stand before an answer that goes on")
+        prompt = self.encode_chat(asked, image_sizes, language)
+        return _answered(prompt, self.tokenizer.encode(begun.text))
+
     def encode_text(self, text: str) -> EncodedPrompt:
         """The text and `[gMASK]<sop>`."""
         return self._encode(text, ())
@@ -345,6 +362,19 @@ def _with_positions(ids: Sequence[int], spans: Sequence[ImageSpan]) -> EncodedPr
         decode_start=(n - 2, 2),
         decode_step=(0, 1),
         bidirectional_len=n - 1,
+    )
+
+
+def _answered(prompt: EncodedPrompt, ids: Sequence[int]) -> EncodedPrompt:
+    """The same prompt after these output tokens, each at the place where it is generated."""
+    rules = zip(prompt.decode_start, prompt.decode_step, strict=True)
+    num_tokens = len(prompt.token_ids) + len(ids)
+    return replace(
+        prompt,
+        token_ids=(*prompt.token_ids, *ids),
+        original_token_ids=(*prompt.original_token_ids, *ids),
+        positions=prompt.positions_between(0, num_tokens),
+        decode_start=tuple(start + len(ids) * step for start, step in rules),
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from glimt.models.base import Processor
-from glimt.outputs.detokenizer import TextStream
+from glimt.models.base import Processor, TokenDecoder
+from glimt.outputs.detokenizer import ExactDecoder, NamingDecoder, TextStream
 from glimt.types import (
     FinishReason,
     Request,
@@ -73,16 +73,27 @@ class OutputCollector:
 
     def add(self, request: Request) -> None:
         """Start collecting a request."""
-        streams = [
-            TextStream(
-                self.processor.tokenizer.decoder(),
-                self.processor.finish_text,
-                self.processor.stable_length,
-                tuple(request.sampling.stop),
-            )
-            for _ in range(request.sampling.n)
-        ]
+        streams = [self._stream(request) for _ in range(request.sampling.n)]
         self._records[request.request_id] = _Record(request, streams, len(streams))
+
+    def _stream(self, request: Request) -> TextStream:
+        sampling, processor = request.sampling, self.processor
+        is_exact = request.is_exact
+        return TextStream(
+            self._decoder(request),
+            _as_it_is if is_exact else processor.finish_text,
+            len if is_exact else processor.stable_length,
+            tuple(sampling.stop),
+            sampling.include_stop_str_in_output,
+        )
+
+    def _decoder(self, request: Request) -> TokenDecoder:
+        tokenizer = self.processor.tokenizer
+        is_exact = request.is_exact
+        decoder = ExactDecoder(tokenizer.token_bytes) if is_exact else tokenizer.decoder()
+        if request.sampling.skip_special_tokens:
+            return decoder
+        return NamingDecoder(decoder, {i: name for name, i in tokenizer.special_ids.items()})
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._records
@@ -144,7 +155,8 @@ class OutputCollector:
         record.first_token_s = record.first_token_s or now_s
         record.last_token_s = now_s
         stream = record.streams[outcome.index]
-        return stream.feed(outcome.sampled.token_id) if outcome.is_text else ""
+        is_shown = outcome.is_text or record.request.sampling.include_stop_str_in_output
+        return stream.feed(outcome.sampled.token_id) if is_shown else ""
 
     def finish(
         self,
@@ -176,6 +188,10 @@ class OutputCollector:
             usage=record.usage(),
             timings=record.timings(self.clock()),
         )
+
+
+def _as_it_is(raw: str) -> str:
+    return raw
 
 
 def _stop_reason(

@@ -7,13 +7,48 @@ stop string. Knows no tokenizer and no family: both come in as functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import codecs
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from glimt.outputs.stop import find_stop, partial_stop
 
 if TYPE_CHECKING:
     from glimt.models.base import TokenDecoder
+
+
+class ExactDecoder:
+    """Gives what the tokens stand for, byte by byte: not a blank more or less at the beginning."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        return self._utf8.decode(self._token_bytes(token_id))
+
+    def finish(self) -> str:
+        """An incomplete last character as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+class NamingDecoder:
+    """Another decoder that writes special tokens out by their names."""
+
+    def __init__(self, inner: TokenDecoder, names: Mapping[int, str]) -> None:
+        self._inner = inner
+        self._names = names
+
+    def feed(self, token_id: int) -> str:
+        """Text that became certain with this token; a name ends a character that is incomplete."""
+        if token_id in self._names:
+            return self._inner.finish() + self._names[token_id]
+        return self._inner.feed(token_id)
+
+    def finish(self) -> str:
+        """What the inner one held back."""
+        return self._inner.finish()
 
 
 class TextStream:
@@ -24,7 +59,8 @@ class TextStream:
         given     and may not begin a stop string  …………………………………
 
     All that feed() and close() return, joined, is finish_text(whole raw text) up to the first
-    stop string in it (first as find_stop has it), however the text is split into tokens.
+    stop string in it (first as find_stop has it), or to its end if it is to be shown, however the
+    text is split into tokens.
     """
 
     stop_reason: str | None
@@ -36,8 +72,10 @@ class TextStream:
         finish_text: Callable[[str], str],
         stable_length: Callable[[str], int],
         stops: tuple[str, ...],
+        shows_stop: bool = False,
     ) -> None:
         """Start with no text. The functions are those of models.base.Processor."""
+        self._shows_stop = shows_stop
         self.stop_reason = None
         self._decoder = decoder
         self._finish_text = finish_text
@@ -76,6 +114,7 @@ class TextStream:
         end = len(finished) - held_back
         if found:
             end, self.stop_reason = found
+            end += len(self.stop_reason) * self._shows_stop
         visible = finished[len(self._given) : end]
         self._given += visible
         return visible

@@ -26,6 +26,7 @@ class Sequence:
         self.num_computed = 0
         self.awaits_images = False  # it would run, but the tower is not done with its pictures
         self.block_table = array("q")
+        self._filter = request.constraint.start() if request.constraint else None
         self._drafter: Drafter | None = None
         self._root: bytes | None = None
         self._hashes: list[bytes] = []
@@ -90,6 +91,7 @@ class Sequence:
             output_ids=self.output_ids,
             upcoming=self.images_from(stop),
             drafts=drafts,
+            filter=self._filter,
         )
 
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:

@@ -70,6 +70,9 @@ class ByteTokenizer:
     def decoder(self) -> ByteDecoder:
         return ByteDecoder()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
 
 class ByteDecoder:
     def __init__(self) -> None:

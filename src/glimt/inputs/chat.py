@@ -33,6 +33,9 @@ _ROLES: Mapping[str, Role] = MappingProxyType(
     }
 )
 
+_DETAILS = ("auto", "low", "high", "original")
+_OTHER_MEDIA = ("video_url", "audio_url", "input_audio", "input_video", "video", "audio")
+
 
 def parse_messages(raw: Messages, limits: ImageLimits) -> tuple[Message, ...]:
     """Check a conversation and make it plain data.
@@ -42,11 +45,13 @@ def parse_messages(raw: Messages, limits: ImageLimits) -> tuple[Message, ...]:
         role     system (or developer), user, assistant, observation (or tool)
         content  a text, null (assistant only: nothing said), or a list of parts:
                  {"type": "text" or "input_text", "text": "…"}
-                 {"type": "image_url" or "input_image", "image_url": "…" or {"url": "…"}}
+                 {"type": "image_url" or "input_image", "image_url": "…" or {"url": "…"}},
+                 with or without the type
+                 {"type": "refusal", "refusal": "…"} (assistant only), which is text
                  {"type": "image", "image": whatever open_image takes}
 
-    A picture's `detail` is ignored: these models see every picture at one size. So is any
-    other key, with a debug log, but `tool_calls`, which would change the prompt, is refused.
+    A picture's `detail` is checked and ignored: these models see every picture at one size. So is
+    any other key, with a debug log, but `tool_calls`, which would change the prompt, is refused.
     Raises RequestError; its field is the exact path, as `messages[2].content[1].image_url.url`.
     """
     given: Any = raw  # it came as JSON, whatever the signature says
@@ -134,7 +139,7 @@ def _parse_content(raw: Any, role: Role, path: str) -> tuple[TextPart | ImagePar
         raise RequestError(path, f"is {_kind(raw)}; a text or a list of parts is needed")
     if not raw:
         raise RequestError(path, "is an empty list; at least one part is needed")
-    return tuple(_parse_part(part, f"{path}[{j}]") for j, part in enumerate(raw))
+    return tuple(_parse_part(part, role, f"{path}[{j}]") for j, part in enumerate(raw))
 
 
 def _check_num_images(raw: Sequence[Any], messages: Sequence[Message], limits: ImageLimits) -> None:
@@ -153,15 +158,18 @@ def _check_num_images(raw: Sequence[Any], messages: Sequence[Message], limits: I
 # --- parts -----------------------------------------------------------------------------------
 
 
-def _parse_part(raw: Any, path: str) -> TextPart | ImagePart:
+def _parse_part(raw: Any, role: Role, path: str) -> TextPart | ImagePart:
     if not isinstance(raw, Mapping):
         raise RequestError(path, f"is {_kind(raw)}; an object with a type is needed")
-    part_type = _required(raw, "type", path)
+    part_type = "image_url" if _is_bare_url(raw) else _required(raw, "type", path)
     if part_type in ("text", "input_text"):
         _log_ignored(raw, {"type", "text"}, path)
         return TextPart(_check_text(_required(raw, "text", path), f"{path}.text"))
+    if part_type == "refusal" and role == "assistant":
+        return TextPart(_check_text(_required(raw, "refusal", path), f"{path}.refusal"))
     if part_type in ("image_url", "input_image"):
         _log_ignored(raw, {"type", "image_url", "detail"}, path)
+        _check_detail(raw, path)
         url = _required(raw, "image_url", path)
         return ImagePart(_parse_image_url(url, f"{path}.image_url"))
     if part_type == "image":
@@ -169,13 +177,28 @@ def _parse_part(raw: Any, path: str) -> TextPart | ImagePart:
         return ImagePart(_check_source(_required(raw, "image", path), f"{path}.image"))
     known = "text, input_text, image_url, input_image, image"
     said = f"is {reprlib.repr(part_type)}; it must be one of {known}"
+    if part_type in _OTHER_MEDIA:
+        said = f"is {part_type}, but this model takes text and images"
     raise RequestError(f"{path}.type", said)
+
+
+def _is_bare_url(raw: Mapping[str, Any]) -> bool:
+    """vLLM's shortest form of a picture."""
+    return "image_url" in raw and "type" not in raw
+
+
+def _check_detail(raw: Mapping[str, Any], path: str) -> None:
+    detail = raw.get("detail")
+    if detail is not None and detail not in _DETAILS:
+        said = f"is {reprlib.repr(detail)}; it must be one of {', '.join(_DETAILS)}"
+        raise RequestError(f"{path}.detail", said)
 
 
 def _parse_image_url(raw: Any, path: str) -> str:
     """The address, which stands alone or in an object under `url`."""
     if isinstance(raw, Mapping):
         _log_ignored(raw, {"url", "detail"}, path)
+        _check_detail(raw, path)
         raw, path = _required(raw, "url", path), f"{path}.url"
     if not isinstance(raw, str):
         raise RequestError(path, f"is {_kind(raw)}; a text is needed")

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glimt.errors import CapacityError, EngineError, GlimtError, PromptTooLong, RequestError
+from glimt.errors import (
+    CapacityError,
+    EngineError,
+    GlimtError,
+    MissingDependency,
+    PromptTooLong,
+    RequestError,
+)
 from glimt.server.host import EngineUnavailable
 from glimt.server.service import DeadlinePassed
 
@@ -48,6 +55,8 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, RequestError):
         kind: Kind = "too_long" if isinstance(error, PromptTooLong) else "invalid"
         return Failure(kind, str(error), error.field)
+    if isinstance(error, MissingDependency):  # of an option that this installation lacks
+        return Failure("invalid", str(error))
     if isinstance(error, EngineUnavailable):
         return Failure("unavailable", str(error))
     if isinstance(error, DeadlinePassed):

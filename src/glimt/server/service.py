@@ -41,6 +41,7 @@ class Ask:
     prompt:    a bare text to be continued; or
     token_ids: the same as ids
     request_id: checked already; the engine's own may get a suffix
+    prompt_end, is_exact: as RequestOptions says
     timeout_s: from arrival; None: the server's limit
     """
 
@@ -52,6 +53,8 @@ class Ask:
     token_ids: Sequence[int] | None = None
     language: str = "auto"
     cache_salt: str = ""
+    prompt_end: str = "answer"
+    is_exact: bool = False
     timeout_s: float | None = None
 
 
@@ -179,6 +182,8 @@ class Service:
             language=ask.language,
             cache_salt=ask.cache_salt,
             allow_files=False,
+            prompt_end=ask.prompt_end,
+            is_exact=ask.is_exact,
         )
         if ask.messages is not None:
             num_images = sum(message.num_images for message in ask.messages)

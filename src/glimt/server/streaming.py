@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -72,7 +72,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the pieces end, the client leaves, or it is too far behind."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         tasks = [
             asyncio.ensure_future(_left(receive)),
             asyncio.ensure_future(self._fill()),
@@ -106,6 +105,7 @@ class EventStream(Response):
         self._waiting.end()
 
     async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         while True:
             piece = await self._waiting.take(KEEP_ALIVE_S)
             if piece is None:
@@ -157,4 +157,11 @@ class _Waiting:
         return None if not taken and self._has_ended else taken
 
 
-Handler = Callable[..., Awaitable[Response]]
+async def begun(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The same generator, past its first piece, which is empty.
+
+    A generator that was never started runs no `finally` when it is closed. One that holds a
+    request open is started before anything can go wrong.
+    """
+    await anext(pieces)
+    return pieces

@@ -1,0 +1,57 @@
+"""A conversation as it comes by HTTP: the engine's own reading of messages, and less is allowed.
+
+What protocols share that send chat messages. Knows no protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from glimt.config import ImageLimits
+from glimt.errors import ImageError, RequestError
+from glimt.inputs.chat import parse_messages
+from glimt.types import ImagePart, Message, TextPart
+
+_MAX_IMAGES = 20  # of any request, whatever --limit-images says
+_SCHEMES = ("data:", "http://", "https://")
+
+
+def read_messages(raw: Any) -> tuple[Message, ...]:
+    """Check a conversation whose pictures are data URLs or web addresses, in user messages.
+
+    Text parts of a message without pictures are joined as one text would be.
+    Raises RequestError naming the part.
+    """
+    messages = parse_messages(raw, ImageLimits(max_images=_MAX_IMAGES))
+    for m, message in enumerate(messages):
+        _check(message, f"messages[{m}].content")
+    return tuple(map(_joined, messages))
+
+
+def _check(message: Message, path: str) -> None:
+    for p, part in enumerate(message.parts):
+        if isinstance(part, ImagePart):
+            _check_image(part, message.role, f"{path}[{p}]")
+    if message.role == "user" and not message.num_images and not message.text:
+        raise RequestError(path, "is empty; a user's message needs text or a picture")
+
+
+def _check_image(part: ImagePart, role: str, path: str) -> None:
+    if role != "user":
+        raise RequestError(path, f"is a picture in a message of {role}; only the user shows them")
+    source = part.source
+    if not isinstance(source, str) or not source[:8].lower().startswith(_SCHEMES):
+        raise ImageError(path, "is no picture that is taken here; send a data URL")
+
+
+def _joined(message: Message) -> Message:
+    """Neighbouring texts as one, with nothing between them; pictures keep them apart."""
+    if message.num_images or len(message.parts) < 2:
+        return message
+    return replace(message, parts=(TextPart(_text(message.parts)),))
+
+
+def _text(parts: Sequence[TextPart | ImagePart]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, TextPart))

@@ -1,0 +1,247 @@
+"""OpenAI: chat completions, completions and models, as the `openai` client speaks them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from glimt.errors import EngineError, GlimtError
+from glimt.outputs.assembler import OutputAssembler
+from glimt.server.app import Context, Protocol
+from glimt.server.bodies import StrictRoute
+from glimt.server.failures import Failure, HttpFailure, body_of, failure_of, one_line
+from glimt.server.openai_asks import chat_ask, completion_asks
+from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
+from glimt.server.openai_render import (
+    ChatChunks,
+    Chunks,
+    CompletionChunks,
+    Head,
+    TokenTexts,
+    chat_reply,
+    completion_reply,
+)
+from glimt.server.service import Answer, Ask
+from glimt.server.streaming import EventStream, begun, unless_left
+from glimt.types import RequestOutput, StepOutput
+
+log = logging.getLogger("glimt.server")
+
+
+def routes(context: Context) -> APIRouter:
+    """The routes below /v1."""
+    router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["OpenAI"])
+
+    @router.post("/chat/completions", summary="Answer a conversation")
+    async def chat(request: Request, body: ChatBody) -> Response:
+        context.check_model(body.model)
+        ask = chat_ask(body, request.state.request_id)
+        head = Head(f"chatcmpl-{ask.request_id}", int(time.time()), context.model_name)
+        if body.stream:
+            return await _streamed(context, request, body, [ask], head, ChatChunks)
+        return await unless_left(request, _chat_whole(context, ask, head))
+
+    @router.post("/completions", summary="Continue texts, without a chat template")
+    async def complete(request: Request, body: CompletionBody) -> Response:
+        context.check_model(body.model)
+        asks = completion_asks(body, request.state.request_id)
+        head = Head(f"cmpl-{request.state.request_id}", int(time.time()), context.model_name)
+        if body.stream:
+            return await _streamed(context, request, body, asks, head, CompletionChunks)
+        return await unless_left(request, _completions_whole(context, asks, head))
+
+    @router.get("/models", summary="What is served")
+    async def models() -> Response:
+        data = [_model(context, name) for name in context.model_names]
+        return _json({"object": "list", "data": data})
+
+    @router.get("/models/{model_id:path}", summary="One of them")
+    async def model(model_id: str) -> Response:
+        if model_id not in context.model_names:
+            said = f"the model {model_id[:200]!r} is not served here"
+            raise HttpFailure(Failure("unknown_model", said, "model"))
+        return _json(_model(context, model_id))
+
+    return router
+
+
+PROTOCOL = Protocol("openai", routes)
+
+
+def _json(body: Any) -> Response:
+    return Response(one_line(body), media_type="application/json")
+
+
+def _model(context: Context, name: str) -> dict[str, Any]:
+    engine = context.service.host.last_engine
+    most = None if engine is None else engine.engine.inputs.limits.max_model_len
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "glimt",
+        "root": name,
+        "parent": None,
+        "max_model_len": most,
+        "permission": [],
+    }
+
+
+def _texts(context: Context) -> TokenTexts:
+    return TokenTexts(context.service.host.engine.engine.inputs.processor.tokenizer)
+
+
+# --- whole answers ---------------------------------------------------------------------------
+
+
+async def _chat_whole(context: Context, ask: Ask, head: Head) -> Response:
+    texts = _texts(context)
+    async with context.service.answer(ask) as answer:
+        return _json(chat_reply(head, await answer.whole(), answer.request, texts))
+
+
+async def _completions_whole(context: Context, asks: Sequence[Ask], head: Head) -> Response:
+    texts = _texts(context)
+    async with AsyncExitStack() as stack:
+        answers = [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
+        requests = [answer.request for answer in answers]
+        return _json(completion_reply(head, await _all_whole(answers), requests, texts))
+
+
+async def _all_whole(answers: Sequence[Answer]) -> list[RequestOutput]:
+    """Every answer, run side by side. Raises what the first to fail raises."""
+    assemblers = [OutputAssembler(answer.request) for answer in answers]
+    found: dict[int, RequestOutput] = {}
+    async with aclosing(_merged(answers)) as outputs:
+        async for number, output in outputs:
+            _check(output)
+            if (whole := assemblers[number].add(output)) is not None:
+                found[number] = whole
+    return [found[number] for number in range(len(answers))]
+
+
+def _check(output: StepOutput) -> None:
+    if output.finish_reason == "error":
+        raise EngineError(output.error or "the answer ended with an error")
+
+
+async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, StepOutput], None]:
+    """The outputs of several answers as they come, with the number of the answer."""
+    ready: asyncio.Queue[tuple[int, StepOutput] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, outputs: AsyncIterator[StepOutput]) -> None:
+        try:
+            async for output in outputs:
+                ready.put_nowait((number, output))
+            ready.put_nowait(None)
+        except Exception as error:
+            ready.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(i, answer.stream())) for i, answer in enumerate(answers)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
+            num_open -= item is None
+            if item is not None:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- streams ---------------------------------------------------------------------------------
+
+
+async def _streamed(
+    context: Context,
+    request: Request,
+    body: SamplingBody,
+    asks: Sequence[Ask],
+    head: Head,
+    kind: type[Chunks],
+) -> Response:
+    """Everything that can be refused is refused before the first byte."""
+    texts = _texts(context)
+    stack = AsyncExitStack()
+
+    async def enter() -> list[Answer]:
+        return [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
+
+    try:
+        answers = await unless_left(request, enter())
+    except BaseException:
+        await stack.aclose()
+        raise
+    chunks = kind(head, [answer.request for answer in answers], texts)
+    events = _Events(chunks, body, context.config.profile)
+    pieces = await begun(_pieces(context, stack, answers, events))
+    return EventStream(pieces, context.config.max_stream_bytes)
+
+
+async def _pieces(
+    context: Context, stack: AsyncExitStack, answers: Sequence[Answer], events: _Events
+) -> AsyncGenerator[bytes, None]:
+    """An empty piece, then the events; owns the requests, whatever becomes of it."""
+    async with stack:
+        yield b""
+        try:
+            async with aclosing(_merged(answers)) as outputs:
+                async for number, output in outputs:
+                    _check(output)
+                    if piece := events.of(number, output):
+                        yield piece
+            yield events.end()
+        except Exception as error:
+            if not isinstance(error, GlimtError):
+                log.exception("a stream failed")
+            yield events.failure(failure_of(error))
+
+
+class _Events:
+    """Chunks as server-sent events, with counts where they are asked for."""
+
+    def __init__(self, chunks: Chunks, body: SamplingBody, profile: str) -> None:
+        self._chunks = chunks
+        self._profile = profile
+        self._has_last = body.includes_usage and profile == "upstream"
+        self._is_running = body.has_running_usage
+
+    def of(self, number: int, output: StepOutput) -> bytes:
+        """The events of one output."""
+        chunks = self._chunks.feed(number, output)
+        return b"".join(_event(self._with_usage(chunk, output, chunks[-1])) for chunk in chunks)
+
+    def _with_usage(
+        self, chunk: dict[str, Any], output: StepOutput, last: dict[str, Any]
+    ) -> dict[str, Any]:
+        if self._is_running:
+            return chunk | {"usage": self._chunks.usage.body()}
+        if self._profile == "mindie" and output.usage and chunk is last:
+            return chunk | {"usage": self._chunks.usage.body()}
+        return chunk | {"usage": None} if self._has_last else chunk
+
+    def end(self) -> bytes:
+        """What follows the last text."""
+        usage = _event(self._chunks.last()) if self._has_last else b""
+        return usage + b"data: [DONE]\n\n"
+
+    def failure(self, failure: Failure) -> bytes:
+        """An error after the first byte: the status cannot say it any more."""
+        body = body_of(failure, "openai", self._profile)
+        return _event(body) + b"data: [DONE]\n\n"
+
+
+def _event(body: Any) -> bytes:
+    return b"data: " + one_line(body) + b"\n\n"

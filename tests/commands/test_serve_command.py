@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,54 @@ def test_a_server_loads_answers_probes_and_ends_with_0(folder):
         assert b"vllm:num_requests_running" in get(f"{url}/metrics")[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def ask(url: str, num_tokens: int) -> tuple[int, int]:
+    """Status and number of tokens of an answer that is as long as that."""
+    body = {
+        "messages": [{"role": "user", "content": "你好"}],
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=100) as reply:
+            return reply.status, json.load(reply)["usage"]["completion_tokens"]
+    except urllib.error.HTTPError as error:
+        return error.code, 0
+
+
+def until_running(url: str, count: int) -> None:
+    """Return once so many requests are being answered."""
+    while f'running{{model_name="model0"}} {count}.0'.encode() not in get(f"{url}/metrics")[1]:
+        time.sleep(0.005)
+
+
+def test_what_runs_when_the_signal_comes_is_finished(folder):
+    """Catches a deployment that cuts everybody's answers."""
+    with served(folder) as (url, process), ThreadPoolExecutor(4) as clients:
+        until_ready(url)
+        running = [clients.submit(ask, url, 480) for _ in range(4)]
+        until_running(url, 4)
+        process.send_signal(signal.SIGTERM)
+        assert [each.result() for each in running] == [(200, 480)] * 4
+        assert process.wait(20) == 0
+
+
+def test_what_runs_for_too_long_is_aborted_and_the_server_ends(folder):
+    """Catches a server that one endless answer keeps from ending."""
+    with served(folder, "--drain-timeout", "0.01") as (url, process), ThreadPoolExecutor(1) as one:
+        until_ready(url)
+        running = one.submit(ask, url, 480)
+        until_running(url, 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        with suppress(OSError, http.client.HTTPException):
+            assert running.result()[0] != 0
 
 
 def test_ctrl_c_ends_it_too(folder):

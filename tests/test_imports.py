@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("bench", "cluster", "commands", "demo", "evaluate", "export", "reports", "server"),
     ("async_engine", "llm"),
     ("engine",),
-    ("loader", "memory_plan", "synthetic"),
+    ("loader", "memory_plan", "pace", "synthetic"),
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
     ("weights",),
     ("checkpoint",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from glimt.errors import ConfigError
@@ -50,6 +51,10 @@ def _is_count(value: object, low: int, high: int | None) -> bool:
     return low <= value and (high is None or value <= high)
 
 
+def _is_stretch(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 < value < math.inf
+
+
 def _range_text(low: int, high: int | None) -> str:
     return f"of at least {low}" if high is None else f"from {low} to {high}"
 
@@ -85,6 +90,9 @@ class EngineConfig:
     tower_patches: int = 8192  # per tower call: one GLM-4v picture has 6,401, VisualGLM 257
     tower_slice_patches: int = 16384  # patches x layers of the tower per step while others run:
     #                                   2 layers of a GLM-4v picture, all 39 of a VisualGLM one
+    max_stretch: float | None = None  # how many times as long a step may take for new prompts and
+    #                                   pictures beside running answers; None: throughput first.
+    #                                   2 keeps streams smooth, and new requests at half the speed
     enable_prefix_cache: bool = True
     num_draft_tokens: int = 0  # drafted per sequence and step, and checked in it; 0: off.
     #                            4 suits answers that repeat the prompt or themselves
@@ -102,6 +110,8 @@ class EngineConfig:
             for name in ("quant", "quant_head", "quant_tower")
             if not isinstance(value := getattr(self, name), str)
         ]
+        if self.max_stretch is not None and not _is_stretch(self.max_stretch):
+            problems.append(f"max_stretch is {self.max_stretch!r}; a number above 1 is needed")
         for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):
             if not isinstance(value := getattr(self, name), kind):
                 problems.append(f"{name} is {value!r}; {kind.__name__} is needed")

@@ -21,6 +21,7 @@ from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
 from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
 from glimt.outputs.collector import OutputCollector
+from glimt.pace import Pace
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import allocate_kv, cache_dtype
 from glimt.runner.model_runner import ModelRunner
@@ -85,6 +86,9 @@ class Engine:
         self.runner = _build_runner(self.config, opened, num_blocks, self.vision)
         self.sampler = Sampler(opened.config.vocab_size)
         self.outputs = OutputCollector(opened.processor, time.monotonic)
+        # A bidirectional prompt runs whole or not at all: no step may have less room than one.
+        paces = opened.family.prompt_attention == "causal"
+        self.pace = Pace(self.config.max_stretch if paces else None)
         self._failed_steps = 0
 
     @classmethod
@@ -162,14 +166,19 @@ class Engine:
         With drafts a sequence may go on by several tokens; they come in one output. Pictures that
         others wait for go a bounded part further through the tower meanwhile.
         """
-        plan = self.scheduler.plan_step(self.vision.ready_images)
+        began_s = time.monotonic()
+        plan = self.scheduler.plan_step(self.vision.ready_images, self.pace.prefill_tokens)
         outputs = self._run(plan) if plan.rows else []
-        return [*outputs, *self._encode(plan)] if plan.waits else outputs
+        spent_s = time.monotonic() - began_s
+        self.pace.saw(plan.num_decodes, plan.num_tokens - plan.num_decodes, spent_s)
+        if not plan.waits:
+            return outputs
+        return [*outputs, *self._encode(plan, self.pace.tower_s(spent_s) if plan.rows else None)]
 
-    def _encode(self, plan: StepPlan) -> list[StepOutput]:
+    def _encode(self, plan: StepPlan, patience_s: float | None) -> list[StepOutput]:
         """Run the step's slice of the tower; who waits for a picture that failed ends with it."""
         began_s = time.monotonic()
-        progress = self.vision.encode_slice(plan)
+        progress = self.vision.encode_slice(plan, patience_s)
         self.outputs.note_tower(progress.image_s, began_s)
         if progress.error is None:
             return []

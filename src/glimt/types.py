@@ -532,6 +532,11 @@ class StepPlan:
         return replace(self, rows=tuple(rows))
 
     @property
+    def num_decodes(self) -> int:
+        """Rows that go on by one token."""
+        return sum(row.is_decode for row in self.rows)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(len(row.token_ids) for row in self.rows)

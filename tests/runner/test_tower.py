@@ -63,7 +63,7 @@ def test_a_run_is_finished_from_where_it_stands(engine: Engine, done: int) -> No
     model, images = engine.opened.model, random_pictures(engine, 2)
     block = model.tower.blocks[0]  # type: ignore[union-attr,index]
     calls = []
-    hook = block.register_forward_hook(lambda *_: calls.append(0))  # type: ignore[union-attr]
+    hook = block.mlp.register_forward_hook(lambda *_: calls.append(0))  # type: ignore[union-attr]
     with torch.inference_mode():
         job = TowerJob(model, images)
         assert job.advance(done) is None

@@ -47,6 +47,16 @@ def serve(
         int,
         option("--max-waiting", "Answers that may wait; beyond, requests get 429.", SERVER, "N"),
     ] = 256,
+    max_stretch: Annotated[
+        float,
+        option(
+            "--max-stretch",
+            "How many times as long a step may take for new prompts and pictures while others are "
+            "being answered; 0: no limit, best throughput.",
+            SERVER,
+            "F",
+        ),
+    ] = 2.0,
     request_timeout: Annotated[
         float, option("--request-timeout", "Seconds that a request may take.", SERVER, "S")
     ] = 600.0,
@@ -152,7 +162,7 @@ def serve(
         otlp_endpoint=otlp_endpoint,
     )
     job = ServeJob(
-        engine={**engine, "max_num_seqs": max_num_seqs},
+        engine={**engine, "max_num_seqs": max_num_seqs, "max_stretch": max_stretch or None},
         server=config,
         log_level=log_level,
         log_format=log_format,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from glimt.devices.base import Activation, AttentionBatch, Device, KVCache
 from glimt.layers.linear import Linear, mlp
+from glimt.layers.tower import Stages, by_rows, run_through
 
 
 def cached_attention(
@@ -55,10 +57,62 @@ class TowerAttention(nn.Module):
         """[num_tokens, hidden_size], plus the residual; picture s owns rows cu_seqlens[s] …
         cu_seqlens[s+1]-1.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        scale = q.shape[-1] ** -0.5
-        out = self.device.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale)
+        return run_through(self.stages(x, cu_seqlens, len(x), residual))
+
+    def stages(
+        self, x: Tensor, cu_seqlens: Sequence[int], part_rows: int, residual: Tensor | None = None
+    ) -> Stages[Tensor]:
+        """The same in parts of so many rows; a part of the attention is of one picture."""
+        fused = yield from by_rows(lambda rows: self.qkv(x[rows]), len(x), part_rows, _QKV_SHARE)
+        q, k, v = fused.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        if part_rows >= len(x):
+            out = self._attended(q, k, v, cu_seqlens, cu_seqlens, residual)
+            yield _ATTENTION_SHARE
+            return out
+        parts = []
+        for start, stop in pairwise(cu_seqlens):
+            keys, values, rest = k[start:stop], v[start:stop], _rows(residual, start, stop)
+            part = _Picture(self, q[start:stop], keys, values, rest)
+            share = _ATTENTION_SHARE * (stop - start) / len(x)
+            parts.append((yield from by_rows(part.attended, stop - start, part_rows, share)))
+        return torch.cat(parts)
+
+    def _attended(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_starts: Sequence[int],
+        k_starts: Sequence[int],
+        residual: Tensor | None,
+    ) -> Tensor:
+        out = self.device.varlen_attention(q, k, v, q_starts, k_starts, q.shape[-1] ** -0.5)
         return self.dense(out.flatten(1), residual=residual)
+
+
+# Of a tower block's operations, roughly, and exact in binary: the rest is its MLP.
+_QKV_SHARE, _ATTENTION_SHARE = 0.125, 0.25
+MLP_SHARE = 1 - _QKV_SHARE - _ATTENTION_SHARE
+
+
+def _rows(residual: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if residual is None else residual[start:stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Picture:
+    """One picture's queries, keys and values, [num_tokens, num_heads, head_dim] each."""
+
+    attention: TowerAttention
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    residual: Tensor | None
+
+    def attended(self, rows: slice) -> Tensor:
+        """Some queries over all keys of the picture."""
+        q, residual = self.q[rows], _rows(self.residual, rows.start, rows.stop)
+        return self.attention._attended(q, self.k, self.v, [0, len(q)], [0, len(self.k)], residual)
 
 
 class GeluMlp(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,27 @@ from torch import Tensor, nn
 
 from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.errors import ConfigError, RequestError
-from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
+from glimt.layers.attention import (
+    MLP_SHARE,
+    BlockShape,
+    GeluMlp,
+    TowerAttention,
+    cached_attention,
+)
 from glimt.layers.embedding import Embedding, PatchEmbedding
 from glimt.layers.linear import Linear, PatchLinear, empty_parameter, mlp
 from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
-from glimt.layers.tower import PatchTower, Stages
+from glimt.layers.tower import (
+    PART_ROWS,
+    PatchTower,
+    Stages,
+    TowerBlock,
+    by_rows,
+    part_rows_for,
+    run_through,
+    without_last_pause,
+)
 from glimt.models.base import (
     BuildContext,
     Model,
@@ -351,7 +367,7 @@ def _sampling_defaults(r: ConfigReader) -> SamplingDefaults:
 # --- tower and adapter -----------------------------------------------------------------------
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(TowerBlock):
     """The norms act on the branch outputs, whatever the checkpoint calls them."""
 
     def __init__(self, shape: BlockShape, eps: float, device: Device, dtype: torch.dtype) -> None:
@@ -362,10 +378,16 @@ class VisionBlock(nn.Module):
         self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
         self.mlp_norm = LayerNorm(size, eps, device, dtype)
 
-    def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """[num_tokens, hidden_size] -> the same."""
-        x = self.attention_norm(self.attention(x, cu_seqlens), residual=x)
-        return self.mlp_norm(self.mlp(x), residual=x)
+    def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
+        """[num_tokens, hidden_size] -> the same, part by part."""
+        part_rows = part_rows_for(cu_seqlens, self.part_rows)
+        attended = yield from self.attention.stages(x, cu_seqlens, part_rows)
+        h = self.attention_norm(attended, residual=x)
+
+        def apply(rows: slice) -> Tensor:
+            return self.mlp_norm(self.mlp(h[rows]), residual=h[rows])
+
+        return (yield from by_rows(apply, len(h), part_rows, MLP_SHARE))
 
 
 class VisionTower(PatchTower):
@@ -404,12 +426,24 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[num_images, rows * columns, vision hidden] -> [num_images, image tokens, hidden]."""
+        return run_through(self.stages(x, grid))
+
+    def stages(self, x: Tensor, grid: tuple[int, int]) -> Stages[Tensor]:
+        """The same, part by part where a picture is large."""
         images = x.unflatten(1, grid).permute(0, 3, 1, 2)
-        x = self.project(self.merge(patchify(images, 2)))
-        x = self.device.gelu_erf(self.norm(x))
-        x = self.down(self.device.silu_mul(self.gate(x), self.up(x)))
+        patches = patchify(images, 2)
+        num_tokens = patches.shape[1]
+        # A token costs about four times as much as a patch does in a block of the tower.
+        rows = part_rows_for([0, num_tokens], PART_ROWS // 4)
+        apply = partial(self._merged, patches)
+        x = yield from by_rows(apply, num_tokens, rows, 1.0, dim=1)
         begin, end = (edge.expand(len(x), 1, -1) for edge in (self.begin, self.end))
         return torch.cat((begin, x, end), dim=1) / self.scaling_factor
+
+    def _merged(self, patches: Tensor, rows: slice) -> Tensor:
+        x = self.project(self.merge(patches[:, rows]))
+        x = self.device.gelu_erf(self.norm(x))
+        return self.down(self.device.silu_mul(self.gate(x), self.up(x)))
 
 
 # --- language model --------------------------------------------------------------------------
@@ -508,9 +542,10 @@ class Glm4vModel(Model):
         return list(self.encode_pixels(self._pixels(images)))
 
     def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
-        """One part per block of the tower, the adapter is the last."""
+        """Part by part of the tower's blocks, then of the adapter."""
         states = yield from self.tower.stages(self._patches(self._pixels(images)))
-        return list(self._adapted(states))
+        adapted = self.adapter.stages(self._without_class(states), self._grid)
+        return list((yield from without_last_pause(adapted)))
 
     def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
         """[num_images, 3, height, width], normalised."""
@@ -527,10 +562,18 @@ class Glm4vModel(Model):
         return patchify(pixels, self.vision.patch_size)
 
     def _adapted(self, states: Tensor) -> Tensor:
-        """Packed tower states -> features; the class token is left out."""
+        """Packed tower states -> features."""
+        return self.adapter(self._without_class(states), self._grid)
+
+    def _without_class(self, states: Tensor) -> Tensor:
+        """Packed tower states -> [num_images, num_patches, vision hidden]."""
         assert self.vision
-        states = states.unflatten(0, (-1, self.vision.num_positions))
-        return self.adapter(states[:, 1:], (self.vision.grid, self.vision.grid))
+        return states.unflatten(0, (-1, self.vision.num_positions))[:, 1:]
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        assert self.vision
+        return self.vision.grid, self.vision.grid
 
 
 def _rotary_spec(config: Glm4vConfig) -> RotarySpec:

@@ -19,12 +19,18 @@ from torch import Tensor, nn
 
 from glimt.devices.base import AttentionBatch, Device, KVCache
 from glimt.errors import ConfigError, RequestError
-from glimt.layers.attention import BlockShape, GeluMlp, TowerAttention, cached_attention
+from glimt.layers.attention import (
+    MLP_SHARE,
+    BlockShape,
+    GeluMlp,
+    TowerAttention,
+    cached_attention,
+)
 from glimt.layers.embedding import Embedding, PatchEmbedding
 from glimt.layers.linear import Linear, empty_parameter
 from glimt.layers.norm import LayerNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
-from glimt.layers.tower import PatchTower, Stages
+from glimt.layers.tower import PatchTower, Stages, TowerBlock, by_rows, part_rows_for
 from glimt.models.base import (
     BuildContext,
     Model,
@@ -424,7 +430,7 @@ def _mend_punctuation(text: str) -> str:
 # --- tower and Q-Former ----------------------------------------------------------------------
 
 
-class EvaBlock(nn.Module):
+class EvaBlock(TowerBlock):
     """Pre-norm transformer block."""
 
     def __init__(self, shape: BlockShape, eps: float, device: Device, dtype: torch.dtype) -> None:
@@ -435,10 +441,16 @@ class EvaBlock(nn.Module):
         self.mlp_norm = LayerNorm(size, eps, device, dtype)
         self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
 
-    def forward(self, x: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """[num_tokens, hidden_size] -> the same."""
-        x = self.attention(self.attention_norm(x), cu_seqlens, residual=x)
-        return self.mlp(self.mlp_norm(x), residual=x)
+    def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
+        """[num_tokens, hidden_size] -> the same, part by part."""
+        part_rows = part_rows_for(cu_seqlens, self.part_rows)
+        normed = self.attention_norm(x)
+        h = yield from self.attention.stages(normed, cu_seqlens, part_rows, residual=x)
+
+        def apply(rows: slice) -> Tensor:
+            return self.mlp(self.mlp_norm(h[rows]), residual=h[rows])
+
+        return (yield from by_rows(apply, len(h), part_rows, MLP_SHARE))
 
 
 class EvaTower(PatchTower):
@@ -456,9 +468,9 @@ class EvaTower(PatchTower):
         )
         self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, unlike the blocks'
 
-    def stages(self, patches: Tensor) -> Stages[Tensor]:
-        """[num_images, num_patches, values] -> what `forward` gives, one block a part."""
-        return self.norm((yield from super().stages(patches)))
+    def stages(self, patches: Tensor, pauses_inside: bool = True) -> Stages[Tensor]:
+        """[num_images, num_patches, values] -> what `forward` gives, part by part."""
+        return self.norm((yield from super().stages(patches, pauses_inside)))
 
 
 class CrossAttention(nn.Module):

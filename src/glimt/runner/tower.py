@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import Tensor
 
@@ -23,16 +23,24 @@ class TowerJob:
         self._model = model
         self._stages: Stages[list[Tensor]] | None = None
 
-    def advance(self, num_stages: int) -> list[Tensor] | None:
+    def advance(
+        self, num_stages: float, is_enough: Callable[[], bool] = lambda: False
+    ) -> list[Tensor] | None:
         """Run the next stages; once the last is done, [num_tokens, hidden_size] per picture.
 
+        num_stages: blocks of the tower; parts of blocks add up to them
+        is_enough:  asked after each part, of which one is always run
         Raises what the model raises; the job is of no further use then.
         """
         if self._stages is None:
             self._stages = self._model.image_stages(self.images)
+        done = 0.0
         try:
-            for _ in range(num_stages):
-                next(self._stages)
+            while done < num_stages:
+                share = next(self._stages)
+                done += 1.0 if share is None else share
+                if is_enough():
+                    break
         except StopIteration as end:
             return list(end.value)
         return None

@@ -6,6 +6,7 @@ run in progress. Of a request it knows which pictures it shows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -137,8 +138,10 @@ class VisionRunner:
     # --- for those who wait ---
 
     @torch.inference_mode()
-    def encode_slice(self, plan: StepPlan) -> TowerProgress:
+    def encode_slice(self, plan: StepPlan, patience_s: float | None = None) -> TowerProgress:
         """Take pictures that sequences wait for a bounded part further through the tower.
+
+        patience_s: seconds after which no further part is begun; None: only patches bound it
 
         What the tower raises is returned: it is not the fault of any row of the step.
         """
@@ -149,7 +152,7 @@ class VisionRunner:
             return TowerProgress()
         began = time.perf_counter()
         try:
-            self._advance(job)
+            self._advance(job, patience_s)
         except Exception as error:  # whatever it is, those without these pictures must go on
             return TowerProgress({}, error, self._given_up(job))
         finally:
@@ -159,14 +162,19 @@ class VisionRunner:
         image_s = {w.request_id: spent for w in plan.waits if job.has_any_of(_digests(w.images))}
         return TowerProgress(image_s)
 
-    def _advance(self, job: TowerJob) -> None:
+    def _advance(self, job: TowerJob, patience_s: float | None) -> None:
         """Run a job's next stages; it stays the one in progress if there are more and none failed.
 
         What makes a part of the run small is patches times stages, so that a few small pictures are
         not drawn out over as many steps as one large one.
         """
         self._job = None
-        features = job.advance(max(1, self.tower_slice_patches // job.num_patches))
+        num_stages = max(1, self.tower_slice_patches // job.num_patches)
+        if patience_s is None:
+            features = job.advance(num_stages)
+        else:
+            end_s = time.perf_counter() + patience_s
+            features = job.advance(math.inf, lambda: time.perf_counter() >= end_s)
         if features is None:
             self._job = job
         else:

@@ -100,14 +100,17 @@ class Scheduler:
 
     # --- one step ---
 
-    def plan_step(self, ready: Set[bytes] | None = None) -> StepPlan:
+    def plan_step(
+        self, ready: Set[bytes] | None = None, prefill_tokens: int | None = None
+    ) -> StepPlan:
         """Choose the rows of the next step and give them their cache blocks.
 
         ready: digests of the pictures whose features are there. None, or nobody else running:
             nobody waits for a picture, and the step that needs it first runs it through the tower
+        prefill_tokens: of all prompts together, where a sequence decodes beside; None: no limit
         """
         planned: dict[int, int] = {}
-        budget = self._plan_running(planned, self.config.max_num_batched_tokens)
+        budget = self._plan_running(planned, self._budget(prefill_tokens))
         if not planned:
             ready = None
         budget, reserved = self._plan_waiting(planned, budget, ready)
@@ -118,6 +121,13 @@ class Scheduler:
             open_images=self.open_images(planned),
             waits=() if ready is None else self._waits(ready),
         )
+
+    def _budget(self, prefill_tokens: int | None) -> int:
+        """Tokens of the step. Where some decode, prompts get no more than prefill_tokens of it."""
+        num_decoding = sum(sequence.is_decoding for sequence in self.running)
+        if prefill_tokens is None or not num_decoding:
+            return self.config.max_num_batched_tokens
+        return min(self.config.max_num_batched_tokens, num_decoding + prefill_tokens)
 
     def open_images(self, planned: Mapping[int, int] | None = None) -> frozenset[bytes]:
         """Digests of the pictures that steps after this one need.

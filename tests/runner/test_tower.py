@@ -11,6 +11,7 @@ import torch
 
 from glimt.config import EngineConfig
 from glimt.engine import Engine
+from glimt.layers.tower import TowerBlock
 from glimt.runner.tower import TowerJob, groups_of
 from glimt.types import ImageInput
 
@@ -90,3 +91,34 @@ def test_groups_hold_the_limit_and_keep_the_order() -> None:
 def no_gradients() -> Iterator[None]:
     with torch.inference_mode():
         yield
+
+
+# --- large pictures ----------------------------------------------------------------------------
+
+
+def test_parts_of_a_large_picture_give_its_features(engine, monkeypatch):
+    """Catches a part that attends to its own rows alone, and rows that come back in other order."""
+    model, images = engine.opened.model, random_pictures(engine, 2)
+    with torch.inference_mode():
+        whole = model.image_features(images)
+        monkeypatch.setattr(TowerBlock, "part_rows", 5)
+        in_parts = model.image_features(images)
+        job = TowerJob(model, images)
+        while (paused := job.advance(0.01)) is None:
+            pass
+    assert bits(paused) == bits(in_parts)
+    for one, other in zip(in_parts, whole, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_a_large_pictures_blocks_pause_inside(engine, monkeypatch):
+    """Catches a slice that is a whole block, which is seconds of a GLM-4v picture."""
+    monkeypatch.setattr(TowerBlock, "part_rows", 5)
+    job = TowerJob(engine.opened.model, random_pictures(engine, 1))
+    shares = []
+    with torch.inference_mode():
+        assert job.advance(1.0, lambda: shares.append(0) is None and len(shares) == 3) is None
+        assert len(shares) == 3  # it was enough after three parts, and no block was done
+        for share in job._stages or ():
+            shares.append(share)
+    assert len(shares) > 2 * 3 * 3

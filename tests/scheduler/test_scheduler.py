@@ -291,6 +291,7 @@ class Bench:
         self.output: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
         self.num_computed = 0
+        self.prefill_tokens: int | None = None  # beside decodes
 
     def add(self, *requests: Request) -> None:
         for request in requests:
@@ -301,7 +302,9 @@ class Bench:
     def step(self) -> list[tuple[str, int, int]]:
         """One step. Returns (request, start, count) of every row, in order."""
         before = {sequence.id for sequence in self.scheduler.running}
-        plan = self.scheduler.plan_step(self.tower.ready if self.tower else None)
+        plan = self.scheduler.plan_step(
+            self.tower.ready if self.tower else None, self.prefill_tokens
+        )
         self._check_plan(plan)
         if self.tower:
             self._check_pictures(plan, self.tower.ready, before)
@@ -403,6 +406,18 @@ def test_a_prompt_is_computed_in_chunks_of_the_budget():
     assert len(bench.output["a", 0]) == 1
     assert bench.step() == [("a", 10, 1)]
     assert bench.results() == {("a", 0): alone(text("a", 10, max_tokens=2))}
+
+
+def test_prompts_beside_decodes_get_only_their_share():
+    """Catches a long prompt that holds up a running answer, and one that is slowed for nobody."""
+    scene = Bench(64, budget=64)
+    scene.prefill_tokens = 5
+    scene.add(text("a", 20, max_tokens=4))
+    assert scene.step() == [("a", 0, 20)]  # nobody decodes yet
+    scene.add(text("b", 12))
+    assert scene.step() == [("a", 20, 1), ("b", 0, 5)]
+    assert scene.step() == [("a", 21, 1), ("b", 5, 5)]
+    assert scene.step() == [("a", 22, 1), ("b", 10, 2)]
 
 
 def test_decodes_run_before_chunks_and_keep_their_pace():

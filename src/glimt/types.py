@@ -200,14 +200,14 @@ class SamplingParams:
 
     def _check_grammar(self) -> None:
         """A finished text can only end: what forbids the end cannot go with it."""
-        if self.grammar is None:
+        given: Any = self.grammar
+        if given is None:
             return
-        if not isinstance(self.grammar, Grammar):
-            kind = type(self.grammar).__name__
-            raise RequestError("grammar", f"must be a Grammar, not a {kind}")
+        if not isinstance(given, Grammar):
+            raise RequestError("grammar", f"must be a Grammar, not a {type(given).__name__}")
         for name, is_given in (("ignore_eos", self.ignore_eos), ("min_tokens", self.min_tokens)):
             if is_given:
-                said = f"cannot go with {self.grammar.field}: the text ends when it is complete"
+                said = f"cannot go with {given.field}: the text ends when it is complete"
                 raise RequestError(name, said)
 
     def _check_stop_lengths(self) -> None:

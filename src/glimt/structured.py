@@ -57,9 +57,10 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 self._vocabulary = self._build_vocabulary(guidance, grammar)
         matcher = guidance.LLMatcher(self._vocabulary, _text(guidance, grammar), log_level=0)
-        matcher.deep_copy().compute_bitmask()  # the first mask costs most; its parts are shared
-        if matcher.is_error():
-            raise RequestError(grammar.field, f"cannot be used: {_first_line(matcher.get_error())}")
+        begun = matcher.deep_copy()
+        begun.compute_bitmask()  # what is too complex to begin is told here, not by a lost answer
+        if begun.is_error():
+            raise RequestError(grammar.field, f"cannot be used: {_first_line(begun.get_error())}")
         compiled = CompiledGrammar(matcher, self._vocab_size)
         with self._lock:
             self._compiled[grammar] = compiled

@@ -465,7 +465,7 @@ def test_what_is_not_done_is_refused_by_name(client, fields, param):
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="demo", messages=said("a"), **fields, **more)
         assert refused.value.param == param
-        assert refused.value.code == 400
+        assert str(refused.value.code) == "400"  # the client makes it text
         assert refused.value.type == "BadRequestError"
 
 

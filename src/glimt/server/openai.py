@@ -206,7 +206,14 @@ async def _pieces(
         except Exception as error:
             if not isinstance(error, GlimtError):
                 log.exception("a stream failed")
-            yield events.failure(failure_of(error))
+            yield events.failure(_counted(context, failure_of(error)))
+
+
+def _counted(context: Context, failure: Failure) -> Failure:
+    """The same, told to the metrics; a deadline is counted where it passes."""
+    if failure.kind in ("engine", "unavailable"):
+        context.metrics.failed(failure.kind)
+    return failure
 
 
 class _Events:

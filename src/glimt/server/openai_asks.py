@@ -56,6 +56,8 @@ def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
         said = f"holds {len(prompts)} prompts; 1 to {_MAX_PROMPTS} are taken"
         raise RequestError("prompt", said)
+    if "" in prompts:
+        raise RequestError("prompt", "is empty; there is nothing to continue")
     wanted = body.max_tokens or _COMPLETION_TOKENS
     sampling = _sampling(body, _PLAIN, wanted, body.logprobs)
     base_id = checked_id(body.request_id or request_id)

@@ -21,6 +21,7 @@ PUBLIC = [
     "EngineError",
     "EngineStats",
     "GlimtError",
+    "Grammar",
     "ImageError",
     "ImageLimits",
     "ImagePart",

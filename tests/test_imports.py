@@ -31,6 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
     ("weights",),
     ("checkpoint",),
+    ("structured",),
     ("models",),
     ("layers", "parallel", "quant"),
     ("devices",),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from glimt.llm import LLM
     from glimt.types import (
         Completion,
+        Grammar,
         ImagePart,
         Message,
         RequestOutput,
@@ -66,6 +67,7 @@ _HOMES = {
     "glimt.llm": ("LLM",),
     "glimt.types": (
         "Completion",
+        "Grammar",
         "ImagePart",
         "Message",
         "RequestOutput",
@@ -92,6 +94,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "GlimtError",
+    "Grammar",
     "ImageError",
     "ImageLimits",
     "ImagePart",

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _MAX_COMPILED = 64  # kept; one holds about 1 MB
 _NEEDED_BYTES = (*range(0xC0), *range(0xC2, 0xF5))  # all of UTF-8's
+# Less than llguidance's own, with which an expression of 20 characters takes seconds.
+_LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
 # A model that likes blanks would otherwise never end; llguidance's own pattern has no bound.
 _BLANKS = r"[ \n\r\t]{0,20}"
 
@@ -56,11 +58,15 @@ class GrammarCompiler:
                 return self._compiled[grammar]
             if self._vocabulary is None:
                 self._vocabulary = self._build_vocabulary(guidance, grammar)
-        matcher = guidance.LLMatcher(self._vocabulary, _text(guidance, grammar), log_level=0)
-        begun = matcher.deep_copy()
-        begun.compute_bitmask()  # what is too complex to begin is told here, not by a lost answer
-        if begun.is_error():
-            raise RequestError(grammar.field, f"cannot be used: {_first_line(begun.get_error())}")
+        limits = guidance.LLParserLimits(**_LIMITS)
+        text = _text(guidance, grammar)
+        matcher = guidance.LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
+        for _ in range(2):  # what is too complex to begin is found out by trying, often the second
+            begun = matcher.deep_copy()
+            begun.compute_bitmask()
+            if begun.is_error():
+                said = f"cannot be used: {_first_line(begun.get_error())}"
+                raise RequestError(grammar.field, said)
         compiled = CompiledGrammar(matcher, self._vocab_size)
         with self._lock:
             self._compiled[grammar] = compiled
@@ -191,7 +197,7 @@ def _quoted(text: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0][:300]
+    return text.strip().split("\n", 1)[0][:160]
 
 
 def _guidance() -> Any:

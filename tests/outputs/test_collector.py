@@ -15,7 +15,11 @@ def collector_of(request_id: str) -> OutputCollector:
     processor: Any = SimpleNamespace(tokenizer=tokenizer, finish_text=str, stable_length=len)
     prompt = EncodedPrompt(tuple(range(7)), (), (), None, (7,), (1,))  # type: ignore[arg-type]
     request: Any = SimpleNamespace(
-        request_id=request_id, prompt=prompt, sampling=SamplingParams(), arrival_s=0.0
+        request_id=request_id,
+        is_exact=False,
+        prompt=prompt,
+        sampling=SamplingParams(),
+        arrival_s=0.0,
     )
     collector = OutputCollector(processor, lambda: 5.0)
     collector.add(request)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from glimt.outputs.detokenizer import TextStream
+from glimt.outputs.detokenizer import ExactDecoder, NamingDecoder, TextStream
 from glimt.outputs.stop import find_stop, partial_stop
 
 TAG = "[[训练时间]]"
@@ -175,3 +175,21 @@ def test_stop_strings_are_searched_only_where_a_new_one_may_begin(monkeypatch):
     monkeypatch.setattr("glimt.outputs.detokenizer.find_stop", watched)
     run(text_stream([b"abcdefgh"] * 50, stops=("ghost",)), 50)
     assert all(length - start <= 8 + len("ghost") for start, length in starts)
+
+
+def test_a_shown_stop_string_ends_the_text():
+    """Catches text behind the stop string, or half of it given twice."""
+    for cut in range(1, 6):
+        text = "abSTOPcd"
+        chunks = [text[:cut].encode(), text[cut:].encode()]
+        stream = TextStream(ChunkDecoder(chunks), str, len, ("STOP",), shows_stop=True)
+        given = stream.feed(0) + stream.feed(1) + stream.close()
+        assert (given, stream.stop_reason) == ("abSTOP", "STOP")
+
+
+def test_names_of_special_tokens_stand_between_whole_characters():
+    """Catches a name inside the bytes of a character, and bytes that are lost."""
+    cat = "猫".encode()
+    decoder = NamingDecoder(ExactDecoder(lambda i: bytes([i])), {300: "<|user|>"})
+    pieces = [decoder.feed(i) for i in (*cat, 300, cat[0], 300, 32)]
+    assert "".join(pieces) + decoder.finish() == "猫<|user|>\ufffd<|user|> "

@@ -28,8 +28,9 @@ _MAX_COMPILED = 64  # kept; one holds about 1 MB
 _NEEDED_BYTES = (*range(0xC0), *range(0xC2, 0xF5))  # all of UTF-8's
 # Less than llguidance's own, with which an expression of 20 characters takes seconds.
 _LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
-# A model that likes blanks would otherwise never end; llguidance's own pattern has no bound.
-_BLANKS = r"[ \n\r\t]{0,20}"
+# One space, or a line end and the next line's indent, as JSON is written. llguidance's own pattern
+# has no bound, and a model that likes blanks would never end.
+_BLANKS = r"( |\n[ \t]{0,24})?"
 
 
 class GrammarCompiler:

@@ -28,12 +28,12 @@ from glimt.server.bodies import StrictRoute, validation_failure
 from glimt.server.config import ServerConfig
 from glimt.server.failures import (
     Failure,
+    Family,
     HttpFailure,
-    body_of,
+    content_of,
     failure_of,
     family_of,
     headers_of,
-    one_line,
     status_of,
 )
 from glimt.server.host import EngineHost
@@ -172,12 +172,14 @@ def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -
 # --- errors ----------------------------------------------------------------------------------
 
 
-def failure_response(failure: Failure, path: str, profile: str) -> Response:
-    """An error in the form of the path's family."""
-    family = family_of(path)
+def failure_response(
+    failure: Failure, path: str, profile: str, family: Family | None = None
+) -> Response:
+    """An error in the form of the path's family, or of the one that the body was found to be of."""
+    family = family or family_of(path)
     return Response(
-        one_line(body_of(failure, family, profile)),
-        status_of(failure, family),
+        content_of(failure, family, profile),
+        status_of(failure, family, profile),
         headers_of(failure),
         "application/json",
     )
@@ -185,11 +187,9 @@ def failure_response(failure: Failure, path: str, profile: str) -> Response:
 
 def _handle_errors(app: FastAPI, context: Context) -> None:
     def respond(request: Request, failure: Failure) -> Response:
-        if failure.kind in ("invalid", "too_long"):
-            context.metrics.failed("invalid")
-        elif failure.kind in ("unavailable", "engine"):
-            context.metrics.failed(failure.kind)
-        return failure_response(failure, request.url.path, context.config.profile)
+        context.metrics.refused(failure.kind)
+        family: Family | None = getattr(request.state, "family", None)
+        return failure_response(failure, request.url.path, context.config.profile, family)
 
     async def ours(request: Request, error: Exception) -> Response:
         return respond(request, failure_of(error))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import reprlib
 from collections.abc import Callable, Coroutine
 from itertools import takewhile
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -18,6 +20,8 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
+    ValidationError,
+    model_validator,
 )
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,13 +29,24 @@ from starlette.types import Scope
 
 from glimt.server.failures import Failure, HttpFailure
 
+log = logging.getLogger("glimt.server")
+
 MAX_DEPTH = 32  # of a JSON body; a schema in response_format takes about 20
 
 
 class Body(BaseModel):
     """A request's body. Fields that are not known are ignored, null means not given."""
 
-    model_config = ConfigDict(extra="allow", hide_input_in_errors=True, str_max_length=None)
+    model_config = ConfigDict(
+        extra="allow", hide_input_in_errors=True, str_max_length=None, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: each for key, each in value.items() if each is not None}
 
     def unknown(self) -> list[str]:
         """Names of what came and is not known."""
@@ -65,7 +80,7 @@ def parse_json(content: bytes) -> Any:
         value = json.loads(content, parse_constant=_refuse_constant, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         said = str(error) if not isinstance(error, UnicodeDecodeError) else "it is not UTF-8"
-        raise HttpFailure(Failure("invalid", f"the body is not JSON: {said}")) from error
+        raise HttpFailure(Failure("malformed", f"the body is not JSON: {said}")) from error
     if _depth(value) > MAX_DEPTH:
         raise HttpFailure(Failure("invalid", f"the body is nested deeper than {MAX_DEPTH} levels"))
     return value
@@ -96,6 +111,45 @@ def _depth(value: Any) -> int:
     return depth
 
 
+B = TypeVar("B", bound=Body)
+
+
+def parsed(kind: type[B], value: Any) -> B:
+    """A value that came as JSON, as a body of a kind. Raises HttpFailure naming the field."""
+    if not isinstance(value, dict):
+        raise HttpFailure(Failure("invalid", "the body must be a JSON object"))
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise HttpFailure(validation_failure(error)) from error
+    if unknown := body.unknown():
+        log.debug("%s: ignored fields: %s", kind.__name__, reprlib.repr(unknown))
+    return body
+
+
+async def read_json(request: Request) -> Any:
+    """A request's JSON, whatever its Content-Type says: curl -d sends that of a form."""
+    return parse_json(await request.body())
+
+
+def described(kind: type[Body]) -> dict[str, Any]:
+    """What OpenAPI is told of a body that the route reads itself: for `openapi_extra`."""
+    schema = kind.model_json_schema()
+    inlined = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"content": {"application/json": {"schema": inlined}}, "required": True}}
+
+
+def _inlined(schema: Any, known: dict[str, Any]) -> Any:
+    """The same with every reference replaced by what it names: OpenAPI keeps them elsewhere."""
+    if isinstance(schema, list):
+        return [_inlined(each, known) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(known[schema["$ref"].rpartition("/")[2]], known)
+    return {key: _inlined(each, known) for key, each in schema.items()}
+
+
 class StrictRoute(APIRoute):
     """A route whose handler gets a StrictRequest, and its body as JSON whatever it is called."""
 
@@ -123,7 +177,7 @@ def _as_json(scope: Scope) -> Scope:
 _TYPE = re.compile(r"(str|int|float|bool|list\[.*|dict\[.*|constrained-.*|function-.*)$")
 
 
-def validation_failure(error: RequestValidationError) -> Failure:
+def validation_failure(error: RequestValidationError | ValidationError) -> Failure:
     """The first mistake of a body, by its field, without the value that was sent."""
     first = error.errors()[0]
     place = [str(each) for each in first["loc"] if each not in ("body", "path", "query")]

@@ -11,6 +11,13 @@ from glimt.errors import ConfigError
 PROFILES = ("upstream", "mindie")
 METRICS_COMPAT = ("none", "tgi")
 
+DELIMITERS = ("newline", "nul")
+_CHOICES = {
+    "profile": PROFILES,
+    "metrics_compat": METRICS_COMPAT,
+    "vllm_stream_delimiter": DELIMITERS,
+}
+
 _LEAST = {
     "port": 0,
     "limit_images": 1,
@@ -21,8 +28,17 @@ _LEAST = {
     "max_image_pixels": 1,
     "num_decoders": 0,
     "max_restarts": 0,
+    "max_prompt_tokens": 1,
+    "max_output_tokens": 1,
 }
-_POSITIVE_S = ("request_timeout_s", "drain_timeout_s", "stall_timeout_s", "idle_timeout_s")
+_OPTIONAL = ("max_prompt_tokens", "max_output_tokens", "token_timeout_s")
+_POSITIVE_S = (
+    "request_timeout_s",
+    "drain_timeout_s",
+    "stall_timeout_s",
+    "idle_timeout_s",
+    "token_timeout_s",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +71,31 @@ class ServerConfig:
     media_path: Path | None = None  # a folder from which MindIE's forms may name files
     otlp_endpoint: str | None = None  # of an OpenTelemetry collector; None: no traces
     max_restarts: int = 3  # of an engine that failed, within an hour
+    max_prompt_tokens: int | None = None  # pictures expanded; None: what the context leaves
+    max_output_tokens: int | None = None  # longer wishes are cut to it; None: no limit but those
+    token_timeout_s: float | None = None  # between two tokens of an answer; None: no limit
+    raw_prompt: bool = False  # texts of TGI's and MindIE's forms go to the model as they are
+    vllm_stream_delimiter: str = "newline"  # or nul, as vLLM's first releases had it
+    full_text_streams: bool = False  # vLLM's form under mindie: all text so far in every piece
+    visualglm_api: bool = False  # POST / with text, image and history, as VisualGLM's api.py
+    tls_cert: Path | None = None  # with tls_key: serve HTTPS
+    tls_key: Path | None = None
+    tls_ca: Path | None = None  # clients must show a certificate that it has signed
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {value!r}; a whole number of at least {least} is needed"
             for name, least in _LEAST.items()
             if not _is_count(value := getattr(self, name), least)
+            and not (value is None and name in _OPTIONAL)
         ]
         problems += [
             f"{name} is {value!r}; seconds above 0 are needed"
             for name in _POSITIVE_S
             if not (isinstance(value := getattr(self, name), (int, float)) and value > 0)
+            and not (value is None and name in _OPTIONAL)
         ]
-        for name, known in (("profile", PROFILES), ("metrics_compat", METRICS_COMPAT)):
+        for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 problems.append(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         problems += [
@@ -79,6 +107,13 @@ class ServerConfig:
             problems.append("api_keys: a key is empty")
         if self.media_path is not None and not self.media_path.is_dir():
             problems.append(f"media_path {str(self.media_path)!r} is no folder")
+        problems += [
+            f"{name} {str(value)!r} is no file"
+            for name in ("tls_cert", "tls_key", "tls_ca")
+            if (value := getattr(self, name)) is not None and not value.is_file()
+        ]
+        if (self.tls_cert is None) != (self.tls_key is None):
+            problems.append("tls_cert and tls_key are needed together")
         if problems:
             raise ConfigError("server options", problems)
 

@@ -19,12 +19,12 @@ from glimt.errors import (
     RequestError,
 )
 from glimt.server.host import EngineUnavailable
-from glimt.server.service import DeadlinePassed
+from glimt.server.service import DeadlinePassed, HalfAnswer
 
 Family = Literal["openai", "tgi", "triton", "vllm", "mindie"]
 Kind = Literal[
     "invalid", "too_long", "unknown_model", "unknown_route", "method", "key", "too_large",
-    "overloaded", "unavailable", "timeout", "engine",
+    "overloaded", "unavailable", "timeout", "engine", "malformed", "incomplete",
 ]  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def failure_of(error: Exception) -> Failure:
         return Failure("timeout", str(error))
     if isinstance(error, CapacityError):
         return Failure("overloaded", str(error))
+    if isinstance(error, HalfAnswer):
+        return Failure("incomplete", str(error))
     if isinstance(error, EngineError):
         return Failure("engine", str(error))
     return Failure("engine", "the server failed; its log says why")
@@ -82,6 +84,8 @@ _OPENAI: Mapping[Kind, tuple[int, str]] = {
     "unavailable": (503, "ServiceUnavailableError"),
     "timeout": (504, "TimeoutError"),
     "engine": (500, "InternalServerError"),
+    "malformed": (400, "BadRequestError"),
+    "incomplete": (500, "InternalServerError"),
 }
 _TGI: Mapping[Kind, tuple[int, str]] = {
     "invalid": (422, "validation"),
@@ -95,30 +99,38 @@ _TGI: Mapping[Kind, tuple[int, str]] = {
     "unavailable": (503, "healthcheck"),
     "timeout": (424, "generation"),
     "engine": (424, "generation"),
+    "malformed": (422, "validation"),
+    "incomplete": (500, "incomplete_generation"),
 }
 _TRITON: Mapping[Kind, int] = {
     "invalid": 400, "too_long": 400, "unknown_model": 404, "unknown_route": 404, "method": 405,
     "key": 401, "too_large": 413, "overloaded": 503, "unavailable": 503, "timeout": 504,
-    "engine": 500,
+    "engine": 500, "malformed": 400, "incomplete": 500,
 }  # fmt: skip
-_MINDIE_TITLES: Mapping[Kind, tuple[int, str]] = {
-    **_TGI,
-    "overloaded": (503, "overloaded"),
+_MINDIE: Mapping[Kind, tuple[int, str]] = {
     "invalid": (422, "Input Validation Error"),
     "too_long": (422, "Input Validation Error"),
     "unknown_model": (422, "Input Validation Error"),
+    "unknown_route": (404, "NotFoundError"),
+    "method": (405, "Bad Request"),
+    "key": (401, "Bad Request"),
+    "too_large": (413, "Bad Request"),
+    "overloaded": (503, "Service Unavailable"),
+    "unavailable": (503, "Service Unavailable"),
     "timeout": (424, "Generation Error"),
     "engine": (424, "Generation Error"),
+    "malformed": (400, "Bad Request"),
+    "incomplete": (500, "Incomplete Generation"),
 }
 
 
-def status_of(failure: Failure, family: Family) -> int:
+def status_of(failure: Failure, family: Family, profile: str = "upstream") -> int:
     """The HTTP status."""
-    if family == "openai" or family == "vllm":
+    if family == "mindie" or (family == "vllm" and profile == "mindie"):
+        return _MINDIE[failure.kind][0]
+    if family in ("openai", "vllm"):
         return _OPENAI[failure.kind][0]
-    if family == "triton":
-        return _TRITON[failure.kind]
-    return (_MINDIE_TITLES if family == "mindie" else _TGI)[failure.kind][0]
+    return _TRITON[failure.kind] if family == "triton" else _TGI[failure.kind][0]
 
 
 def body_of(failure: Failure, family: Family, profile: str = "upstream") -> dict[str, Any]:
@@ -130,8 +142,17 @@ def body_of(failure: Failure, family: Family, profile: str = "upstream") -> dict
         code: int | str = "context_length_exceeded" if failure.kind == "too_long" else status
         inner = {"message": failure.message, "type": kind, "param": failure.field, "code": code}
         return {"error": inner}
-    table = _MINDIE_TITLES if family == "mindie" or profile == "mindie" else _TGI
+    if family == "mindie" and failure.kind == "too_large":
+        return {"message": failure.message}
+    table = _MINDIE if family == "mindie" or profile == "mindie" else _TGI
     return {"error": failure.message, "error_type": table[failure.kind][1]}
+
+
+def content_of(failure: Failure, family: Family, profile: str = "upstream") -> bytes:
+    """The body as it is sent; TGI says nothing to whoever has no key."""
+    if family == "tgi" and failure.kind == "key" and profile == "upstream":
+        return b""
+    return one_line(body_of(failure, family, profile))
 
 
 def headers_of(failure: Failure) -> dict[str, str]:
@@ -140,7 +161,9 @@ def headers_of(failure: Failure) -> dict[str, str]:
         return {"Retry-After": "1"}
     if failure.kind == "key":
         return {"WWW-Authenticate": "Bearer"}
-    return {"x-should-retry": "false"} if failure.kind in ("engine", "timeout") else {}
+    return (
+        {"x-should-retry": "false"} if failure.kind in ("engine", "incomplete", "timeout") else {}
+    )
 
 
 def one_line(value: Any) -> bytes:

@@ -90,6 +90,13 @@ class Metrics:
         assert reason in FAILURES, reason
         self._failures.labels(**self._labels, reason=reason).inc()
 
+    def refused(self, kind: str) -> None:
+        """Count what an error reply says; what the service counts itself is not counted twice."""
+        known = {"invalid": "invalid", "too_long": "invalid", "malformed": "invalid"}
+        known |= {"unavailable": "unavailable", "engine": "engine", "incomplete": "engine"}
+        if kind in known:
+            self.failed(known[kind])
+
     def image(self, result: str, fetch_s: float | None, read_s: float | None) -> None:
         """A picture was fetched and read, or refused; result: "read" or "refused"."""
         self._images.labels(**self._labels, result=result).inc()

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import logging
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,11 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glimt.errors import RequestError
 from glimt.server.failures import (
     Failure,
-    body_of,
+    content_of,
     failure_of,
     family_of,
     headers_of,
-    one_line,
     status_of,
 )
 from glimt.server.service import checked_id
@@ -38,14 +38,14 @@ OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live"})
 async def send_failure(failure: Failure, path: str, profile: str, send: Send) -> None:
     """A whole error reply in the form of the path's family."""
     family = family_of(path)
-    body = one_line(body_of(failure, family, profile))
+    body = content_of(failure, family, profile)
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         **headers_of(failure),
     }
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    status = status_of(failure, family)
+    status = status_of(failure, family, profile)
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
@@ -166,10 +166,19 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
         body = None
         if not length.isdecimal() or int(length) <= self._max_bytes:
             body = await self._body(receive)
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if body and coding != "identity":
+            try:
+                body = unpacked(body, coding, self._max_bytes)
+            except ValueError as error:
+                failure = Failure("malformed", str(error))
+                await send_failure(failure, scope["path"], self._profile, send)
+                return
         if body is None:
             most = f"at most {self._max_bytes:,} bytes are taken"
             failure = Failure("too_large", f"the request's body is larger than that: {most}")
@@ -189,6 +198,28 @@ class BodyLimit:
                 return None
             if not message.get("more_body"):
                 return bytes(body)
+
+
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+
+def unpacked(body: bytes, coding: str, max_bytes: int) -> bytes | None:
+    """A compressed body's content, of which no more than max_bytes are ever made; None beyond.
+
+    Raises ValueError for what is not compressed as it says.
+    """
+    if coding not in _WINDOW_BITS:
+        raise ValueError(f"Content-Encoding {coding[:40]!r} is not read; gzip and deflate are")
+    unpacker = zlib.decompressobj(_WINDOW_BITS[coding])
+    try:
+        content = unpacker.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"the body is no {coding}") from error
+    if len(content) > max_bytes:
+        return None
+    if not unpacker.eof:
+        raise ValueError(f"the body's {coding} ends too early")
+    return content
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from glimt.config import ImageLimits
 from glimt.errors import ImageError
+from glimt.inputs.image_source import read_source
 from glimt.server.config import ServerConfig
 from glimt.server.decoding import Decoders
 from glimt.server.fetch import Fetcher
@@ -28,6 +30,8 @@ class PictureReader:
             max_pixels=config.max_image_pixels,
             max_images=config.limit_images,
         )
+        self._media_path = config.media_path
+        self._limits = limits
         self._decoders = Decoders(config.num_decoders, limits)
 
     async def read(self, messages: Sequence[Message]) -> list[Message]:
@@ -50,6 +54,8 @@ class PictureReader:
         try:
             began_s = time.monotonic()
             content = part.source
+            if isinstance(content, Path):
+                content = await asyncio.to_thread(self._file, content, field)
             if isinstance(content, str) and content.lower().startswith(_URLS):
                 content = await self._fetcher.fetch(content, field)
                 fetch_s = time.monotonic() - began_s
@@ -60,6 +66,20 @@ class PictureReader:
             raise
         self._metrics.image("read", fetch_s, time.monotonic() - began_s)
         return ImagePart(image)
+
+    def _file(self, path: Path, field: str) -> bytes:
+        """A file of the media folder, and of no other, whatever links and dots its name has."""
+        folder = self._media_path
+        if folder is None:
+            raise ImageError(field, "names a file; send the picture itself as a data URL")
+        try:
+            found = path.resolve(strict=True)
+            is_inside = found.is_relative_to(folder.resolve())
+        except (OSError, ValueError, RuntimeError):
+            is_inside = False
+        if not is_inside:
+            raise ImageError(field, "names no file of the server's media folder")
+        return read_source(found, self._limits, allow_files=True, field=field)
 
     def close(self) -> None:
         """End the child processes."""

@@ -15,7 +15,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from glimt.async_engine import AsyncEngine
-from glimt.errors import CapacityError, EngineError, RequestError
+from glimt.errors import CapacityError, EngineError, PromptTooLong, RequestError
 from glimt.inputs.request import RequestOptions
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
@@ -27,6 +27,10 @@ from glimt.types import Message, Request, RequestOutput, SamplingParams, StepOut
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
 _PREPARING = 4  # requests whose prompts and pictures are prepared at the same time
+
+
+class HalfAnswer(EngineError):
+    """The engine failed when a part of the answer was already there."""
 
 
 class DeadlinePassed(CapacityError):
@@ -43,6 +47,9 @@ class Ask:
     request_id: checked already; the engine's own may get a suffix
     prompt_end, is_exact: as RequestOptions says
     timeout_s: from arrival; None: the server's limit
+    takes_room: a max_tokens beyond the context is cut to what fits, as MindIE does, not refused
+    keep_last:  tokens of the prompt, the last ones; None: all
+    total_tokens: least and most tokens of prompt and answer, in place of the sampling's own
     """
 
     protocol: str
@@ -56,6 +63,9 @@ class Ask:
     prompt_end: str = "answer"
     is_exact: bool = False
     timeout_s: float | None = None
+    takes_room: bool = False
+    keep_last: int | None = None
+    total_tokens: tuple[int, int] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,13 +87,24 @@ class Answer:
 
     async def whole(self) -> RequestOutput:
         """The finished answer. Raises as `stream`, and EngineError for a choice with an error."""
+        return (await self.whole_steps())[0]
+
+    async def whole_steps(self) -> tuple[RequestOutput, list[StepOutput]]:
+        """The finished answer, and the steps it came in. Raises as `whole`."""
         assembler = OutputAssembler(self.request)
-        async for output in self._outputs:
-            if output.finish_reason == "error":
-                raise EngineError(output.error or "the answer ended with an error")
-            whole = assembler.add(output)
-            if whole is not None:
-                return whole
+        steps: list[StepOutput] = []
+        try:
+            async for output in self._outputs:
+                steps.append(output)
+                if output.finish_reason == "error":
+                    raise EngineError(output.error or "the answer ended with an error")
+                whole = assembler.add(output)
+                if whole is not None:
+                    return whole, steps
+        except EngineError as error:
+            if any(step.token_ids for step in steps):
+                raise HalfAnswer(str(error)) from error
+            raise
         raise EngineError(f"request {self.request.request_id} ended without its last output")
 
 
@@ -105,6 +126,7 @@ class Service:
         self._num_open = 0
         self._preparing = asyncio.Semaphore(_PREPARING)
         self._ids: set[str] = set()
+        self._running: set[str] = set()  # of these, the ones that the engine has
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -173,10 +195,57 @@ class Service:
         if not self._num_open:
             self._idle.set()
 
+    def stop(self, request_id: str) -> bool:
+        """End a running request; its answer ends with what it has. False: it does not run."""
+        if request_id not in self._running:
+            return False
+        self.host.engine.abort(request_id)
+        return True
+
     # --- preparation ---
+
+    async def encode(self, ask: Ask) -> Request:
+        """What a request would be, without running it. Raises RequestError, EngineUnavailable."""
+        async with self._preparing:
+            return await self._prepare(self.host.engine, ask, ask.request_id)
 
     async def _prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
         """Everything that can be refused. Raises RequestError."""
+        wanted, sampling = ask.sampling.max_tokens, ask.sampling
+        if ask.takes_room or ask.total_tokens:
+            sampling = replace(sampling, max_tokens=None)
+        request = await self._encoded(engine, replace(ask, sampling=sampling), request_id)
+        if ask.keep_last is not None and len(request.prompt.token_ids) > ask.keep_last:
+            request = await self._last_tokens(engine, request, ask, request_id)
+        if ask.takes_room and wanted is not None:
+            request = _bounded(request, 0, wanted)
+        if ask.total_tokens is not None:
+            least, most = ask.total_tokens
+            num_prompt = len(request.prompt.original_token_ids)
+            request = _bounded(request, least - num_prompt, most - num_prompt)
+        return self._within(request)
+
+    def _within(self, request: Request) -> Request:
+        """Hold a request to the server's own limits. Raises PromptTooLong."""
+        most, num_prompt = self.config.max_prompt_tokens, len(request.prompt.token_ids)
+        if most is not None and num_prompt > most:
+            raise PromptTooLong("prompt", f"is {num_prompt} tokens; at most {most} are taken here")
+        if self.config.max_output_tokens is None:
+            return request
+        return _bounded(request, 0, self.config.max_output_tokens)
+
+    async def _last_tokens(
+        self, engine: AsyncEngine, request: Request, ask: Ask, request_id: str
+    ) -> Request:
+        """The same with the prompt's last tokens only. Raises RequestError for a cut picture."""
+        assert ask.keep_last is not None
+        if request.images:
+            raise RequestError("truncate", "would cut a prompt with pictures; leave it out")
+        kept = request.prompt.original_token_ids[-ask.keep_last :]
+        short = replace(ask, messages=None, prompt=None, token_ids=kept)
+        return await self._encoded(engine, short, request_id)
+
+    async def _encoded(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
         options = RequestOptions(
             request_id=request_id,
             language=ask.language,
@@ -205,12 +274,13 @@ class Service:
     ) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs up to the deadline; counted, whatever becomes of them."""
         watch = self.metrics.watch(request)
+        self._running.add(request.request_id)
         try:
             async with aclosing(engine.stream(request)) as outputs:
                 iterator = aiter(outputs)
                 while True:
                     try:
-                        async with asyncio.timeout_at(deadline):
+                        async with asyncio.timeout_at(self._next_deadline(deadline)):
                             output = await anext(iterator)
                     except StopAsyncIteration:
                         return
@@ -220,7 +290,15 @@ class Service:
                     trace.saw(output)
                     yield output
         finally:
+            self._running.discard(request.request_id)
             watch.ended()
+
+    def _next_deadline(self, deadline: float) -> float:
+        """When the next token must be there: MindIE limits the time between two as well."""
+        between_s = self.config.token_timeout_s
+        if between_s is None:
+            return deadline
+        return min(deadline, asyncio.get_running_loop().time() + between_s)
 
 
 class _Place:
@@ -247,8 +325,9 @@ def checked_id(given: str | None, field_name: str = "request_id") -> str:
     return given
 
 
-def with_room(sampling: SamplingParams, most: int) -> SamplingParams:
-    """The same with its max_tokens cut to what the context leaves."""
-    if sampling.max_tokens is None or sampling.max_tokens <= most:
-        return sampling
-    return replace(sampling, max_tokens=most)
+def _bounded(request: Request, least: int, most: int) -> Request:
+    """The same with its answer's length between the two, as far as its context lets it."""
+    max_tokens = max(1, min(request.max_tokens, most))
+    min_tokens = min(max(least, request.sampling.min_tokens or 0), max_tokens)
+    sampling = replace(request.sampling, max_tokens=max_tokens, min_tokens=min_tokens)
+    return replace(request, max_tokens=max_tokens, sampling=sampling)

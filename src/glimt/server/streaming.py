@@ -60,7 +60,7 @@ class EventStream(Response):
         self,
         pieces: AsyncIterator[bytes],
         max_bytes: int,
-        media_type: str = "text/event-stream; charset=utf-8",
+        media_type: str | None = "text/event-stream; charset=utf-8",
         keep_alive: bytes = b": keep-alive\n\n",
         headers: dict[str, str] | None = None,
     ) -> None:

@@ -145,6 +145,9 @@ def body_of(failure: Failure, family: Family, profile: str = "upstream") -> dict
     if family == "mindie" and failure.kind == "too_large":
         return {"message": failure.message}
     table = _MINDIE if family == "mindie" or profile == "mindie" else _TGI
+    if table is _TGI and failure.kind in ("invalid", "too_long"):
+        said = f"Input validation error: {failure.message}"
+        return {"error": said, "error_type": "validation"}
     return {"error": failure.message, "error_type": table[failure.kind][1]}
 
 

@@ -20,6 +20,7 @@ from glimt.inputs.request import RequestOptions
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
 from glimt.server.host import EngineHost
+from glimt.server.markers import marked_ids
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
 from glimt.server.tracing import Trace, Traces
@@ -47,6 +48,7 @@ class Ask:
     request_id: checked already; the engine's own may get a suffix
     prompt_end, is_exact: as RequestOptions says
     timeout_s: from arrival; None: the server's limit
+    has_markers: the prompt's role markers are special tokens (`markers`)
     takes_room: a max_tokens beyond the context is cut to what fits, as MindIE does, not refused
     keep_last:  tokens of the prompt, the last ones; None: all
     total_tokens: least and most tokens of prompt and answer, in place of the sampling's own
@@ -63,6 +65,7 @@ class Ask:
     prompt_end: str = "answer"
     is_exact: bool = False
     timeout_s: float | None = None
+    has_markers: bool = False
     takes_room: bool = False
     keep_last: int | None = None
     total_tokens: tuple[int, int] | None = None
@@ -265,6 +268,11 @@ class Service:
             return await engine.prepare_tokens(ask.token_ids, ask.sampling, options)
         if not ask.prompt:
             raise RequestError("prompt", "is empty")
+        if ask.has_markers:
+            processor = engine.engine.opened.processor
+            ids = await asyncio.to_thread(marked_ids, ask.prompt, processor)
+            if ids is not None:
+                return await engine.prepare_tokens(ids, ask.sampling, options)
         return await engine.prepare_text(ask.prompt, ask.sampling, options)
 
     # --- running ---

@@ -1,0 +1,217 @@
+"""vLLM's old `/generate`, and MindIE's variant of it. Its route is in `shared_paths`.
+
+Source: vllm-project/vllm, vllm/entrypoints/api_server.py before its removal; Ascend/MindIE-LLM,
+single_req_vllm_infer_interface.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from glimt.errors import RequestError
+from glimt.server.app import Context
+from glimt.server.bodies import Body, Bool, Text, parsed
+from glimt.server.config import ServerConfig
+from glimt.server.failures import Failure, one_line
+from glimt.server.parameters import VllmParameters
+from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
+from glimt.server.replies import Finished, streamed, whole
+from glimt.server.service import Ask
+from glimt.server.streaming import EventStream
+from glimt.types import Completion, Message, Request, StepOutput, TextPart
+
+_UPSTREAM_MAX_TOKENS, _MINDIE_MAX_TOKENS = 16, 512
+_MODEL_OF_MINDIE = "None"  # its default for a LoRA's name
+_DELIMITERS = {"newline": b"\n", "nul": b"\0"}
+
+
+class VllmBody(VllmParameters):
+    """A whole request."""
+
+    prompt: Text | list[dict[str, Any]]
+    model: Text | None = None
+    stream: Bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VllmRequest:
+    """A request, read.
+
+    prefix: what stands before every text of the reply
+    num_shown: choices that are shown, the likeliest of those computed
+    """
+
+    ask: Ask
+    prefix: str
+    is_stream: bool
+    num_shown: int
+    keeps_stop: bool
+
+
+def parse(value: Any, config: ServerConfig, request_id: str) -> VllmRequest:
+    """A body that came as JSON. Raises RequestError or HttpFailure, naming the field."""
+    body = parsed(VllmBody, value)
+    is_mindie = config.profile == "mindie"
+    if body.unknown() and not is_mindie:  # upstream fails on them, with 500
+        raise RequestError(body.unknown()[0][:80], "is no field of this request")
+    parts = prompt_parts(body.prompt, "prompt", MINDIE)
+    most = config.max_output_tokens or _MINDIE_MAX_TOKENS if is_mindie else _UPSTREAM_MAX_TOKENS
+    sampling = body.sampling(most)
+    if body.stream and sampling.n != body.n:
+        raise RequestError("best_of", "must be equal to n for a stream")
+    is_list = isinstance(body.prompt, list)
+    ask = Ask(
+        protocol="vllm",
+        request_id=request_id,
+        sampling=sampling,
+        messages=(user_message(parts, "prompt"),) if is_list else None,
+        prompt=None if is_list else text_of(parts),
+        takes_room=is_mindie,
+    )
+    _check_prompt(ask)
+    return VllmRequest(
+        ask=ask,
+        prefix=_prefix(parts, is_list, is_mindie),
+        is_stream=body.stream,
+        num_shown=body.n,
+        keeps_stop=body.include_stop_str_in_output,
+    )
+
+
+def _check_prompt(ask: Ask) -> None:
+    if ask.messages is None and not ask.prompt:
+        raise RequestError("prompt", "is empty")
+
+
+def _prefix(parts: Sequence[Part], is_list: bool, is_mindie: bool) -> str:
+    """The prompt as replies repeat it; MindIE puts a space behind, and of parts shows the first."""
+    if not is_mindie:
+        return text_of(parts)
+    first = next((part.text for part in parts if isinstance(part, TextPart)), "")
+    return (first if is_list else text_of(parts)) + " "
+
+
+def render(finished: Finished, asked: VllmRequest) -> dict[str, Any]:
+    """The object of a whole answer."""
+    shown = finished.output.completions
+    if len(shown) > asked.num_shown:
+        ranked = sorted(shown, key=_cumulative_logprob, reverse=True)
+        shown = tuple(ranked[: asked.num_shown])
+    return {"text": [asked.prefix + each.text + _kept_stop(each, asked) for each in shown]}
+
+
+def _cumulative_logprob(completion: Completion) -> float:
+    return sum(each.logprob or 0.0 for each in completion.logprobs or ())
+
+
+def _kept_stop(ended: Completion | StepOutput, asked: VllmRequest) -> str:
+    stop = ended.stop_reason
+    return stop if isinstance(stop, str) and asked.keeps_stop else ""
+
+
+class VllmWriter:
+    """Upstream: all text so far of every choice, prompt included; MindIE: what is new, alone."""
+
+    def __init__(self, request: Request, asked: VllmRequest, config: ServerConfig) -> None:
+        self._asked = asked
+        self._is_mindie = config.profile == "mindie"
+        self._is_cumulative = not self._is_mindie or config.full_text_streams
+        delimiter = "nul" if self._is_mindie else config.vllm_stream_delimiter
+        self._delimiter = _DELIMITERS[delimiter]
+        prefix = "" if self._is_mindie else asked.prefix
+        self._texts = [prefix] * request.sampling.n
+
+    def add(self, output: StepOutput) -> bytes:
+        """One object, if there is new text or an end."""
+        text = output.text + _kept_stop(output, self._asked)
+        self._texts[output.index] += text
+        if not text and not output.finish_reason:
+            return b""
+        if self._is_cumulative:
+            return self._object({"text": self._texts})
+        deltas = [""] * len(self._texts)
+        deltas[output.index] = text
+        return self._object({"text": deltas}) if text else b""
+
+    def end(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def failed(self, failure: Failure) -> bytes:
+        """The last object: what there is, and the error."""
+        texts = self._texts if self._is_cumulative else [""] * len(self._texts)
+        return self._object({"text": texts, "error": failure.message})
+
+    def _object(self, value: Body | dict[str, Any]) -> bytes:
+        return one_line(value) + self._delimiter
+
+
+class Vllm:
+    """Answers requests in vLLM's form."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def generate(self, request: HttpRequest, value: Any) -> Response:
+        """`POST /generate` with a prompt."""
+        request.state.family = "vllm"  # whose errors these are, since the path is TGI's too
+        config, service = self._context.config, self._context.service
+        asked = parse(value, config, request.state.request_id)
+        model = value.get("model")
+        self._context.check_model(None if model == _MODEL_OF_MINDIE else model)
+        if not asked.is_stream:
+            finished = await whole(request, service, asked.ask)
+            return Response(one_line(render(finished, asked)), media_type="application/json")
+        pieces = await streamed(
+            service, asked.ask, lambda answer: VllmWriter(answer.request, asked, config)
+        )
+        media_type = "text/event-stream" if config.profile == "mindie" else None
+        return EventStream(pieces, config.max_stream_bytes, media_type, keep_alive=b"")
+
+    async def tokenize(self, request: HttpRequest, value: Any) -> Response:
+        """`POST /tokenize` with a prompt or messages: the ids, and how many fit."""
+        request.state.family = "vllm"
+        if not isinstance(value, dict):
+            raise RequestError("body", "must be a JSON object")
+        body = parsed(TokenizeBody, value)
+        self._context.check_model(body.model)
+        service = self._context.service
+        limit = service.host.engine.engine.inputs.limits.max_model_len
+        tokens = await self._ids(body, request.state.request_id)
+        return Response(
+            one_line({"count": len(tokens), "max_model_len": limit, "tokens": tokens}),
+            media_type="application/json",
+        )
+
+    async def _ids(self, body: TokenizeBody, request_id: str) -> list[int]:
+        from glimt.config import ImageLimits
+        from glimt.inputs.chat import parse_messages
+        from glimt.server.parameters import fixed_sampling
+
+        service = self._context.service
+        sampling = fixed_sampling(False)
+        if body.messages is not None:
+            limits = ImageLimits(max_images=self._context.config.limit_images)
+            messages: Sequence[Message] = parse_messages(body.messages, limits)
+            ask = Ask(protocol="vllm", request_id=request_id, sampling=sampling, messages=messages)
+        elif body.prompt and not body.add_special_tokens:
+            return list(service.host.engine.engine.opened.processor.tokenizer.encode(body.prompt))
+        else:
+            ask = Ask(
+                protocol="vllm", request_id=request_id, sampling=sampling, prompt=body.prompt or ""
+            )
+        return list((await service.encode(ask)).prompt.token_ids)
+
+
+class TokenizeBody(Body):
+    """What vLLM's clients send to /tokenize: one of prompt and messages."""
+
+    prompt: Text | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: Bool = True
+    model: Text | None = None

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Mapping
@@ -118,14 +119,22 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._is_ending.set)
-        servers = [_Uvicorn(uvicorn.Config(each, **self._options())) for each, _ in ports]
+        servers = [
+            _Uvicorn(
+                uvicorn.Config(each, **self._options(), **(self._tls() if each is app else {}))
+            )
+            for each, _ in ports
+        ]
         running = [
             asyncio.create_task(one.serve([listener]))
             for one, (_, listener) in zip(servers, ports, strict=True)
         ]
-        ending = asyncio.create_task(self._is_ending.wait())
-        await asyncio.wait({ending, *running}, return_when=asyncio.FIRST_COMPLETED)
-        ending.cancel()
+        endings = [
+            asyncio.create_task(event.wait()) for event in (self._is_ending, context.stopping.asked)
+        ]
+        await asyncio.wait({*endings, *running}, return_when=asyncio.FIRST_COMPLETED)
+        for ending in endings:
+            ending.cancel()
         await self._drain(context)
         for one in servers:
             one.should_exit = True
@@ -135,7 +144,7 @@ class _Server:
     async def _drain(self, context: Context) -> None:
         """Take no more; let what runs go on for a while; what is left then is aborted."""
         context.service.host.drain()
-        if not context.service.num_open:
+        if not context.service.num_open or context.stopping.is_forced:
             return
         limit = self._job.server.drain_timeout_s
         note(f"ending: {context.service.num_open} answers may go on for {limit:g} s")
@@ -159,10 +168,23 @@ class _Server:
             "backlog": _BACKLOG,
         }
 
+    def _tls(self) -> dict[str, Any]:
+        """Of the public port; the management port is on loopback and speaks plain HTTP."""
+        server = self._job.server
+        if server.tls_cert is None:
+            return {}
+        checks = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": str(server.tls_ca)}
+        return {
+            "ssl_certfile": str(server.tls_cert),
+            "ssl_keyfile": str(server.tls_key),
+            **(checks if server.tls_ca is not None else {}),
+        }
+
     def _tell(self, ports: list[tuple[Any, socket.socket]], context: Context) -> None:
         host, port = ports[0][1].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        note(f"serving {context.model_name} at http://{shown}:{port} (loading the model)")
+        scheme = "http" if self._job.server.tls_cert is None else "https"
+        note(f"serving {context.model_name} at {scheme}://{shown}:{port} (loading the model)")
         for _, listener in ports[1:]:
             note(f"management at http://127.0.0.1:{listener.getsockname()[1]}")
         if not self._job.server.api_keys and host not in ("127.0.0.1", "::1"):

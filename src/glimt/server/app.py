@@ -6,12 +6,13 @@ list of them. What it gets is a `Context`.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 import pkgutil
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ ALIASES = ("glm4v", "visualglm", "tgi", "dummy")
 """Names that clients of the originals and of TGI send, whatever is served."""
 
 
+class Stopping:
+    """A wish that came over HTTP: that the server ends."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.is_forced = False
+
+    def ask(self, is_forced: bool) -> None:
+        """End soon; is_forced: without waiting for running answers."""
+        self.is_forced = self.is_forced or is_forced
+        self.asked.set()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
     """What a protocol works with.
@@ -63,6 +77,7 @@ class Context:
     metrics: Metrics
     model_names: tuple[str, ...]
     created: int
+    stopping: Stopping = field(default_factory=Stopping)
 
     @property
     def model_name(self) -> str:
@@ -109,7 +124,8 @@ def create_app(
     on_failed_start: told when the engine cannot be loaded at all
     """
     host = EngineHost(load, config.max_restarts, config.stall_timeout_s)
-    metrics = Metrics(host, (config.served_model_names or (model_name,))[0])
+    compat = [config.metrics_compat, "mindie" if config.profile == "mindie" else "none"]
+    metrics = Metrics(host, (config.served_model_names or (model_name,))[0], compat)
     service = Service(host, config, metrics, Traces(config.otlp_endpoint))
     names = config.served_model_names or (model_name,)
     context = Context(service, config, metrics, names, created)
@@ -136,7 +152,7 @@ def create_management_app(context: Context) -> Any:
             app.include_router(protocol.routes(context))
     app.include_router(_operation(context))
     _handle_errors(app, context)
-    return LastResort(app, context.config.profile)
+    return RequestIds(LastResort(app, context.config.profile), context.config.profile)
 
 
 def _wrapped(app: Any, config: ServerConfig) -> Any:
@@ -150,8 +166,6 @@ def _wrapped(app: Any, config: ServerConfig) -> Any:
 def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        import asyncio
-
         async def start() -> None:
             try:
                 await context.service.host.start()
@@ -227,7 +241,8 @@ def _operation(context: Context) -> APIRouter:
     async def health() -> Response:
         if host.is_ready:
             return Response(status_code=200)
-        body = {"status": host.state, "detail": host.failure or None}
+        unhealthy = {"error": "unhealthy", "error_type": "healthcheck"}  # as TGI says it
+        body = {"status": host.state, "detail": host.failure or None, **unhealthy}
         return JSONResponse(body, 503, {"Retry-After": "1"})
 
     @router.get("/ping", summary="The same as /health")

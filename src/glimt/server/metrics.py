@@ -7,13 +7,14 @@ Source of names and buckets: vLLM, v1/metrics/loggers.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from glimt.engine import EngineStats
 from glimt.server.host import EngineHost
+from glimt.server.metrics_compat import TABLES, renamed_text
 from glimt.types import Request, StepOutput
 
 _TTFT = (
@@ -24,7 +25,10 @@ _E2E = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 _TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+_TOKENS = (
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 16000, 20000, 32000, 50000, 64000,
+    128000,
+)  # fmt: skip
 _IMAGE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 15, 60)
 
 PROTOCOLS = ("openai", "tgi", "triton", "vllm", "mindie", "visualglm")
@@ -35,9 +39,13 @@ FAILURES = ("invalid", "overloaded", "unavailable", "timeout", "engine")
 class Metrics:
     """All counters of one server, in a registry of their own."""
 
-    def __init__(self, host: EngineHost, model_name: str) -> None:
+    def __init__(self, host: EngineHost, model_name: str, compat: Sequence[str] = ()) -> None:
+        """compat: whose names are told as well, of metrics_compat.TABLES."""
         self.registry = CollectorRegistry()
+        self._renamed = [rows for name in compat for rows in TABLES.get(name, ())]
         self._labels = {"model_name": model_name}
+        self.registry.register(_MeansCollector(self, time.monotonic()))
+        self.last_finish_s = 0.0  # Unix time
         self.registry.register(_EngineCollector(host, model_name))
         self._received = self._counter("glimt:requests", "Requests by protocol.", "protocol")
         self._failures = self._counter("glimt:request_failures", "Refused or failed.", "reason")
@@ -75,7 +83,12 @@ class Metrics:
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
+        text = generate_latest(self.registry)
+        return text + renamed_text(self.registry, self._renamed) if self._renamed else text
+
+    def total(self, name: str, **labels: str) -> float:
+        """One sample of one's own, as it stands now; 0 if nothing was counted yet."""
+        return self.registry.get_sample_value(name, {**self._labels, **labels}) or 0.0
 
     # --- events ---
 
@@ -146,6 +159,7 @@ class RequestWatch:
         m, usage, times = self._m, output.usage, output.timings
         labels = m._labels
         self._is_told = True
+        m.last_finish_s = time.time()
         m._prompt_tokens.labels(**labels).inc(usage.prompt_tokens)
         m._cached_tokens.labels(**labels).inc(usage.cached_tokens)
         m._prompt_size.labels(**labels).observe(usage.prompt_tokens)
@@ -197,6 +211,8 @@ class _EngineCollector:
         yield self._counter("vllm:prefix_cache_hits", "Found.", stats.prefix_hit_tokens)
         yield self._counter("vllm:mm_cache_queries", "Pictures looked up.", pictures)
         yield self._counter("vllm:mm_cache_hits", "Found.", stats.feature_hits)
+        rate = stats.prefix_hit_tokens / queried if queried else 0.0
+        yield self._gauge("glimt:prefix_cache_hit_rate", "Of prompt tokens.", rate)
         yield self._counter("vllm:num_preemptions", "Preemptions.", stats.preemptions)
         yield self._counter("vllm:spec_decode_num_draft_tokens", "Drafted.", stats.drafted_tokens)
         yield self._counter(
@@ -215,3 +231,31 @@ class _EngineCollector:
         family = CounterMetricFamily(name, said, labels=["model_name"])
         family.add_metric([self._model_name], value)
         return family
+
+
+class _MeansCollector:
+    """Shares and means since the start, of what the counters hold."""
+
+    def __init__(self, metrics: Metrics, began_s: float) -> None:
+        self._metrics, self._began_s = metrics, began_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges."""
+        m = self._metrics
+        seconds = max(1e-3, time.monotonic() - self._began_s)
+        failed, received = _sum(m._failures), _sum(m._received)
+        values = {
+            "glimt:failed_request_share": failed / max(1, failed + received),
+            "glimt:mean_prompt_tokens_per_second": _sum(m._prompt_tokens) / seconds,
+            "glimt:mean_generation_tokens_per_second": _sum(m._generated) / seconds,
+        }
+        for name, value in values.items():
+            family = GaugeMetricFamily(name, "Since the start.", labels=["model_name"])
+            family.add_metric([*m._labels.values()], value)
+            yield family
+
+
+def _sum(counter: Counter) -> float:
+    """Over all labels."""
+    samples = (sample for family in counter.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))

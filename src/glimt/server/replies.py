@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from glimt.errors import CapacityError, EngineError, GlimtError, RequestError
 from glimt.server.failures import Failure, failure_of
 from glimt.server.metrics import Metrics
-from glimt.server.service import Answer, Ask, DeadlinePassed, Service
+from glimt.server.service import Answer, Ask, DeadlinePassed, Service, TimedStep
 from glimt.server.streaming import unless_left
 from glimt.types import Request, RequestOutput, StepOutput
 
@@ -27,7 +27,7 @@ class Finished:
 
     request: Request
     output: RequestOutput
-    steps: tuple[StepOutput, ...]
+    steps: tuple[TimedStep, ...]
 
 
 class Writer(Protocol):

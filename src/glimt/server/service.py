@@ -71,6 +71,14 @@ class Ask:
     total_tokens: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One step's output, and the seconds since the one before, or since the request's arrival."""
+
+    output: StepOutput
+    seconds: float
+
+
 @dataclass(slots=True, eq=False)
 class Answer:
     """A request that was admitted and prepared; it runs while `stream` is read.
@@ -92,20 +100,23 @@ class Answer:
         """The finished answer. Raises as `stream`, and EngineError for a choice with an error."""
         return (await self.whole_steps())[0]
 
-    async def whole_steps(self) -> tuple[RequestOutput, list[StepOutput]]:
+    async def whole_steps(self) -> tuple[RequestOutput, list[TimedStep]]:
         """The finished answer, and the steps it came in. Raises as `whole`."""
         assembler = OutputAssembler(self.request)
-        steps: list[StepOutput] = []
+        steps: list[TimedStep] = []
+        last_s = self.arrival_s
         try:
             async for output in self._outputs:
-                steps.append(output)
+                now_s = time.monotonic()
+                steps.append(TimedStep(output, now_s - last_s))
+                last_s = now_s
                 if output.finish_reason == "error":
                     raise EngineError(output.error or "the answer ended with an error")
                 whole = assembler.add(output)
                 if whole is not None:
                     return whole, steps
         except EngineError as error:
-            if any(step.token_ids for step in steps):
+            if any(step.output.token_ids for step in steps):
                 raise HalfAnswer(str(error)) from error
             raise
         raise EngineError(f"request {self.request.request_id} ended without its last output")

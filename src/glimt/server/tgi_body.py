@@ -17,7 +17,6 @@ from glimt.errors import ImageError, RequestError
 from glimt.server.bodies import Body, Bool, Float, Int, Text, parsed
 from glimt.server.config import ServerConfig
 from glimt.server.failures import Failure, body_of, one_line
-from glimt.server.markers import has_own_template
 from glimt.server.parameters import (
     AboveZero,
     Penalty,
@@ -36,8 +35,8 @@ from glimt.server.parts import (
     joined,
     prompt_parts,
     text_of,
-    user_message,
 )
+from glimt.server.prompts import with_prompt
 from glimt.server.replies import Finished
 from glimt.server.service import Ask
 from glimt.server.tokens import ShownToken, TokenTexts, finish_word, seed_of
@@ -129,19 +128,9 @@ def parse(
         takes_room=is_mindie,
         keep_last=parameters.truncate,
     )
-    return TgiRequest(as_prompt(ask, parts, config), text_of(parts), parameters, is_mindie)
-
-
-def as_prompt(ask: Ask, parts: tuple[Part, ...], config: ServerConfig) -> Ask:
-    """The prompt in the chat template, unless it brings its own or the server says raw.
-
-    A raw prompt cannot hold a picture: its place is a turn's.
-    """
-    message = user_message(parts, "inputs")
-    is_own = has_own_template(message.text)
-    if not message.num_images and (is_own or config.raw_prompt):
-        return replace(ask, prompt=text_of(parts), has_markers=is_own)
-    return replace(ask, messages=(message,))
+    return TgiRequest(
+        with_prompt(ask, parts, "inputs", config), text_of(parts), parameters, is_mindie
+    )
 
 
 def _parts(inputs: str | list[dict[str, Any]]) -> tuple[Part, ...]:
@@ -233,8 +222,8 @@ def _mean_logprob(completion: Completion) -> float:
 def _sequence(
     finished: Finished, completion: Completion, asked: TgiRequest, texts: TokenTexts
 ) -> dict[str, Any]:
-    steps = [step for step in finished.steps if step.index == completion.index]
-    tokens = [token for step in steps for token in texts.of_step(_with_stop(step, asked))]
+    outputs = [each.output for each in finished.steps if each.output.index == completion.index]
+    tokens = [token for each in outputs for token in texts.of_step(_with_stop(each, asked))]
     text = completion.text + _kept_stop(completion.stop_reason, asked)
     reason = completion.finish_reason, completion.stop_reason
     sequence: dict[str, Any] = {

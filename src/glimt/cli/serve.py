@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ SERVER, ACCESS, PICTURES = "Server", "Access", "Pictures"
 @serve_app.command()
 @gathers(engine=ENGINE)
 def serve(
+    ctx: typer.Context,
     *,
     engine: Fields,
     host: Annotated[str, option("--host", "Address to listen on.", SERVER, "HOST")] = "127.0.0.1",
@@ -76,6 +77,32 @@ def serve(
         str,
         option("--metrics-compat", "none, or tgi: TGI's metric names as well.", SERVER, "NAME"),
     ] = "none",
+    tgi_raw_prompt: Annotated[
+        bool,
+        option(
+            "--tgi-raw-prompt",
+            "Give the texts of TGI's and MindIE's forms to the model as they are, not as a turn.",
+            SERVER,
+        ),
+    ] = False,
+    vllm_stream_delimiter: Annotated[
+        str,
+        option("--vllm-stream-delimiter", "newline or nul, in /generate.", SERVER, "NAME"),
+    ] = "newline",
+    visualglm_api: Annotated[
+        bool,
+        option("--visualglm-api", "Take VisualGLM's own form at POST /.", SERVER),
+    ] = False,
+    tls_cert: Annotated[
+        Path | None, option("--tls-cert", "Serve HTTPS with this certificate.", ACCESS, "FILE")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, option("--tls-key", "The certificate's key.", ACCESS, "FILE")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        option("--tls-ca", "Take only clients whose certificate it signed.", ACCESS, "FILE"),
+    ] = None,
     log_level: Annotated[
         str, option("--log-level", "debug, info, warning or error.", SERVER, "LEVEL")
     ] = "info",
@@ -142,30 +169,64 @@ def serve(
     from glimt.server.config import ServerConfig
 
     of_environment = os.environ.get("GLIMT_API_KEY")
-    config = ServerConfig(
-        host=host,
-        port=port,
-        management_port=management_port,
-        served_model_names=tuple(served_model_name or ()),
-        api_keys=(*(api_key or ()), *([of_environment] if of_environment else [])),
-        profile=profile,
-        metrics_compat=metrics_compat,
-        limit_images=limit_images,
-        max_waiting=max_waiting,
-        request_timeout_s=request_timeout,
-        drain_timeout_s=drain_timeout,
-        max_image_bytes=max_image_bytes,
-        num_decoders=decoders,
-        allowed_media_domains=tuple(allowed_media_domains or ()),
-        allowed_media_networks=tuple(allowed_media_networks or ()),
-        media_path=media_path,
-        otlp_endpoint=otlp_endpoint,
-    )
+    server: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "management_port": management_port,
+        "served_model_names": tuple(served_model_name or ()),
+        "api_keys": (*(api_key or ()), *([of_environment] if of_environment else [])),
+        "profile": profile,
+        "metrics_compat": metrics_compat,
+        "limit_images": limit_images,
+        "max_waiting": max_waiting,
+        "request_timeout_s": request_timeout,
+        "drain_timeout_s": drain_timeout,
+        "max_image_bytes": max_image_bytes,
+        "num_decoders": decoders,
+        "allowed_media_domains": tuple(allowed_media_domains or ()),
+        "allowed_media_networks": tuple(allowed_media_networks or ()),
+        "media_path": media_path,
+        "otlp_endpoint": otlp_endpoint,
+        "raw_prompt": tgi_raw_prompt,
+        "vllm_stream_delimiter": vllm_stream_delimiter,
+        "visualglm_api": visualglm_api,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_ca": tls_ca,
+    }
+    engine = {**engine, "max_num_seqs": max_num_seqs, "max_stretch": max_stretch or None}
+    if mindie_config is not None:
+        from glimt.commands.console import note
+        from glimt.server.mindie_config import read_mindie_config
+
+        settings = read_mindie_config(mindie_config, os.environ)
+        typed = _typed(ctx)
+        engine |= {name: each for name, each in settings.engine.items() if name not in typed}
+        server |= {name: each for name, each in settings.server.items() if name not in typed}
+        if settings.log_level is not None and "log_level" not in typed:
+            log_level = settings.log_level
+        for said in settings.notes:
+            note(f"{mindie_config}: {said}")
     job = ServeJob(
-        engine={**engine, "max_num_seqs": max_num_seqs, "max_stretch": max_stretch or None},
-        server=config,
-        log_level=log_level,
-        log_format=log_format,
+        engine=engine, server=ServerConfig(**server), log_level=log_level, log_format=log_format
     )
     if status := run(job):
         raise typer.Exit(status)
+
+
+_FIELDS = {
+    "served_model_name": "served_model_names",
+    "request_timeout": "request_timeout_s",
+    "decoders": "num_decoders",
+}
+
+
+def _typed(ctx: typer.Context) -> set[str]:
+    """Fields whose options were typed: they go before what a file says."""
+    typed = (name for name in ctx.params if _is_typed(ctx, name))
+    return {_FIELDS.get(name, name) for name in typed}
+
+
+def _is_typed(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

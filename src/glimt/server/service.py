@@ -225,6 +225,9 @@ class Service:
 
     async def _prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
         """Everything that can be refused. Raises RequestError."""
+        if ask.sampling.n > self.config.max_choices:
+            said = f"is {ask.sampling.n}; at most {self.config.max_choices} are made here"
+            raise RequestError("n", said)
         wanted, sampling = ask.sampling.max_tokens, ask.sampling
         if ask.takes_room or ask.total_tokens:
             sampling = replace(sampling, max_tokens=None)

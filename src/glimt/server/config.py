@@ -74,7 +74,7 @@ class ServerConfig:
     max_restarts: int = 3  # of an engine that failed, within an hour
     max_prompt_tokens: int | None = None  # pictures expanded; None: what the context leaves
     max_output_tokens: int | None = None  # longer wishes are cut to it; None: no limit but those
-    max_choices: int = 64  # n and best_of of one request
+    max_choices: int = 128  # n and best_of of one request
     token_timeout_s: float | None = None  # between two tokens of an answer; None: no limit
     raw_prompt: bool = False  # texts of TGI's and MindIE's forms go to the model as they are
     vllm_stream_delimiter: str = "newline"  # or nul, as vLLM's first releases had it

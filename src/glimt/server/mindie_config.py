@@ -7,13 +7,28 @@ Source: Ascend/MindIE-LLM, docs/zh/user_guide/user_manual/service_parameter_conf
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from glimt.errors import ConfigError
+from glimt.server.mindie_config_rules import (
+    BACKEND,
+    DEPLOY,
+    INNER,
+    LOG,
+    MODEL,
+    OF_TLS,
+    RULES,
+    SCHEDULE,
+    SECTIONS,
+    SERVER,
+    WITH_MEANING,
+    Rule,
+    problem,
+)
 
 _MEDIA_HOSTS = ("ALLOWED_MEDIA_DOMAINS_ENV", "ALLOWED_MEDIA_URLS_ENV")
 _CONTAINER_IP = "MIES_CONTAINER_IP"
@@ -34,99 +49,6 @@ class MindieSettings:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """One key. to: "engine.x" or "server.x"; empty: checked, and used by the code below if at all.
-
-    only: the values that can be had here, and why no other
-    """
-
-    section: str
-    key: str
-    kind: type
-    default: Any = None
-    low: float | None = None
-    high: float | None = None
-    to: str = ""
-    only: tuple[Any, ...] = ()
-    convert: Callable[[Any], Any] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.section}.{self.key}"
-
-
-def _megabytes(value: int) -> int:
-    return value * 2**20
-
-
-def _cache_bytes(gigabytes: float) -> int | None:
-    """-1 is MindIE's "as much as there is"."""
-    return None if gigabytes == -1 else int(gigabytes * 2**30)
-
-
-_SERVER, _BACKEND, _DEPLOY = "ServerConfig", "BackendConfig", "ModelDeployConfig"
-_MODEL, _SCHEDULE, _LOG = "ModelConfig", "ScheduleConfig", "LogConfig"
-
-_RULES = (
-    _Rule(_SERVER, "ipAddress", str, "127.0.0.1", to="server.host"),
-    _Rule(_SERVER, "managementIpAddress", str),
-    _Rule(_SERVER, "port", int, 1025, 1024, 65535, "server.port"),
-    _Rule(_SERVER, "managementPort", int, 1026, 1024, 65535, "server.management_port"),
-    _Rule(_SERVER, "metricsPort", int, None, 1024, 65535),
-    _Rule(_SERVER, "allowAllZeroIpListening", bool, False),
-    _Rule(_SERVER, "maxLinkNum", int, 1000, 1, 4096),
-    _Rule(_SERVER, "httpsEnabled", bool, True),
-    _Rule(_SERVER, "tlsCaPath", str, ""),
-    _Rule(_SERVER, "tlsCaFile", list, ()),
-    _Rule(_SERVER, "tlsCert", str, ""),
-    _Rule(_SERVER, "tlsPk", str, ""),
-    _Rule(_SERVER, "tlsPkPwd", str, ""),
-    _Rule(_SERVER, "tlsCrlPath", str, ""),
-    _Rule(_SERVER, "tlsCrlFiles", list, ()),
-    _Rule(_SERVER, "fullTextEnabled", bool, False, to="server.full_text_streams"),
-    _Rule(_SERVER, "inferMode", str, "standard", only=("standard",)),
-    _Rule(_SERVER, "tokenTimeout", int, 600, 1, 3600, "server.token_timeout_s", convert=float),
-    _Rule(_SERVER, "e2eTimeout", int, 600, 1, 65535, "server.request_timeout_s", convert=float),
-    _Rule(_SERVER, "maxRequestLength", int, 40, 1, 100, "server.max_body_bytes", (), _megabytes),
-    _Rule(_BACKEND, "modelInstanceNumber", int, 1, only=(1,)),
-    _Rule(_BACKEND, "npuDeviceIds", list),
-    _Rule(_BACKEND, "tokenizerProcessNumber", int, 8, 1, 32, "server.num_decoders"),
-    _Rule(_BACKEND, "multiNodesInferEnabled", bool, False, only=(False,)),
-    _Rule(_DEPLOY, "maxSeqLen", int, 2560, 1, None, "engine.max_model_len"),
-    _Rule(_DEPLOY, "maxInputTokenLen", int, 2048, 1, None),
-    _Rule(_DEPLOY, "truncation", int, 0, only=(0, False)),
-    _Rule(_MODEL, "modelInstanceType", str, "Standard", only=("Standard",)),
-    _Rule(_MODEL, "modelName", str, to="server.served_model_names", convert=lambda name: (name,)),
-    _Rule(_MODEL, "modelWeightPath", str, to="engine.model"),
-    _Rule(_MODEL, "worldSize", int, 1, 1, None),
-    _Rule(_MODEL, "cpuMemSize", float, 0, 0, None),
-    _Rule(_MODEL, "npuMemSize", float, -1, -1, None, "engine.kv_bytes", (), _cache_bytes),
-    _Rule(_MODEL, "trustRemoteCode", bool, False, only=(False,)),
-    _Rule(_SCHEDULE, "templateType", str, "Standard", only=("Standard", "Mix")),
-    _Rule(_SCHEDULE, "cacheBlockSize", int, 128, 16, None, "engine.block_size"),
-    _Rule(_SCHEDULE, "maxPrefillTokens", int, 8192, 1, None, "engine.max_num_batched_tokens"),
-    _Rule(_SCHEDULE, "prefillPolicyType", int, 0, only=(0,)),
-    _Rule(_SCHEDULE, "decodePolicyType", int, 0, only=(0,)),
-    _Rule(_SCHEDULE, "maxBatchSize", int, 200, 1, None, "engine.max_num_seqs"),
-    _Rule(_SCHEDULE, "maxIterTimes", int, 512, 1, None, "server.max_output_tokens"),
-    _Rule(_SCHEDULE, "maxPreemptCount", int, 0, 0, None),
-    _Rule(_SCHEDULE, "maxN", int, 64, 1, 128, "server.max_choices", (), lambda n: min(n, 64)),
-    _Rule(_LOG, "dynamicLogLevel", str, None),
-    _Rule(_LOG, "logLevel", str, None),
-)
-_SECTIONS = (_SERVER, _BACKEND, _DEPLOY, _MODEL, _SCHEDULE, _LOG)
-_INNER = (_DEPLOY, _MODEL, _SCHEDULE)  # keys of other sections, not settings
-_WITH_MEANING = (
-    *("ipAddress", "port", "managementPort", "allowAllZeroIpListening", "maxLinkNum"),
-    *("httpsEnabled", "inferMode", "maxInputTokenLen", "dynamicLogLevel", "logLevel"),
-    *("modelInstanceNumber", "multiNodesInferEnabled", "truncation", "modelInstanceType"),
-    *("trustRemoteCode", "templateType", "prefillPolicyType", "decodePolicyType"),
-    *("npuDeviceIds", "worldSize", "managementIpAddress", "metricsPort"),
-)
-_OF_TLS = ("tlsCaPath", "tlsCaFile", "tlsCert", "tlsPk", "tlsPkPwd", "tlsCrlPath", "tlsCrlFiles")
-
-
 def read_mindie_config(path: Path, environment: Mapping[str, str]) -> MindieSettings:
     """Read a config.json; keys that are not there have MindIE's defaults.
 
@@ -145,15 +67,15 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(where, [f"is not JSON in UTF-8: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(where, ["holds no JSON object"])
-    backend = raw.get(_BACKEND) or {}
+    backend = raw.get(BACKEND) or {}
     inside = backend if isinstance(backend, dict) else {}
-    deploy = inside.get(_DEPLOY) or raw.get(_DEPLOY) or {}
-    models = deploy.get(_MODEL) if isinstance(deploy, dict) else None
+    deploy = inside.get(DEPLOY) or raw.get(DEPLOY) or {}
+    models = deploy.get(MODEL) if isinstance(deploy, dict) else None
     if not isinstance(models, list) or len(models) != 1:
-        raise ConfigError(where, [f"{_DEPLOY}.{_MODEL} must be a list of one model"])
-    schedule = inside.get(_SCHEDULE) or raw.get(_SCHEDULE)
-    found = {_SERVER: raw.get(_SERVER), _LOG: raw.get(_LOG), _SCHEDULE: schedule}
-    found |= {_BACKEND: backend, _DEPLOY: deploy, _MODEL: models[0]}
+        raise ConfigError(where, [f"{DEPLOY}.{MODEL} must be a list of one model"])
+    schedule = inside.get(SCHEDULE) or raw.get(SCHEDULE)
+    found = {SERVER: raw.get(SERVER), LOG: raw.get(LOG), SCHEDULE: schedule}
+    found |= {BACKEND: backend, DEPLOY: deploy, MODEL: models[0]}
     wrong = [name for name, each in found.items() if not isinstance(each or {}, dict)]
     if wrong:
         raise ConfigError(where, [f"{name} must be an object" for name in wrong])
@@ -173,7 +95,7 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def settings(self) -> MindieSettings:
-        for rule in _RULES:
+        for rule in RULES:
             self._read(rule)
         if not self.problems:
             for step in (self._address, self._tls, self._sizes, self._pictures, self._say_unused):
@@ -195,12 +117,12 @@ class _Reading:
             if name.startswith(prefix)
         }
 
-    def _read(self, rule: _Rule) -> None:
+    def _read(self, rule: Rule) -> None:
         given = self.sections[rule.section].get(rule.key)
         value = rule.default if given is None else given
         self.values[rule.name] = value
-        if given is not None and (problem := _problem(rule, given)):
-            self.problems.append(f"{rule.name} {problem}")
+        if given is not None and (said := problem(rule, given)):
+            self.problems.append(f"{rule.name} {said}")
         elif rule.to and value is not None:
             self.out[rule.to] = rule.convert(value) if rule.convert else value
 
@@ -226,7 +148,7 @@ class _Reading:
     def _tls(self) -> None:
         if not self.values["ServerConfig.httpsEnabled"]:
             return
-        value = {key: self.values[f"ServerConfig.{key}"] for key in _OF_TLS}
+        value = {key: self.values[f"ServerConfig.{key}"] for key in OF_TLS}
         if not value["tlsCert"] or not value["tlsPk"]:
             said = "is true (its default) and needs tlsCert and tlsPk; or set it to false"
             self.problems.append(f"ServerConfig.httpsEnabled {said}")
@@ -293,43 +215,13 @@ class _Reading:
             self.notes.append(f"without effect here: {', '.join(unused)}")
 
     def _unused(self) -> Iterator[str]:
-        used = {rule.name for rule in _RULES if rule.to or rule.key in _WITH_MEANING}
+        used = {rule.name for rule in RULES if rule.to or rule.key in WITH_MEANING}
         if self.values["ServerConfig.httpsEnabled"]:
-            used |= {f"ServerConfig.{key}" for key in _OF_TLS}
-        for section in _SECTIONS:
+            used |= {f"ServerConfig.{key}" for key in OF_TLS}
+        for section in SECTIONS:
             for key in self.sections[section]:
-                if f"{section}.{key}" not in used and key not in _INNER:
+                if f"{section}.{key}" not in used and key not in INNER:
                     yield key
-
-
-def _problem(rule: _Rule, value: Any) -> str:
-    """What is wrong with a value; "" if nothing is."""
-    if rule.only:
-        known = ", ".join(map(repr, dict.fromkeys(rule.only)))
-        return "" if value in rule.only else f"is {value!r}; only {known} can be had here"
-    if not _is_of(value, rule.kind):
-        return f"is {value!r}; {_KINDS[rule.kind]} is needed"
-    if rule.kind in (int, float) and not (
-        (rule.low is None or value >= rule.low) and (rule.high is None or value <= rule.high)
-    ):
-        most = "" if rule.high is None else f" and at most {rule.high}"
-        return f"is {value}; it must be at least {rule.low}{most}"
-    return ""
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list: "a list",
-}
-
-
-def _is_of(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _log_level(level: str | None) -> str | None:

@@ -149,6 +149,8 @@ class VllmParameters(Body):
             stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop),
             stop_token_ids=ids_in_range(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
             max_tokens=self.max_tokens or default_max_tokens,
             min_tokens=self.min_tokens,
             n=num_choices,
@@ -158,7 +160,5 @@ class VllmParameters(Body):
     def _refuse(self) -> None:
         if self.use_beam_search or self.early_stopping or self.length_penalty != 1.0:
             raise RequestError("use_beam_search", "beam search is not supported")
-        if not self.skip_special_tokens:
-            raise RequestError("skip_special_tokens", "false is not supported")
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError("best_of", f"is {self.best_of}, but n is {self.n}")

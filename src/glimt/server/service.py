@@ -10,21 +10,21 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from glimt.async_engine import AsyncEngine
-from glimt.errors import CapacityError, EngineError, PromptTooLong, RequestError
-from glimt.inputs.request import RequestOptions
+from glimt.errors import CapacityError, EngineError, RequestError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
 from glimt.server.host import EngineHost
-from glimt.server.markers import marked_ids
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
+from glimt.server.preparation import Ask as Ask  # protocols know it from here
+from glimt.server.preparation import Preparation
 from glimt.server.tracing import Trace, Traces
-from glimt.types import Message, Request, RequestOutput, SamplingParams, StepOutput
+from glimt.types import Request, RequestOutput, StepOutput
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
 _PREPARING = 4  # requests whose prompts and pictures are prepared at the same time
@@ -36,39 +36,6 @@ class HalfAnswer(EngineError):
 
 class DeadlinePassed(CapacityError):
     """The request took longer than it may: it is aborted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request, whatever protocol it came by.
-
-    messages:  a conversation; or
-    prompt:    a bare text to be continued; or
-    token_ids: the same as ids
-    request_id: checked already; the engine's own may get a suffix
-    prompt_end, is_exact: as RequestOptions says
-    timeout_s: from arrival; None: the server's limit
-    has_markers: the prompt's role markers are special tokens (`markers`)
-    takes_room: a max_tokens beyond the context is cut to what fits, as MindIE does, not refused
-    keep_last:  tokens of the prompt, the last ones; None: all
-    total_tokens: least and most tokens of prompt and answer, in place of the sampling's own
-    """
-
-    protocol: str
-    request_id: str
-    sampling: SamplingParams
-    messages: Sequence[Message] | None = None
-    prompt: str | None = None
-    token_ids: Sequence[int] | None = None
-    language: str = "auto"
-    cache_salt: str = ""
-    prompt_end: str = "answer"
-    is_exact: bool = False
-    timeout_s: float | None = None
-    has_markers: bool = False
-    takes_room: bool = False
-    keep_last: int | None = None
-    total_tokens: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +104,7 @@ class Service:
         self.metrics = metrics
         self.pictures = PictureReader(config, metrics)
         self.traces = traces or Traces(None)
+        self._preparation = Preparation(config, self.pictures)
         self._num_open = 0
         self._preparing = asyncio.Semaphore(_PREPARING)
         self._ids: set[str] = set()
@@ -163,7 +131,7 @@ class Service:
             deadline = asyncio.get_running_loop().time() + self._timeout_s(ask)
             try:
                 async with asyncio.timeout_at(deadline), self._preparing:
-                    request = await self._prepare(engine, ask, request_id)
+                    request = await self._preparation.prepare(engine, ask, request_id)
             except TimeoutError:
                 raise self._late(ask) from None
             self.metrics.began(ask.protocol, request)
@@ -216,78 +184,10 @@ class Service:
         self.host.engine.abort(request_id)
         return True
 
-    # --- preparation ---
-
     async def encode(self, ask: Ask) -> Request:
         """What a request would be, without running it. Raises RequestError, EngineUnavailable."""
         async with self._preparing:
-            return await self._prepare(self.host.engine, ask, ask.request_id)
-
-    async def _prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
-        """Everything that can be refused. Raises RequestError."""
-        if ask.sampling.n > self.config.max_choices:
-            said = f"is {ask.sampling.n}; at most {self.config.max_choices} are made here"
-            raise RequestError("n", said)
-        wanted, sampling = ask.sampling.max_tokens, ask.sampling
-        if ask.takes_room or ask.total_tokens:
-            sampling = replace(sampling, max_tokens=None)
-        request = await self._encoded(engine, replace(ask, sampling=sampling), request_id)
-        if ask.keep_last is not None and len(request.prompt.token_ids) > ask.keep_last:
-            request = await self._last_tokens(engine, request, ask, request_id)
-        if ask.takes_room and wanted is not None:
-            request = _bounded(request, 0, wanted)
-        if ask.total_tokens is not None:
-            least, most = ask.total_tokens
-            num_prompt = len(request.prompt.original_token_ids)
-            request = _bounded(request, least - num_prompt, most - num_prompt)
-        return self._within(request)
-
-    def _within(self, request: Request) -> Request:
-        """Hold a request to the server's own limits. Raises PromptTooLong."""
-        most, num_prompt = self.config.max_prompt_tokens, len(request.prompt.token_ids)
-        if most is not None and num_prompt > most:
-            raise PromptTooLong("prompt", f"is {num_prompt} tokens; at most {most} are taken here")
-        if self.config.max_output_tokens is None:
-            return request
-        return _bounded(request, 0, self.config.max_output_tokens)
-
-    async def _last_tokens(
-        self, engine: AsyncEngine, request: Request, ask: Ask, request_id: str
-    ) -> Request:
-        """The same with the prompt's last tokens only. Raises RequestError for a cut picture."""
-        assert ask.keep_last is not None
-        if request.images:
-            raise RequestError("truncate", "would cut a prompt with pictures; leave it out")
-        kept = request.prompt.original_token_ids[-ask.keep_last :]
-        short = replace(ask, messages=None, prompt=None, token_ids=kept)
-        return await self._encoded(engine, short, request_id)
-
-    async def _encoded(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
-        options = RequestOptions(
-            request_id=request_id,
-            language=ask.language,
-            cache_salt=ask.cache_salt,
-            allow_files=False,
-            prompt_end=ask.prompt_end,
-            is_exact=ask.is_exact,
-        )
-        if ask.messages is not None:
-            num_images = sum(message.num_images for message in ask.messages)
-            if num_images > self.config.limit_images:
-                most = f"at most {self.config.limit_images} are taken (--limit-images)"
-                raise RequestError("messages", f"holds {num_images} pictures; {most}")
-            messages = await self.pictures.read(ask.messages)
-            return await engine.prepare_chat(messages, ask.sampling, options)
-        if ask.token_ids is not None:
-            return await engine.prepare_tokens(ask.token_ids, ask.sampling, options)
-        if not ask.prompt:
-            raise RequestError("prompt", "is empty")
-        if ask.has_markers:
-            processor = engine.engine.opened.processor
-            ids = await asyncio.to_thread(marked_ids, ask.prompt, processor)
-            if ids is not None:
-                return await engine.prepare_tokens(ids, ask.sampling, options)
-        return await engine.prepare_text(ask.prompt, ask.sampling, options)
+            return await self._preparation.prepare(self.host.engine, ask, ask.request_id)
 
     # --- running ---
 
@@ -345,11 +245,3 @@ def checked_id(given: str | None, field_name: str = "request_id") -> str:
     if not REQUEST_ID.fullmatch(given):
         raise RequestError(field_name, "must be 1 to 256 letters, digits, - or _")
     return given
-
-
-def _bounded(request: Request, least: int, most: int) -> Request:
-    """The same with its answer's length between the two, as far as its context lets it."""
-    max_tokens = max(1, min(request.max_tokens, most))
-    min_tokens = min(max(least, request.sampling.min_tokens or 0), max_tokens)
-    sampling = replace(request.sampling, max_tokens=max_tokens, min_tokens=min_tokens)
-    return replace(request, max_tokens=max_tokens, sampling=sampling)

@@ -20,12 +20,9 @@ from glimt.server.tgi_body import (
     NAMES,
     TgiBody,
     TgiRequest,
-    TgiWriter,
-    error_event,
-    headers,
     parse,
-    render,
 )
+from glimt.server.tgi_reply import TgiWriter, error_event, headers, render
 from glimt.server.tokens import TokenTexts
 
 

@@ -1,4 +1,4 @@
-"""TGI's bodies: a request becomes an `Ask`, an answer becomes an object or events. No sockets.
+"""TGI's requests: a body becomes an `Ask`. No sockets.
 
 Sources: huggingface/text-generation-inference, router/src; MindIE's variant of it under the
 profile `mindie` and where `inputs` is a list of parts.
@@ -7,16 +7,14 @@ profile `mindie` and where `inputs` is a list of parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from glimt.errors import ImageError, RequestError
 from glimt.server.bodies import Body, Bool, Float, Int, Text, parsed
 from glimt.server.config import ServerConfig
-from glimt.server.failures import Failure, body_of, one_line
 from glimt.server.parameters import (
     AboveZero,
     Penalty,
@@ -37,16 +35,26 @@ from glimt.server.parts import (
     text_of,
 )
 from glimt.server.prompts import with_prompt
-from glimt.server.replies import Finished
 from glimt.server.service import Ask
-from glimt.server.tokens import ShownToken, TokenTexts, finish_word, seed_of
-from glimt.types import Completion, ImagePart, Request, SamplingParams, StepOutput, TextPart
+from glimt.types import (
+    Grammar,
+    ImagePart,
+    SamplingParams,
+    TextPart,
+)
 
-MOST_BEST_OF = 64
+MOST_BEST_OF = 128
 NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens", "n": "parameters.best_of"}
 """What our fields are called here."""
 _MINDIE_MAX_TOKENS = 20
 _PICTURE = re.compile(r"!\[\]\(([^)]*)\)")
+
+
+class TgiGrammar(Body):
+    """What an answer must look like: a JSON schema, one with a name, or a regular expression."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: Any
 
 
 class TgiParameters(TextParameters):
@@ -64,7 +72,7 @@ class TgiParameters(TextParameters):
     truncate: Annotated[Int, Field(ge=1)] | None = None
     decoder_input_details: Bool = False
     top_n_tokens: Annotated[Int, Field(ge=0, le=5)] | None = None
-    grammar: dict[str, Any] | None = None
+    grammar: TgiGrammar | None = None
     stop_token_ids: list[Int] = Field(default_factory=list)
     include_stop_str_in_output: Bool = False
     ignore_eos: Bool = False
@@ -96,11 +104,6 @@ class TgiRequest:
     def wants_details(self) -> bool:
         """Whether the reply tells more than its text."""
         return self.parameters.details or self.parameters.decoder_input_details
-
-    @property
-    def keeps_stop(self) -> bool:
-        """TGI keeps the stop text at the end of an answer, MindIE takes it away."""
-        return not self.is_mindie or self.parameters.include_stop_str_in_output
 
 
 # --- a request -------------------------------------------------------------------------------
@@ -156,13 +159,8 @@ def _refuse(given: TgiParameters, models: tuple[str, ...], is_mindie: bool) -> N
     refuse_typical_p(given.typical_p, off=(1.0,) if is_mindie else ())
     if given.watermark and not is_mindie:
         raise RequestError("parameters.watermark", "is not supported")
-    if given.grammar is not None:
-        said = "is not supported here; use response_format of /v1/chat/completions"
-        raise RequestError("parameters.grammar", said)
     if given.adapter_id is not None and given.adapter_id not in models:
         raise RequestError("parameters.adapter_id", "is unknown; adapters are not served")
-    if not given.skip_special_tokens:
-        raise RequestError("parameters.skip_special_tokens", "false is not supported")
 
 
 def _sampling(given: TgiParameters, is_mindie: bool, is_stream: bool) -> SamplingParams:
@@ -188,173 +186,22 @@ def _sampling(given: TgiParameters, is_mindie: bool, is_stream: bool) -> Samplin
         stop=tuple(given.stop),
         stop_token_ids=ids_in_range(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
+        include_stop_str_in_output=given.include_stop_str_in_output or not is_mindie,
+        skip_special_tokens=given.skip_special_tokens,
+        grammar=_grammar(given.grammar),
         max_tokens=given.max_new_tokens or (_MINDIE_MAX_TOKENS if is_mindie else None),
         n=best_of,
         logprobs=given.top_n_tokens or (0 if shows_logprobs or best_of > 1 else None),
     )
 
 
-# --- a whole answer --------------------------------------------------------------------------
-
-
-def render(finished: Finished, asked: TgiRequest, texts: TokenTexts) -> dict[str, Any]:
-    """The object of `/generate`."""
-    best = max(finished.output.completions, key=_mean_logprob)
-    sequence = _sequence(finished, best, asked, texts)
-    reply: dict[str, Any] = {"generated_text": sequence.pop("generated_text")}
-    if not asked.wants_details:
-        return reply
-    losers = [
-        _sequence(finished, each, asked, texts)
-        for each in finished.output.completions
-        if each is not best
-    ]
-    details = {**sequence, "best_of_sequences": losers or None}
-    reply["details"] = {**details, "prompt_tokens": finished.output.usage.prompt_tokens}
-    return reply
-
-
-def _mean_logprob(completion: Completion) -> float:
-    logprobs = [each.logprob or 0.0 for each in completion.logprobs or ()]
-    return sum(logprobs) / max(1, len(logprobs))
-
-
-def _sequence(
-    finished: Finished, completion: Completion, asked: TgiRequest, texts: TokenTexts
-) -> dict[str, Any]:
-    outputs = [each.output for each in finished.steps if each.output.index == completion.index]
-    tokens = [token for each in outputs for token in texts.of_step(_with_stop(each, asked))]
-    text = completion.text + _kept_stop(completion.stop_reason, asked)
-    reason = completion.finish_reason, completion.stop_reason
-    sequence: dict[str, Any] = {
-        "generated_text": asked.prompt + text if asked.parameters.return_full_text else text,
-        "finish_reason": finish_word(finished.request, *reason),
-        "generated_tokens": len(completion.token_ids),
-        "seed": _seed(finished.request, completion.index),
-        "prefill": _prefill(finished, asked, texts),
-        "tokens": [_token(token) for token in tokens],
-    }
-    if asked.parameters.top_n_tokens:
-        sequence["top_tokens"] = [[_token(top) for top in token.top] for token in tokens]
-    return sequence
-
-
-def _seed(request: Request, index: int) -> int | None:
-    return None if seed_of(request) is None else request.seeds[index]
-
-
-def _prefill(finished: Finished, asked: TgiRequest, texts: TokenTexts) -> list[dict[str, Any]]:
-    """The prompt's tokens; the engine gives no log-probabilities of a prompt."""
-    if not asked.parameters.decoder_input_details:
-        return []
-    shown = (texts.shown(token_id) for token_id in finished.output.prompt_token_ids)
-    return [{"id": token.id, "text": token.text, "logprob": None} for token in shown]
-
-
-def _kept_stop(stop_reason: str | int | None, asked: TgiRequest) -> str:
-    return stop_reason if isinstance(stop_reason, str) and asked.keeps_stop else ""
-
-
-def _with_stop(output: StepOutput, asked: TgiRequest) -> StepOutput:
-    """The same with the stop text that its family keeps."""
-    return replace(output, text=output.text + _kept_stop(output.stop_reason, asked))
-
-
-def _token(token: ShownToken) -> dict[str, Any]:
-    shown = {"id": token.id, "text": token.text, "logprob": token.logprob}
-    return {**shown, "special": token.is_special}
-
-
-def headers(finished: Finished, asked: TgiRequest, device: str) -> Mapping[str, str]:
-    """Times in ms, but for x-compute-time, which is in s."""
-    usage, times = finished.output.usage, finished.output.timings
-    inference_s = times.image_s + times.prefill_s + times.decode_s
-    queue_s = max(0.0, times.ttft_s - times.image_s - times.prefill_s)
-    per_token_s = inference_s / max(1, usage.completion_tokens)
-    milliseconds = {
-        "x-total-time": queue_s + inference_s,
-        "x-validation-time": 0.0,
-        "x-queue-time": queue_s,
-        "x-inference-time": inference_s,
-        "x-time-per-token": per_token_s,
-    }
-    return {
-        "x-compute-type": device,
-        "x-compute-time": f"{queue_s + inference_s:.6f}",
-        "x-compute-characters": str(len(asked.prompt)),
-        "x-prompt-tokens": str(usage.prompt_tokens),
-        "x-generated-tokens": str(usage.completion_tokens),
-        **{name: str(round(seconds * 1000)) for name, seconds in milliseconds.items()},
-    }
-
-
-# --- a stream --------------------------------------------------------------------------------
-
-
-class TgiWriter:
-    """One event per token; the last has the whole text. There is no [DONE]."""
-
-    def __init__(self, request: Request, asked: TgiRequest, texts: TokenTexts) -> None:
-        self._request, self._asked, self._texts = request, asked, texts
-        self._text = asked.prompt if asked.parameters.return_full_text else ""
-        self._num_tokens = 0
-
-    def add(self, output: StepOutput) -> bytes:
-        """The events of one step."""
-        if output.finish_reason == "abort" and not self._asked.is_mindie:
-            return self.failed(Failure("incomplete", "the answer was stopped before its end"))
-        output = _with_stop(output, self._asked)
-        self._text += output.text
-        tokens = self._texts.of_step(output)
-        if not tokens and output.finish_reason:
-            tokens = [ShownToken(-1, output.text, None, False)]
-        last = len(tokens) - 1
-        events = [self._event(t, output if i == last else None) for i, t in enumerate(tokens)]
-        return b"".join(events)
-
-    def _event(self, token: ShownToken, output: StepOutput | None) -> bytes:
-        self._num_tokens += token.id >= 0
-        is_last = output is not None and output.finish_reason is not None
-        event: dict[str, Any] = {
-            "index": self._num_tokens,
-            "token": self._token(token),
-            "generated_text": self._text if is_last else None,
-            "details": self._details(output) if is_last and output is not None else None,
-        }
-        if self._asked.parameters.top_n_tokens and not self._asked.is_mindie:
-            event["top_tokens"] = [_token(top) for top in token.top]
-        return _event(event)
-
-    def _token(self, token: ShownToken) -> dict[str, Any]:
-        if not self._asked.is_mindie:
-            return _token(token)
-        ids = [token.id] if token.id >= 0 else []
-        text = "" if token.is_special else token.text
-        return {"id": ids, "text": text, "logprob": None, "special": None}
-
-    def _details(self, output: StepOutput) -> dict[str, Any] | None:
-        if not self._asked.wants_details or output.usage is None:
-            return None
-        return {
-            "finish_reason": finish_word(self._request, output.finish_reason, output.stop_reason),
-            "generated_tokens": self._num_tokens,
-            "seed": seed_of(self._request),
-            "input_length": output.usage.prompt_tokens,
-        }
-
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
-    def failed(self, failure: Failure) -> bytes:
-        """An error event; whatever came before it, it is the last."""
-        return error_event(failure, "mindie" if self._asked.is_mindie else "upstream")
-
-
-def error_event(failure: Failure, profile: str) -> bytes:
-    """An error where the status is 200 already."""
-    return _event(body_of(failure, "tgi", profile))
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + one_line(value) + b"\n\n"
+def _grammar(given: TgiGrammar | None) -> Grammar | None:
+    if given is None:
+        return None
+    where = "parameters.grammar.value"
+    if given.type == "regex":
+        return Grammar.of_regex(given.value, where)
+    schema = given.value
+    if given.type == "json_schema" and isinstance(schema, dict) and "schema" in schema:
+        schema = schema["schema"]
+    return Grammar.of_schema(schema, where)

@@ -239,8 +239,6 @@ def _parameters(given: Mapping[str, Any], config: ServerConfig) -> TritonParamet
     refuse_typical_p(parameters.typical_p, off=(1.0,))
     if parameters.use_beam_search:
         raise RequestError("use_beam_search", "beam search is not supported")
-    if not parameters.skip_special_tokens:
-        raise RequestError("skip_special_tokens", "false is not supported")
     if parameters.best_of not in (None, parameters.n):
         raise RequestError("best_of", "must be equal to n")
     return parameters
@@ -276,6 +274,8 @@ def _sampling(given: TritonParameters, default_max_tokens: int) -> SamplingParam
         stop=tuple([given.stop] if isinstance(given.stop, str) else given.stop),
         stop_token_ids=ids_in_range(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
+        include_stop_str_in_output=given.include_stop_str_in_output,
+        skip_special_tokens=given.skip_special_tokens,
         max_tokens=given.max_new_tokens or given.max_tokens or default_max_tokens,
         min_tokens=given.min_tokens,
         n=given.n,

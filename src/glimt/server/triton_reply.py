@@ -28,7 +28,7 @@ def render_generate(
     finished: Finished, asked: TritonRequest, model: str, config: ServerConfig
 ) -> dict[str, Any]:
     """The object of `/generate`; with n above 1 its texts are a list."""
-    texts = [asked.prefix + _text(each, asked) for each in finished.output.completions]
+    texts = [asked.prefix + each.text for each in finished.output.completions]
     reply = head(asked, model, config)
     reply["text_output"] = texts[0] if len(texts) == 1 else texts
     first = finished.output.completions[0]
@@ -48,12 +48,6 @@ def render_generate(
     if told.perf_stat:
         reply["perf_stat"] = [pair for step in finished.steps for pair in _perf(step)]
     return reply
-
-
-def _text(completion: Completion, asked: TritonRequest) -> str:
-    stop = completion.stop_reason
-    keeps = isinstance(stop, str) and asked.parameters.include_stop_str_in_output
-    return completion.text + (str(stop) if keeps else "")
 
 
 def _word(request: Request, ended: Completion | StepOutput) -> str:
@@ -103,7 +97,7 @@ def _perf(step: TimedStep) -> list[list[float]]:
 def text_tensors(finished: Finished, asked: TritonRequest) -> list[Tensor]:
     """The outputs of `/infer` with a text: those that were asked for."""
     done, told = finished.output.completions, asked.parameters
-    outputs = [_bytes("text_output", [asked.prefix + _text(each, asked) for each in done])]
+    outputs = [_bytes("text_output", [asked.prefix + each.text for each in done])]
     if told.return_finish_reason:
         outputs.append(_bytes("finish_reason", [_word(finished.request, each) for each in done]))
     if told.return_cumulative_logprob:
@@ -153,7 +147,7 @@ class TritonWriter:
 
     def add(self, output: StepOutput) -> bytes:
         """The event of a step that has new text or an end."""
-        text = output.text + self._stop(output)
+        text = output.text
         if not text and not output.finish_reason and not (self._is_mindie and output.token_ids):
             return b""
         event = {**self._head, "text_output": self._prefix + text, **self._times()}
@@ -169,10 +163,6 @@ class TritonWriter:
             if told.details:
                 event["details"] = _details(self._request, output)
         return self._event(event)
-
-    def _stop(self, output: StepOutput) -> str:
-        keeps = self._asked.parameters.include_stop_str_in_output
-        return output.stop_reason if keeps and isinstance(output.stop_reason, str) else ""
 
     def _times(self) -> dict[str, float | None]:
         """MindIE tells of the first event how long its prefill took, of others their decode; ms."""

@@ -17,13 +17,14 @@ from glimt.errors import RequestError
 from glimt.server.app import Context
 from glimt.server.bodies import Body, Bool, Text, parsed
 from glimt.server.config import ServerConfig
+from glimt.server.conversation import read_messages
 from glimt.server.failures import Failure, one_line
-from glimt.server.parameters import VllmParameters
+from glimt.server.parameters import VllmParameters, fixed_sampling
 from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
 from glimt.server.replies import Finished, streamed, whole
 from glimt.server.service import Ask
 from glimt.server.streaming import EventStream
-from glimt.types import Completion, Message, Request, StepOutput, TextPart
+from glimt.types import Completion, Request, StepOutput, TextPart
 
 _UPSTREAM_MAX_TOKENS, _MINDIE_MAX_TOKENS = 16, 512
 _MODEL_OF_MINDIE = "None"  # its default for a LoRA's name
@@ -50,7 +51,6 @@ class VllmRequest:
     prefix: str
     is_stream: bool
     num_shown: int
-    keeps_stop: bool
 
 
 def parse(value: Any, config: ServerConfig, request_id: str) -> VllmRequest:
@@ -79,7 +79,6 @@ def parse(value: Any, config: ServerConfig, request_id: str) -> VllmRequest:
         prefix=_prefix(parts, is_list, is_mindie),
         is_stream=body.stream,
         num_shown=body.n,
-        keeps_stop=body.include_stop_str_in_output,
     )
 
 
@@ -102,23 +101,17 @@ def render(finished: Finished, asked: VllmRequest) -> dict[str, Any]:
     if len(shown) > asked.num_shown:
         ranked = sorted(shown, key=_cumulative_logprob, reverse=True)
         shown = tuple(ranked[: asked.num_shown])
-    return {"text": [asked.prefix + each.text + _kept_stop(each, asked) for each in shown]}
+    return {"text": [asked.prefix + each.text for each in shown]}
 
 
 def _cumulative_logprob(completion: Completion) -> float:
     return sum(each.logprob or 0.0 for each in completion.logprobs or ())
 
 
-def _kept_stop(ended: Completion | StepOutput, asked: VllmRequest) -> str:
-    stop = ended.stop_reason
-    return stop if isinstance(stop, str) and asked.keeps_stop else ""
-
-
 class VllmWriter:
     """Upstream: all text so far of every choice, prompt included; MindIE: what is new, alone."""
 
     def __init__(self, request: Request, asked: VllmRequest, config: ServerConfig) -> None:
-        self._asked = asked
         self._is_mindie = config.profile == "mindie"
         self._is_cumulative = not self._is_mindie or config.full_text_streams
         delimiter = "nul" if self._is_mindie else config.vllm_stream_delimiter
@@ -128,7 +121,7 @@ class VllmWriter:
 
     def add(self, output: StepOutput) -> bytes:
         """One object, if there is new text or an end."""
-        text = output.text + _kept_stop(output, self._asked)
+        text = output.text
         self._texts[output.index] += text
         if not text and not output.finish_reason:
             return b""
@@ -189,15 +182,10 @@ class Vllm:
         )
 
     async def _ids(self, body: TokenizeBody, request_id: str) -> list[int]:
-        from glimt.config import ImageLimits
-        from glimt.inputs.chat import parse_messages
-        from glimt.server.parameters import fixed_sampling
-
         service = self._context.service
         sampling = fixed_sampling(False)
         if body.messages is not None:
-            limits = ImageLimits(max_images=self._context.config.limit_images)
-            messages: Sequence[Message] = parse_messages(body.messages, limits)
+            messages = read_messages(body.messages)
             ask = Ask(protocol="vllm", request_id=request_id, sampling=sampling, messages=messages)
         elif body.prompt and not body.add_special_tokens:
             return list(service.host.engine.engine.opened.processor.tokenizer.encode(body.prompt))

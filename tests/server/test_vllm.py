@@ -139,9 +139,7 @@ def test_the_delimiter_can_be_nul_and_texts_cumulative():
             json.loads(each)["text"][0]
             for each in call(served.url, "/generate", body).content.split(b"\0")[:-1]
         ]
-        assert all(
-            later.startswith(earlier) for earlier, later in itertools.pairwise(texts)
-        )
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 @pytest.mark.parametrize("model", ["demo", "glm4v", "None", None])

@@ -227,6 +227,8 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(ClientLeft, left)
+    # Whatever else there is would be answered with a plain text; `LastResort` logs it.
+    app.add_exception_handler(Exception, ours)
 
 
 # --- operation -------------------------------------------------------------------------------

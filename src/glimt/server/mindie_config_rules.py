@@ -105,7 +105,8 @@ def problem(rule: Rule, value: Any) -> str:
     """What is wrong with a value; "" if nothing is."""
     if rule.only:
         known = ", ".join(map(repr, dict.fromkeys(rule.only)))
-        return "" if value in rule.only else f"is {value!r}; only {known} can be had here"
+        is_known = any(value == each and type(value) is type(each) for each in rule.only)
+        return "" if is_known else f"is {value!r}; only {known} can be had here"
     if not _is_of(value, rule.kind):
         return f"is {value!r}; {_KINDS[rule.kind]} is needed"
     if rule.kind in (int, float) and not (

@@ -8,6 +8,7 @@ LastResort   an error that nobody caught becomes the family's 500, or a cut stre
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -174,7 +175,7 @@ class BodyLimit:
         coding = headers.get("content-encoding", "identity").strip().lower()
         if body and coding != "identity":
             try:
-                body = unpacked(body, coding, self._max_bytes)
+                body = await asyncio.to_thread(unpacked, body, coding, self._max_bytes)
             except ValueError as error:
                 failure = Failure("malformed", str(error))
                 await send_failure(failure, scope["path"], self._profile, send)

@@ -239,7 +239,10 @@ def _is_count(value: object) -> bool:
 def write_infer(
     head: Mapping[str, Any], outputs: Sequence[Tensor], asked: InferRequest
 ) -> tuple[bytes, int | None]:
-    """A reply's body, and the bytes of its JSON where binary tensors follow it."""
+    """A reply's body, and the bytes of its JSON where binary tensors follow it.
+
+    outputs: of any shape, their values flat: [prod(shape)]
+    """
     shown, tail = [], b""
     for tensor in outputs:
         entry: dict[str, Any] = {

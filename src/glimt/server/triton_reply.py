@@ -95,7 +95,7 @@ def _perf(step: TimedStep) -> list[list[float]]:
 
 
 def text_tensors(finished: Finished, asked: TritonRequest) -> list[Tensor]:
-    """The outputs of `/infer` with a text: those that were asked for."""
+    """The outputs of `/infer` with a text, those that were asked for: [n], of the prompt [1]."""
     done, told = finished.output.completions, asked.parameters
     outputs = [_bytes("text_output", [asked.prefix + each.text for each in done])]
     if told.return_finish_reason:
@@ -119,7 +119,7 @@ def _bytes(name: str, texts: Sequence[str]) -> Tensor:
 
 
 def token_tensor(finished: Finished, name: str) -> Tensor:
-    """The output of `/infer` with token ids: the answer's ids."""
+    """The output of `/infer` with token ids: the answer's ids, [1, num_tokens]."""
     ids = finished.output.token_ids
     return Tensor(name, "UINT32", (1, len(ids)), ids)
 

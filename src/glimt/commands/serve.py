@@ -46,6 +46,7 @@ def serve(job: ServeJob) -> int:
     Raises ConfigError or CheckpointError for what can be told before the port is open.
     """
     config = EngineConfig(**job.engine)
+    _check_tls(job.server)
     open_model(config)  # a folder that cannot be served is told at once, and not by a 503
     _log(job.log_level, job.log_format)
     return asyncio.run(_Server(job, config).run())
@@ -89,6 +90,22 @@ def _log(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(form == "json"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _check_tls(server: ServerConfig) -> None:
+    """Read the certificate and its key once. Raises ConfigError if they are none."""
+    if server.tls_cert is None:
+        return
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # Without a password of ours OpenSSL would ask the terminal for one.
+        context.load_cert_chain(server.tls_cert, server.tls_key, password="")
+        if server.tls_ca is not None:
+            context.load_verify_locations(server.tls_ca)
+    except (OSError, ValueError) as error:
+        said = "are no certificate and its key, in PEM and without a password"
+        files = ", ".join(str(each) for each in (server.tls_cert, server.tls_key, server.tls_ca))
+        raise ConfigError("tls_cert", [f"{files} {said}: {error}"]) from error
 
 
 class _Server:

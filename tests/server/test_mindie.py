@@ -263,3 +263,11 @@ def test_a_timeout_is_a_generation_error():
         reply = call(served.url, "/infer", {"inputs": "hello", "parameters": parameters})
         assert reply.status == 424
         assert reply.json["error_type"] == "Generation Error"
+
+
+def test_replies_carry_mindies_id(mindie, upstream):
+    """Catches the header by which MindIE's logs are searched."""
+    for served, is_there in ((mindie, True), (upstream, False)):
+        headers = call(served.url, "/infer", {"inputs": ""}, {"X-Request-Id": "my-1"}).headers
+        assert (headers.get("requestuuid") == "my-1") is is_there
+        assert headers["x-request-id"] == "my-1"

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from glimt.models.base import Processor
 
 _MARKER = re.compile(r"(\[gMASK\]|<sop>|<\|(?:system|user|assistant|observation)\|>)")
-_OWN_TEMPLATE = re.compile(
-    r"<\|(?:user|assistant)\|>|\[Round \d+\]|(?:问：|Q:).*(?:答：|A:)\s*$", re.S
-)
+_ROUND = re.compile(r"\[Round \d{1,4}\]")
 
 
 def has_own_template(text: str) -> bool:
     """Whether a text is a whole prompt of GLM-4v or VisualGLM, turns and all."""
-    return _OWN_TEMPLATE.search(text) is not None
+    if "<|user|>" in text or "<|assistant|>" in text or _ROUND.match(text):
+        return True
+    return text.startswith("问：") and text[-8:].rstrip().endswith("答：")
 
 
 def marked_ids(text: str, processor: Processor) -> list[int] | None:

@@ -72,7 +72,10 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if self._profile == "mindie":
+                    headers["RequestUUID"] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)

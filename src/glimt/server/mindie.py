@@ -6,6 +6,7 @@ src/server/endpoint/single_req_infer_interface and docs/zh/user_guide.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -252,7 +253,7 @@ def routes(context: Context) -> APIRouter:
     async def tokenizer(request: HttpRequest) -> Response:
         asked = parsed(TokenizerBody, await read_json(request))
         processor = service.host.engine.engine.opened.processor
-        ids = processor.tokenizer.encode(asked.inputs)
+        ids = await asyncio.to_thread(processor.tokenizer.encode, asked.inputs)
         reply: dict[str, Any] = {"token_number": len(ids)}
         if asked.do_decode:
             texts = TokenTexts(processor)

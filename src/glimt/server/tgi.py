@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -24,6 +25,9 @@ from glimt.server.tgi_body import (
 )
 from glimt.server.tgi_reply import TgiWriter, error_event, headers, render
 from glimt.server.tokens import TokenTexts
+
+if TYPE_CHECKING:
+    from glimt.models.base import Processor
 
 
 class TokenizeBody(Body):
@@ -73,19 +77,8 @@ class Tgi:
     async def tokenize(self, value: Any) -> Response:
         """`POST /tokenize` with `inputs`: the text's tokens and their places in it."""
         body = parsed(TokenizeBody, value)
-        engine = self._context.service.host.engine.engine
-        try:
-            ids = engine.opened.processor.tokenizer.encode(body.inputs)
-        except RequestError as error:
-            raise in_words_of(error, {"text": "inputs"}) from error
-        decoder = engine.opened.processor.tokenizer.decoder()
-        texts, tokens, at = self._texts(), [], 0
-        for token_id in ids:
-            stop = min(len(body.inputs), at + len(decoder.feed(token_id)))
-            text = texts.shown(token_id).text
-            tokens.append({"id": token_id, "text": text, "start": at, "stop": stop})
-            at = stop
-        return _json(tokens)
+        processor = self._context.service.host.engine.engine.opened.processor
+        return _json(await asyncio.to_thread(places, body.inputs, processor))
 
     async def _whole(self, request: Request, value: Any) -> Any:
         asked = self._parse(request, value, is_stream=False)
@@ -136,6 +129,23 @@ class Tgi:
             "docker_label": None,
             "models": [{**model, "max_total_tokens": limit}],
         }
+
+
+def places(text: str, processor: Processor) -> list[dict[str, Any]]:
+    """A text's tokens, and which of its characters each ends. Raises RequestError."""
+    try:
+        ids = processor.tokenizer.encode(text)
+    except RequestError as error:
+        raise in_words_of(error, {"text": "inputs"}) from error
+    decoder, texts = processor.tokenizer.decoder(), TokenTexts(processor)
+    tokens: list[dict[str, Any]] = []
+    at = 0
+    for token_id in ids:
+        stop = min(len(text), at + len(decoder.feed(token_id)))
+        shown = texts.shown(token_id).text
+        tokens.append({"id": token_id, "text": shown, "start": at, "stop": stop})
+        at = stop
+    return tokens
 
 
 def _json(content: Any, headers: dict[str, str] | None = None) -> Response:

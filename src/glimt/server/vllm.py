@@ -6,6 +6,7 @@ single_req_vllm_infer_interface.cpp.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,8 @@ class Vllm:
             messages = read_messages(body.messages)
             ask = Ask(protocol="vllm", request_id=request_id, sampling=sampling, messages=messages)
         elif body.prompt and not body.add_special_tokens:
-            return list(service.host.engine.engine.opened.processor.tokenizer.encode(body.prompt))
+            tokenizer = service.host.engine.engine.opened.processor.tokenizer
+            return await asyncio.to_thread(tokenizer.encode, body.prompt)
         else:
             ask = Ask(
                 protocol="vllm", request_id=request_id, sampling=sampling, prompt=body.prompt or ""

@@ -271,6 +271,11 @@ def _operation(context: Context) -> APIRouter:
     async def page() -> Response:
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
+    @router.get("/page/limits.json", include_in_schema=False)
+    async def page_limits() -> Response:
+        names = ("limit_images", "max_image_bytes", "max_image_pixels")
+        return JSONResponse({name: getattr(context.config, name) for name in names})
+
     @router.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str) -> Response:
         path = PAGE / name

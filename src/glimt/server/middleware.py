@@ -32,7 +32,7 @@ from glimt.server.service import checked_id
 
 log = logging.getLogger("glimt.server")
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/v2/health/live"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/v2/health/live"})
 """Answered without a key; "/" only to GET, which is the chat page."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 
 import glimt
-from glimt.server.app import Context, create_app
+from glimt.server.app import Context, _operation, all_protocols, create_app
 from glimt.server.config import ServerConfig
 
 
@@ -61,6 +61,13 @@ def running(app: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not end"
+
+
+def paths() -> frozenset[str]:
+    """Every path that some server answers, those of the management port too."""
+    _, context = create_app(lambda: None, ServerConfig(num_decoders=0), "demo", 0)  # type: ignore
+    routers = [protocol.routes(context) for protocol in all_protocols()] + [_operation(context)]
+    return frozenset(route.path for router in routers for route in router.routes)  # type: ignore
 
 
 def wait_ready(url: str, timeout_s: float = 60.0) -> None:

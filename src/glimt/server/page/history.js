@@ -31,10 +31,12 @@ export class History {
     return row;
   }
 
-  // As it is kept now: an answer may have come since the list was shown.
+  // As it is kept now: an answer may have come since the list was shown. Whoever opened another one
+  // meanwhile wants that.
   async openLatest(id) {
+    const before = this.current();
     const conversation = await loadConversation(id);
-    if (conversation) this.open(conversation);
+    if (conversation && this.current() === before) this.open(conversation);
   }
 
   rename(row, conversation) {

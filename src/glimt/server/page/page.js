@@ -198,7 +198,8 @@ class Page {
     const described = pictures.map(({ id, name, width, height }) => ({ id, name, width, height }));
     conversation.turns.push({ role: "user", text, pictures: described });
     conversation.title ||= (text || pictures[0].name).slice(0, TITLE_CHARACTERS);
-    await this.answer();
+    if (this.conversation === conversation) await this.answer();
+    else await saveConversation(conversation); // another one was opened while pictures were kept
   }
 
   async again() {

@@ -62,7 +62,7 @@ class TowerAttention(nn.Module):
     def stages(
         self, x: Tensor, cu_seqlens: Sequence[int], part_rows: int, residual: Tensor | None = None
     ) -> Stages[Tensor]:
-        """The same in parts of so many rows; a part of the attention is of one picture."""
+        """[num_tokens, hidden_size] -> the same, in parts of so many rows, each of one picture."""
         fused = yield from by_rows(lambda rows: self.qkv(x[rows]), len(x), part_rows, _QKV_SHARE)
         q, k, v = fused.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         if part_rows >= len(x):

@@ -33,7 +33,7 @@ def run_through(stages: Stages[T]) -> T:
 def by_rows(
     apply: Callable[[slice], Tensor], num_rows: int, part_rows: int, share: float, dim: int = 0
 ) -> Stages[Tensor]:
-    """What apply makes of all rows, so many at a time, joined along dim.
+    """What apply makes of [num_rows, …], so many rows at a time, joined along dim.
 
     share: of a block, all of it together
     """
@@ -75,7 +75,7 @@ class TowerBlock(nn.Module):
         return run_through(self.stages(x, cu_seqlens))
 
     def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
-        """The same, part by part."""
+        """[num_tokens, hidden_size] -> the same, part by part."""
         raise NotImplementedError
 
 

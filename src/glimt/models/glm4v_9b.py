@@ -429,7 +429,7 @@ class Adapter(nn.Module):
         return run_through(self.stages(x, grid))
 
     def stages(self, x: Tensor, grid: tuple[int, int]) -> Stages[Tensor]:
-        """The same, part by part where a picture is large."""
+        """[num_images, rows * columns, vision hidden] -> as `forward`, part by part if large."""
         images = x.unflatten(1, grid).permute(0, 3, 1, 2)
         patches = patchify(images, 2)
         num_tokens = patches.shape[1]

@@ -36,12 +36,12 @@ from glimt.server.config import ServerConfig
 @contextmanager
 def served(engine: glimt.AsyncEngine) -> Iterator[str]:
     """The application on a free port, in a thread."""
-    app, _ = create_app(lambda: engine, ServerConfig(num_decoders=0), "m", 0)
+    app, context = create_app(lambda: engine, ServerConfig(num_decoders=0), "m", 0)
     options: dict[str, Any] = {"port": 0, "log_level": "warning", "lifespan": "on"}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
-    while not server.started:
+    while not (server.started and context.service.host.is_ready):
         time.sleep(0.05)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
@@ -74,6 +74,7 @@ async def gaps_of(url: str, num_tokens: int, began: asyncio.Event) -> list[float
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(None)) as session,
         session.post(f"{url}/v1/chat/completions", json=body("字", num_tokens, True)) as reply,
     ):
+        assert reply.status == 200, await reply.text()
         async for line in reply.content:
             if b'"content":' not in line:
                 continue

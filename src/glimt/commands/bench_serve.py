@@ -191,12 +191,12 @@ def _stopped_by_hand(stop: Callable[[], None]) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
         stop()
 
-    with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
+    with suppress(ValueError, RuntimeError):  # only the main thread may take signals
         loop.add_signal_handler(signal.SIGINT, stop_once)
     try:
         yield
     finally:
-        with suppress(ValueError, RuntimeError, NotImplementedError):
+        with suppress(ValueError, RuntimeError):
             loop.remove_signal_handler(signal.SIGINT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeAlias, TypeVar, cast
@@ -65,7 +66,7 @@ def part_rows_for(cu_seqlens: Sequence[int], most: int) -> int:
     return most if longest > most else max(1, cu_seqlens[-1])
 
 
-class TowerBlock(nn.Module):
+class TowerBlock(nn.Module, ABC):
     """A block that can pause inside where pictures are large; `stages` is its arithmetic."""
 
     part_rows = PART_ROWS
@@ -74,9 +75,9 @@ class TowerBlock(nn.Module):
         """[num_tokens, hidden_size] -> the same: every part, so the same bits."""
         return run_through(self.stages(x, cu_seqlens))
 
+    @abstractmethod
     def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
         """[num_tokens, hidden_size] -> the same, part by part."""
-        raise NotImplementedError
 
 
 class PatchTower(nn.Module):

@@ -5,6 +5,7 @@ Log-probabilities are of the model's own distribution, before penalties and temp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,7 +237,7 @@ class _Held:
     tokens: list[SampledToken] = field(default_factory=list)
 
 
-class Chunks:
+class Chunks(ABC):
     """The chunks of one stream, chat or completion, of one or several prompts."""
 
     def __init__(self, head: Head, requests: Sequence[Request], texts: TokenTexts) -> None:
@@ -262,13 +263,15 @@ class Chunks:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return self._chunk_of([choice])
 
+    @abstractmethod
     def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A chunk of these choices, under the name of its kind."""
 
+    @abstractmethod
     def _choices(
         self, index: int, held: _Held, output: StepOutput, request: Request
     ) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What one output adds to a choice; held: of the choice, may be changed."""
 
     def _take_logprobs(self, held: _Held, request: Request) -> list[SampledToken] | None:
         """What was held back, with the text that has come."""

@@ -170,7 +170,9 @@ class Engine:
         plan = self.scheduler.plan_step(self.vision.ready_images, self.pace.prefill_tokens)
         outputs = self._run(plan) if plan.rows else []
         spent_s = time.monotonic() - began_s
-        self.pace.saw(plan.num_decodes, plan.num_tokens - plan.num_decodes, spent_s)
+        if self.pace.max_stretch is not None:  # counting a plan's rows is not for every step
+            num_decodes = plan.num_decodes
+            self.pace.saw(num_decodes, plan.num_tokens - num_decodes, spent_s)
         if not plan.waits:
             return outputs
         return [*outputs, *self._encode(plan, self.pace.tower_s(spent_s) if plan.rows else None)]

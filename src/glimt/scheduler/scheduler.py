@@ -124,8 +124,10 @@ class Scheduler:
 
     def _budget(self, prefill_tokens: int | None) -> int:
         """Tokens of the step. Where some decode, prompts get no more than prefill_tokens of it."""
+        if prefill_tokens is None:
+            return self.config.max_num_batched_tokens
         num_decoding = sum(sequence.is_decoding for sequence in self.running)
-        if prefill_tokens is None or not num_decoding:
+        if not num_decoding:
             return self.config.max_num_batched_tokens
         return min(self.config.max_num_batched_tokens, num_decoding + prefill_tokens)
 

@@ -6,8 +6,8 @@ import json
 import time
 
 import pytest
-from forms import PARTS, call
 
+from forms import PARTS, call
 from glimt.errors import CapacityError, EngineError
 from glimt.server.config import ServerConfig
 from glimt.server.failures import Failure, HttpFailure, body_of, failure_of, status_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from forms import GREEDY, PARTS, call, chat
 
 import glimt
+from forms import GREEDY, PARTS, call, chat
 from glimt.server.config import ServerConfig
 from serving import serving
 

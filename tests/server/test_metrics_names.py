@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from forms import call
 from prometheus_client.parser import text_string_to_metric_families
+
+from forms import call
 
 TGI = {
     "tgi_batch_current_size", "tgi_queue_size", "tgi_request_success", "tgi_request_count",

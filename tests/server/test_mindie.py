@@ -7,9 +7,9 @@ import re
 
 import pytest
 import requests
-from forms import BASE64, DATA_URL, GREEDY, PARTS, PNG, QUESTION, call, chat
 
 import glimt
+from forms import BASE64, DATA_URL, GREEDY, PARTS, PNG, QUESTION, call, chat
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.failures import Failure

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from forms import call
 
+from forms import call
 from glimt.server.app import create_management_app
 from glimt.server.config import ServerConfig
 from serving import running, serving

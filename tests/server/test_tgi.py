@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from forms import BASE64, DATA_URL, GREEDY, PARTS, QUESTION, call, chat
 from huggingface_hub import InferenceClient
 
+from forms import BASE64, DATA_URL, GREEDY, PARTS, QUESTION, call, chat
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.tgi_body import parse

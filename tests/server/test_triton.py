@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from forms import BASE64, DATA_URL, GREEDY, PARTS, PNG, QUESTION, call, chat
 
+from forms import BASE64, DATA_URL, GREEDY, PARTS, PNG, QUESTION, call, chat
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.triton_body import parse_generate

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from forms import BASE64, DATA_URL, call
 
 import glimt
+from forms import BASE64, DATA_URL, call
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.visualglm import parse

@@ -7,9 +7,9 @@ import json
 
 import pytest
 import requests
-from forms import DATA_URL, GREEDY, PARTS, QUESTION, call, chat
 
 import glimt
+from forms import DATA_URL, GREEDY, PARTS, QUESTION, call, chat
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.vllm import parse

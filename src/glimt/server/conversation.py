@@ -5,14 +5,14 @@ What protocols share that send chat messages. Knows no protocol.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from glimt.config import ImageLimits
 from glimt.errors import ImageError, RequestError
 from glimt.inputs.chat import parse_messages
-from glimt.types import ImagePart, Message, TextPart
+from glimt.server.parts import joined
+from glimt.types import ImagePart, Message
 
 _MAX_IMAGES = 20  # of any request, whatever --limit-images says
 _SCHEMES = ("data:", "http://", "https://")
@@ -47,11 +47,5 @@ def _check_image(part: ImagePart, role: str, path: str) -> None:
 
 
 def _joined(message: Message) -> Message:
-    """Neighbouring texts as one, with nothing between them; pictures keep them apart."""
-    if message.num_images or len(message.parts) < 2:
-        return message
-    return replace(message, parts=(TextPart(_text(message.parts)),))
-
-
-def _text(parts: Sequence[TextPart | ImagePart]) -> str:
-    return "".join(part.text for part in parts if isinstance(part, TextPart))
+    """Its texts as one, with nothing between them; pictures keep them apart."""
+    return message if message.num_images else replace(message, parts=joined(message.parts))

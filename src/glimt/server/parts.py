@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,9 @@ def user_message(parts: Iterable[Part], field: str) -> Message:
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
     """The same with neighbouring texts made one, without anything between them."""
     kept: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and kept and isinstance(kept[-1], TextPart):
-            kept[-1] = TextPart(kept[-1].text + part.text)
-        else:
-            kept.append(part)
+    for kind, run in groupby(parts, type):
+        same = list(run)
+        kept += [TextPart(text_of(same))] if kind is TextPart else same
     return tuple(kept)
 
 

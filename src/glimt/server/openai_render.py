@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from glimt import __version__
@@ -148,7 +149,7 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice; offset: of the first token in the text."""
     names = [texts.text(token.token_id) for token in tokens]
-    starts = [offset + sum(map(len, names[:i])) for i in range(len(names))]
+    *starts, _ = accumulate(map(len, names), initial=offset)
     return {
         "tokens": names,
         "token_logprobs": [max(token.logprob or 0.0, _LEAST_LOGPROB) for token in tokens],

@@ -5,7 +5,6 @@ Knows every kind of error, and no request.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from glimt.errors import (
     RequestError,
 )
 from glimt.server.host import EngineUnavailable
+from glimt.server.replying import one_line
 from glimt.server.service import DeadlinePassed, HalfAnswer
 
 Family = Literal["openai", "tgi", "triton", "vllm", "mindie"]
@@ -167,12 +167,6 @@ def headers_of(failure: Failure) -> dict[str, str]:
     return (
         {"x-should-retry": "false"} if failure.kind in ("engine", "incomplete", "timeout") else {}
     )
-
-
-def one_line(value: Any) -> bytes:
-    """JSON as clients want it: one line, UTF-8, no NaN; half characters become U+FFFD."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
 
 
 # --- whose form ------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from glimt.server.bodies import (
     read_json,
 )
 from glimt.server.config import ServerConfig
-from glimt.server.failures import Failure, body_of, one_line
+from glimt.server.failures import Failure, body_of
 from glimt.server.parameters import (
     AboveZero,
     TextParameters,
@@ -42,6 +42,7 @@ from glimt.server.parameters import (
 from glimt.server.parts import prompt_parts
 from glimt.server.prompts import with_prompt
 from glimt.server.replies import Finished, streamed, whole
+from glimt.server.replying import data_event, json_reply
 from glimt.server.service import Answer, Ask
 from glimt.server.streaming import EventStream
 from glimt.server.tokens import TokenTexts, finish_word, seed_of
@@ -181,7 +182,7 @@ class InferWriter:
                 event["details"] = self._details(output)
         text = output.text or (None if is_last else "")
         event["token"] = {"id": list(output.token_ids), "text": text}
-        return _event(event)
+        return data_event(event)
 
     def _times(self) -> dict[str, float | None]:
         now_s = self._clock()
@@ -209,11 +210,7 @@ class InferWriter:
 
     def failed(self, failure: Failure) -> bytes:
         """The last event."""
-        return _event(body_of(failure, "mindie"))
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + one_line(value) + b"\n\n"
+        return data_event(body_of(failure, "mindie"))
 
 
 # --- routes ----------------------------------------------------------------------------------
@@ -233,7 +230,7 @@ def routes(context: Context) -> APIRouter:
             )
             return EventStream(pieces, config.max_stream_bytes)
         finished = await whole(request, service, asked.ask, asked.names)
-        return Response(one_line(render(finished, asked)), media_type="application/json")
+        return json_reply(render(finished, asked))
 
     body = described(InferBody)
 
@@ -258,7 +255,7 @@ def routes(context: Context) -> APIRouter:
         if asked.do_decode:
             texts = TokenTexts(processor)
             reply["tokens"] = [texts.shown(token_id).text for token_id in ids]
-        return Response(one_line(reply), media_type="application/json")
+        return json_reply(reply)
 
     return router
 

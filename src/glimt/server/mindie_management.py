@@ -16,16 +16,13 @@ from starlette.responses import Response
 from glimt.errors import GlimtError
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import StrictRoute
-from glimt.server.failures import Failure, HttpFailure, one_line
+from glimt.server.failures import Failure, HttpFailure
 from glimt.server.health import live_status, ready_status
+from glimt.server.replying import json_reply
 from glimt.types import SamplingParams
 
 _PROBE_S = 10
 _MOST_PROBE_S = 600
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(one_line(value), status, media_type="application/json")
 
 
 class Management:
@@ -128,28 +125,28 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/v1/config", summary="MindIE: what is served, and how")
     async def config() -> Response:
-        return _json(management.config())
+        return json_reply(management.config())
 
     @router.get("/v1/status", summary="MindIE: slots and blocks")
     async def status() -> Response:
-        return _json(management.status())
+        return json_reply(management.status())
 
     @router.get("/v2/status", summary="MindIE: the same, and more")
     async def more_status() -> Response:
-        return _json(management.more_status())
+        return json_reply(management.more_status())
 
     @router.get("/v1/engine-server/running-status", summary="MindIE: whether it runs")
     async def running() -> Response:
-        return _json({"status": context.service.host.state})
+        return json_reply({"status": context.service.host.state})
 
     @router.get("/v2/models/{model}/getSlotCount", summary="MindIE: slots of a model")
     async def slots(model: str) -> Response:
         context.check_model(model)
-        return _json(management.slots())
+        return json_reply(management.slots())
 
     @router.get("/metrics-json", summary="MindIE: a few metrics as JSON")
     async def metrics() -> Response:
-        return _json(management.metrics())
+        return json_reply(management.metrics())
 
     @router.get("/stopService", summary="MindIE: end the server; mode=Force: at once")
     async def stop(request: Request) -> Response:
@@ -158,7 +155,7 @@ def routes(context: Context) -> APIRouter:
             raise HttpFailure(Failure("invalid", "mode: must be Force, or left out", "mode"))
         context.service.host.drain()
         context.stopping.ask(is_forced=bool(mode))
-        return _json({"message": "the server is ending"})
+        return json_reply({"message": "the server is ending"})
 
     return router
 

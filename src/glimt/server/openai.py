@@ -17,7 +17,7 @@ from glimt.errors import EngineError, GlimtError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import StrictRoute
-from glimt.server.failures import Failure, HttpFailure, body_of, failure_of, one_line
+from glimt.server.failures import Failure, HttpFailure, body_of, failure_of
 from glimt.server.openai_asks import chat_ask, completion_asks
 from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from glimt.server.openai_render import (
@@ -29,6 +29,7 @@ from glimt.server.openai_render import (
     chat_reply,
     completion_reply,
 )
+from glimt.server.replying import data_event, json_reply
 from glimt.server.service import Answer, Ask
 from glimt.server.streaming import EventStream, begun, unless_left
 from glimt.types import RequestOutput, StepOutput
@@ -61,23 +62,19 @@ def routes(context: Context) -> APIRouter:
     @router.get("/models", summary="What is served")
     async def models() -> Response:
         data = [_model(context, name) for name in context.model_names]
-        return _json({"object": "list", "data": data})
+        return json_reply({"object": "list", "data": data})
 
     @router.get("/models/{model_id:path}", summary="One of them")
     async def model(model_id: str) -> Response:
         if model_id not in context.model_names:
             said = f"the model {model_id[:200]!r} is not served here"
             raise HttpFailure(Failure("unknown_model", said, "model"))
-        return _json(_model(context, model_id))
+        return json_reply(_model(context, model_id))
 
     return router
 
 
 PROTOCOL = Protocol("openai", routes)
-
-
-def _json(body: Any) -> Response:
-    return Response(one_line(body), media_type="application/json")
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:
@@ -105,7 +102,7 @@ def _texts(context: Context) -> TokenTexts:
 async def _chat_whole(context: Context, ask: Ask, head: Head) -> Response:
     texts = _texts(context)
     async with context.service.answer(ask) as answer:
-        return _json(chat_reply(head, await answer.whole(), answer.request, texts))
+        return json_reply(chat_reply(head, await answer.whole(), answer.request, texts))
 
 
 async def _completions_whole(context: Context, asks: Sequence[Ask], head: Head) -> Response:
@@ -113,7 +110,7 @@ async def _completions_whole(context: Context, asks: Sequence[Ask], head: Head) 
     async with AsyncExitStack() as stack:
         answers = [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
         requests = [answer.request for answer in answers]
-        return _json(completion_reply(head, await _all_whole(answers), requests, texts))
+        return json_reply(completion_reply(head, await _all_whole(answers), requests, texts))
 
 
 async def _all_whole(answers: Sequence[Answer]) -> list[RequestOutput]:
@@ -228,7 +225,7 @@ class _Events:
     def of(self, number: int, output: StepOutput) -> bytes:
         """The events of one output."""
         chunks = self._chunks.feed(number, output)
-        return b"".join(_event(self._with_usage(chunk, output, chunks[-1])) for chunk in chunks)
+        return b"".join(data_event(self._with_usage(chunk, output, chunks[-1])) for chunk in chunks)
 
     def _with_usage(
         self, chunk: dict[str, Any], output: StepOutput, last: dict[str, Any]
@@ -241,14 +238,10 @@ class _Events:
 
     def end(self) -> bytes:
         """What follows the last text."""
-        usage = _event(self._chunks.last()) if self._has_last else b""
+        usage = data_event(self._chunks.last()) if self._has_last else b""
         return usage + b"data: [DONE]\n\n"
 
     def failure(self, failure: Failure) -> bytes:
         """An error after the first byte: the status cannot say it any more."""
         body = body_of(failure, "openai", self._profile)
-        return _event(body) + b"data: [DONE]\n\n"
-
-
-def _event(body: Any) -> bytes:
-    return b"data: " + one_line(body) + b"\n\n"
+        return data_event(body) + b"data: [DONE]\n\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 from glimt.errors import RequestError
 from glimt.server.bodies import parse_json
-from glimt.server.failures import one_line
+from glimt.server.replying import one_line
 
 HEADER = "Inference-Header-Content-Length"
 _PACKED = {

@@ -13,8 +13,9 @@ from glimt import __version__
 from glimt.errors import RequestError
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import Body, StrictRoute, Text, described, parsed, read_json
-from glimt.server.failures import HttpFailure, failure_of, one_line
+from glimt.server.failures import HttpFailure, failure_of
 from glimt.server.replies import in_words_of, streamed, whole
+from glimt.server.replying import json_reply
 from glimt.server.streaming import EventStream
 from glimt.server.tgi_body import (
     MOST_BEST_OF,
@@ -78,7 +79,7 @@ class Tgi:
         """`POST /tokenize` with `inputs`: the text's tokens and their places in it."""
         body = parsed(TokenizeBody, value)
         processor = self._context.service.host.engine.engine.opened.processor
-        return _json(await asyncio.to_thread(places, body.inputs, processor))
+        return json_reply(await asyncio.to_thread(places, body.inputs, processor))
 
     async def _whole(self, request: Request, value: Any) -> Any:
         asked = self._parse(request, value, is_stream=False)
@@ -94,7 +95,7 @@ class Tgi:
 
     def _reply(self, content: Any, finished: Any, asked: TgiRequest) -> Response:
         device = self._context.service.host.engine.engine.config.device
-        return _json(content, dict(headers(finished, asked, device)))
+        return json_reply(content, headers=dict(headers(finished, asked, device)))
 
     def info(self) -> dict[str, Any]:
         """The union of what TGI and MindIE tell."""
@@ -148,10 +149,6 @@ def places(text: str, processor: Processor) -> list[dict[str, Any]]:
     return tokens
 
 
-def _json(content: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(one_line(content), 200, headers, "application/json")
-
-
 def _one_event(event: bytes) -> Response:
     cached = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return Response(event, 200, cached, "text/event-stream; charset=utf-8")
@@ -172,7 +169,7 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/info", summary="TGI, MindIE: what is served")
     async def info() -> Response:
-        return _json(tgi.info())
+        return json_reply(tgi.info())
 
     return router
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glimt.server.failures import Failure, body_of, one_line
+from glimt.server.failures import Failure, body_of
 from glimt.server.replies import Finished
+from glimt.server.replying import data_event
 from glimt.server.tgi_body import TgiRequest
 from glimt.server.tokens import ShownToken, TokenTexts, finish_word, seed_of
 from glimt.types import Completion, Request, StepOutput
@@ -133,7 +134,7 @@ class TgiWriter:
         }
         if self._asked.parameters.top_n_tokens and not self._asked.is_mindie:
             event["top_tokens"] = [_token(top) for top in token.top]
-        return _event(event)
+        return data_event(event)
 
     def _token(self, token: ShownToken) -> dict[str, Any]:
         if not self._asked.is_mindie:
@@ -163,8 +164,4 @@ class TgiWriter:
 
 def error_event(failure: Failure, profile: str) -> bytes:
     """An error where the status is 200 already."""
-    return _event(body_of(failure, "tgi", profile))
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + one_line(value) + b"\n\n"
+    return data_event(body_of(failure, "tgi", profile))

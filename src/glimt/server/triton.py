@@ -19,9 +19,10 @@ from starlette.responses import Response
 from glimt.errors import RequestError
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import Body, StrictRoute, Text, described, parsed, read_json
-from glimt.server.failures import Failure, HttpFailure, one_line
+from glimt.server.failures import Failure, HttpFailure
 from glimt.server.health import live_status, ready_status
 from glimt.server.replies import streamed, whole
+from glimt.server.replying import json_reply
 from glimt.server.service import checked_id
 from glimt.server.streaming import EventStream
 from glimt.server.tensors import HEADER, read_infer, write_infer
@@ -94,7 +95,7 @@ class Triton:
         """`POST …/generate`: one object."""
         read = await self._read(request)
         finished = await whole(request, self._context.service, read.ask, NAMES)
-        return _json(render_generate(finished, read, model, self._context.config))
+        return json_reply(render_generate(finished, read, model, self._context.config))
 
     async def stream(self, request: Request, model: str) -> Response:
         """`POST …/generate_stream`: the status is that of the first token."""
@@ -116,10 +117,10 @@ class Triton:
             body = parsed(StopBody, await read_json(request))
             checked_id(body.id or "?", "id")
         except (RequestError, HttpFailure) as error:
-            return _json({"error": str(error)}, 422)
+            return json_reply({"error": str(error)}, 422)
         if not self._context.service.stop(body.id):
-            return _json({"error": f"no running request has the id {body.id!r}"}, 404)
-        return _json({"id": body.id})
+            return json_reply({"error": f"no running request has the id {body.id!r}"}, 404)
+        return json_reply({"id": body.id})
 
     async def _read(self, request: Request) -> TritonRequest:
         value = await read_json(request)
@@ -154,10 +155,6 @@ def _packed(content: bytes, size: int | None, accepted: str) -> Response:
     return Response(content, 200, headers, media_type)
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(one_line(value), status, media_type="application/json")
-
-
 def routes(context: Context) -> APIRouter:
     """Health, what is served, and inference; everything of a model by version as well."""
     router = APIRouter(route_class=StrictRoute)
@@ -173,16 +170,16 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/v2", summary="Triton: what the server is")
     async def server() -> Response:
-        return _json(server_metadata(context))
+        return json_reply(server_metadata(context))
 
     @router.get("/v2/models/stats", summary="Triton: counts and times of all models")
     async def all_statistics() -> Response:
-        return _json(statistics(context))
+        return json_reply(statistics(context))
 
     @router.post("/v2/repository/index", summary="Triton: the models")
     async def index() -> Response:
         state = "READY" if context.service.host.is_ready else "LOADING"
-        return _json([{"name": context.model_name, "version": _VERSION, "state": state}])
+        return json_reply([{"name": context.model_name, "version": _VERSION, "state": state}])
 
     @router.post("/v2/repository/models/{model}/{action}", include_in_schema=False)
     async def load(model: str, action: str) -> Response:
@@ -198,7 +195,7 @@ def _add_queries(router: APIRouter, prefix: str, context: Context, triton: Trito
     @router.get(prefix, summary="Triton: a model's inputs and outputs")
     async def metadata(model: str, version: str = _VERSION) -> Response:
         triton.check(model, version)
-        return _json(model_metadata(context, model))
+        return json_reply(model_metadata(context, model))
 
     @router.get(f"{prefix}/ready", summary="Triton: 200 if the model answers")
     async def ready(model: str, version: str = _VERSION) -> Response:
@@ -208,12 +205,12 @@ def _add_queries(router: APIRouter, prefix: str, context: Context, triton: Trito
     @router.get(f"{prefix}/config", summary="Triton: a model's configuration")
     async def config(model: str, version: str = _VERSION) -> Response:
         triton.check(model, version)
-        return _json(model_config(context, model))
+        return json_reply(model_config(context, model))
 
     @router.get(f"{prefix}/stats", summary="Triton: a model's counts and times")
     async def stats(model: str, version: str = _VERSION) -> Response:
         triton.check(model, version)
-        return _json(statistics(context))
+        return json_reply(statistics(context))
 
 
 def _add_inference(router: APIRouter, prefix: str, triton: Triton) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from glimt.server.config import ServerConfig
-from glimt.server.failures import Failure, body_of, one_line
+from glimt.server.failures import Failure, body_of
 from glimt.server.replies import Finished
+from glimt.server.replying import one_line
 from glimt.server.service import Answer, TimedStep
 from glimt.server.tensors import Tensor
 from glimt.server.tokens import finish_word

@@ -16,10 +16,10 @@ from starlette.responses import Response
 from glimt.errors import RequestError
 from glimt.server.app import Context
 from glimt.server.bodies import Body, Float, Int, Text, parsed
-from glimt.server.failures import one_line
 from glimt.server.parameters import AboveZero, fixed_sampling
 from glimt.server.parts import TRITON, image_source
 from glimt.server.replies import Finished, whole
+from glimt.server.replying import json_reply
 from glimt.server.service import Ask
 from glimt.types import ImagePart, Message, Role, TextPart
 
@@ -98,5 +98,4 @@ class VisualGlm:
         """`POST /` with a text."""
         ask, body = parse(value, request.state.request_id)
         finished = await whole(request, self._context.service, ask, NAMES)
-        content = one_line(render(finished, body, time.time()))
-        return Response(content, media_type="application/json")
+        return json_reply(render(finished, body, time.time()))

@@ -19,10 +19,11 @@ from glimt.server.app import Context
 from glimt.server.bodies import Body, Bool, Text, parsed
 from glimt.server.config import ServerConfig
 from glimt.server.conversation import read_messages
-from glimt.server.failures import Failure, one_line
+from glimt.server.failures import Failure
 from glimt.server.parameters import VllmParameters, fixed_sampling
 from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
 from glimt.server.replies import Finished, streamed, whole
+from glimt.server.replying import json_reply, one_line
 from glimt.server.service import Ask
 from glimt.server.streaming import EventStream
 from glimt.types import Completion, Request, StepOutput, TextPart
@@ -160,7 +161,7 @@ class Vllm:
         self._context.check_model(None if model == _MODEL_OF_MINDIE else model)
         if not asked.is_stream:
             finished = await whole(request, service, asked.ask)
-            return Response(one_line(render(finished, asked)), media_type="application/json")
+            return json_reply(render(finished, asked))
         pieces = await streamed(
             service, asked.ask, lambda answer: VllmWriter(answer.request, asked, config)
         )
@@ -177,10 +178,7 @@ class Vllm:
         service = self._context.service
         limit = service.host.engine.engine.inputs.limits.max_model_len
         tokens = await self._ids(body, request.state.request_id)
-        return Response(
-            one_line({"count": len(tokens), "max_model_len": limit, "tokens": tokens}),
-            media_type="application/json",
-        )
+        return json_reply({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
 
     async def _ids(self, body: TokenizeBody, request_id: str) -> list[int]:
         service = self._context.service

@@ -616,6 +616,16 @@ class Timings:
     decode_s: float
     ttft_s: float
 
+    @property
+    def queue_s(self) -> float:
+        """From arrival to the first step, be it of the tower."""
+        return max(0.0, self.ttft_s - self.image_s - self.prefill_s)
+
+    @property
+    def inference_s(self) -> float:
+        """From the first step to the last token."""
+        return self.image_s + self.prefill_s + self.decode_s
+
     def as_dict(self) -> dict[str, float]:
         """The four figures by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -132,7 +132,6 @@ class RequestWatch:
         self._last_s: dict[int, float] = {}
         self._num_tokens = 0
         self._num_open = request.sampling.n
-        self._is_told = False
 
     def saw(self, output: StepOutput) -> None:
         """Take one output."""
@@ -158,16 +157,14 @@ class RequestWatch:
         assert output.timings
         m, usage, times = self._m, output.usage, output.timings
         labels = m._labels
-        self._is_told = True
         m.last_finish_s = time.time()
         m._prompt_tokens.labels(**labels).inc(usage.prompt_tokens)
         m._cached_tokens.labels(**labels).inc(usage.cached_tokens)
         m._prompt_size.labels(**labels).observe(usage.prompt_tokens)
         m._answer_size.labels(**labels).observe(usage.completion_tokens)
         m._e2e.labels(**labels).observe(now - self._request.arrival_s)
-        inference_s = times.image_s + times.prefill_s + times.decode_s
-        m._inference.labels(**labels).observe(inference_s)
-        m._queue.labels(**labels).observe(max(0.0, times.ttft_s - times.image_s - times.prefill_s))
+        m._inference.labels(**labels).observe(times.inference_s)
+        m._queue.labels(**labels).observe(times.queue_s)
         m._prefill.labels(**labels).observe(times.prefill_s)
         m._decode.labels(**labels).observe(times.decode_s)
         if usage.image_tokens:

@@ -80,8 +80,7 @@ def _token(token: ShownToken) -> dict[str, Any]:
 def headers(finished: Finished, asked: TgiRequest, device: str) -> Mapping[str, str]:
     """Times in ms, but for x-compute-time, which is in s."""
     usage, times = finished.output.usage, finished.output.timings
-    inference_s = times.image_s + times.prefill_s + times.decode_s
-    queue_s = max(0.0, times.ttft_s - times.image_s - times.prefill_s)
+    queue_s, inference_s = times.queue_s, times.inference_s
     per_token_s = inference_s / max(1, usage.completion_tokens)
     milliseconds = {
         "x-total-time": queue_s + inference_s,

@@ -72,14 +72,13 @@ def _details(request: Request, output: StepOutput) -> dict[str, Any]:
     usage, times = output.usage, output.timings
     assert usage is not None
     assert times is not None
-    waited_s = max(0.0, times.ttft_s - times.image_s - times.prefill_s)
     return {
         "finish_reason": _word(request, output),
         "generated_tokens": usage.completion_tokens,
         "first_token_cost": None,
         "decode_cost": None,
         "batch_size": 1,
-        "queue_wait_time": round(waited_s * 1e6),
+        "queue_wait_time": round(times.queue_s * 1e6),
     }
 
 

@@ -204,10 +204,6 @@ class InferWriter:
             "seed": seed_of(self._request),
         }
 
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
     def failed(self, failure: Failure) -> bytes:
         """The last event."""
         return data_event(body_of(failure, "mindie"))

@@ -176,10 +176,8 @@ class CompletionBody(SamplingBody):
             raise RequestError("truncate_prompt_tokens", said)
 
     def _is_ids(self) -> bool:
-        return (
-            isinstance(self.prompt, list)
-            and not isinstance(self.prompt[:1], str)
-            and not any(isinstance(each, str) for each in self.prompt)
+        return isinstance(self.prompt, list) and not any(
+            isinstance(each, str) for each in self.prompt
         )
 
     def prompts(self) -> list[str | list[int]]:

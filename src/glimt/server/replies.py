@@ -36,9 +36,6 @@ class Writer(Protocol):
     def add(self, output: StepOutput) -> bytes:
         """What one step adds; b"" for nothing."""
 
-    def end(self) -> bytes:
-        """What stands behind the last output."""
-
     def failed(self, failure: Failure) -> bytes:
         """What an error says once the status has gone out."""
 
@@ -122,9 +119,6 @@ class StreamedAnswer:
             raise StopAsyncIteration
         try:
             return self._writer.add(await self._next())
-        except StopAsyncIteration:
-            self._has_ended = True
-            return self._writer.end()
         except GlimtError as error:
             self._has_ended = True
             return self._failure(error)

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glimt.async_engine import AsyncEngine
 from glimt.errors import CapacityError, EngineError, RequestError
@@ -57,7 +57,6 @@ class Answer:
     request: Request
     arrival_s: float
     _outputs: AsyncIterator[StepOutput]
-    waited_s: float = field(default=0.0)
 
     def stream(self) -> AsyncIterator[StepOutput]:
         """Outputs as they come. Raises EngineError, or DeadlinePassed when it takes too long."""

@@ -51,7 +51,7 @@ def routes(context: Context) -> APIRouter:
         value = await read_json(request)
         if _has(value, "inputs"):
             return await tgi.compat(request, value)
-        if context.config.visualglm_api and isinstance(value, dict) and _has(value, "text"):
+        if context.config.visualglm_api and _has(value, "text"):
             return await visualglm.answer(request, value)
         raise _missing("inputs")
 

@@ -92,7 +92,6 @@ class TgiRequest:
     """A request, read.
 
     prompt: its texts, for return_full_text
-    shows:  how an answer is to be shown
     """
 
     ask: Ask

@@ -152,10 +152,6 @@ class TgiWriter:
             "input_length": output.usage.prompt_tokens,
         }
 
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
     def failed(self, failure: Failure) -> bytes:
         """An error event; whatever came before it, it is the last."""
         return error_event(failure, "mindie" if self._asked.is_mindie else "upstream")

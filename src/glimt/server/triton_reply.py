@@ -176,10 +176,6 @@ class TritonWriter:
             "decode_time": None if is_first else took,
         }
 
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
     def failed(self, failure: Failure) -> bytes:
         """The last event."""
         return self._event(body_of(failure, "triton"))

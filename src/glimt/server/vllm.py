@@ -133,10 +133,6 @@ class VllmWriter:
         deltas[output.index] = text
         return self._object({"text": deltas}) if text else b""
 
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
     def failed(self, failure: Failure) -> bytes:
         """The last object: what there is, and the error."""
         texts = self._texts if self._is_cumulative else [""] * len(self._texts)

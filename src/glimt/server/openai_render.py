@@ -13,6 +13,7 @@ from typing import Any
 
 from glimt import __version__
 from glimt.models.base import Tokenizer
+from glimt.server.tokens import LEAST_LOGPROB, is_end_of_text
 from glimt.types import (
     Completion,
     FinishReason,
@@ -25,7 +26,6 @@ from glimt.types import (
 )
 
 FINGERPRINT = f"fp_glimt_{__version__}"
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class TokenTexts:
         content = self.content(token_id)
         return {
             "token": content.decode("utf-8", "replace"),
-            "logprob": max(logprob, _LEAST_LOGPROB),
+            "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": list(content),
         }
 
@@ -152,7 +152,7 @@ def completion_logprobs(
     *starts, _ = accumulate(map(len, names), initial=offset)
     return {
         "tokens": names,
-        "token_logprobs": [max(token.logprob or 0.0, _LEAST_LOGPROB) for token in tokens],
+        "token_logprobs": [max(token.logprob or 0.0, LEAST_LOGPROB) for token in tokens],
         "top_logprobs": [_top(token, texts) for token in tokens],
         "text_offset": starts,
     }
@@ -163,7 +163,7 @@ def _top(token: SampledToken, texts: TokenTexts) -> dict[str, float]:
     chosen = TokenLogprob(token.token_id, token.logprob or 0.0)
     found: dict[str, float] = {}
     for each in (*token.top_logprobs, chosen):
-        found.setdefault(texts.text(each.token_id), max(each.logprob, _LEAST_LOGPROB))
+        found.setdefault(texts.text(each.token_id), max(each.logprob, LEAST_LOGPROB))
     return found
 
 
@@ -177,8 +177,7 @@ def finish_word(reason: FinishReason) -> str:
 
 def stop_reason(stop: str | int | None, request: Request) -> str | int | None:
     """vLLM's field: the stop string, or the id that the request itself called a stop."""
-    is_own = isinstance(stop, str) or stop in request.sampling.stop_token_ids
-    return stop if is_own else None
+    return None if is_end_of_text(request, stop) else stop
 
 
 def chat_reply(head: Head, output: RequestOutput, request: Request, texts: TokenTexts) -> Any:

@@ -71,6 +71,11 @@ class TritonParameters(TextParameters):
     return_num_output_tokens: Bool = False
 
 
+_RETURNS = (name for name in TritonParameters.model_fields if name.startswith("return_"))
+FLAGS = ("stream", "exclude_input_in_output", *_RETURNS)
+"""Inputs of a tensor request that are true or false, by the names of their parameters."""
+
+
 class GenerateBody(TritonParameters):
     """A request of the generate extension: parameters may stand beside the text or inside."""
 
@@ -132,10 +137,7 @@ def parse_text(asked: InferRequest, config: ServerConfig, request_id: str) -> Tr
     text = _one(tensors, "text_input", "BYTES")
     if text is None:
         raise RequestError("inputs", "has no text_input of BYTES, nor one tensor of token ids")
-    flags = {
-        name: _one(tensors, name, "BOOL")
-        for name in ("stream", "exclude_input_in_output", *_RETURNS)
-    }
+    flags = {name: _one(tensors, name, "BOOL") for name in FLAGS}
     given = {name: flag for name, flag in flags.items() if flag is not None}
     if unknown := sorted(set(tensors) - {"text_input", "image", "sampling_parameters", *flags}):
         raise RequestError("inputs", f"{unknown[0][:80]!r} is no input of this model")
@@ -147,9 +149,6 @@ def parse_text(asked: InferRequest, config: ServerConfig, request_id: str) -> Tr
     parts: tuple[Part, ...] = (*_pictures(tensors.get("image")), TextPart(prompt))
     ask = with_prompt(_ask(parameters, config, request_id), parts, "text_input", config)
     return TritonRequest(ask, parameters, prompt, asked.request_id)
-
-
-_RETURNS = tuple(name for name in TritonParameters.model_fields if name.startswith("return_"))
 
 
 def parse_tokens(asked: InferRequest, config: ServerConfig, request_id: str) -> TritonRequest:

@@ -7,22 +7,14 @@ from typing import Any
 from glimt import __version__
 from glimt.server.app import Context
 from glimt.server.metrics import FAILURES, FINISHED
+from glimt.server.triton_body import FLAGS
 
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "parameters", "statistics"]
-_FLAGS = (
-    "stream",
-    "exclude_input_in_output",
-    "return_finish_reason",
-    "return_cumulative_logprob",
-    "return_logprobs",
-    "return_num_input_tokens",
-    "return_num_output_tokens",
-)
 _INPUTS = (
     ("text_input", "BYTES", 1),
     ("image", "BYTES", -1),
     ("sampling_parameters", "BYTES", 1),
-    *((name, "BOOL", 1) for name in _FLAGS),
+    *((name, "BOOL", 1) for name in FLAGS),
 )
 _OUTPUTS = (
     ("text_output", "BYTES", -1),

@@ -12,7 +12,7 @@ from glimt.server.replies import Finished
 from glimt.server.replying import one_line
 from glimt.server.service import Answer, TimedStep
 from glimt.server.tensors import Tensor
-from glimt.server.tokens import finish_word
+from glimt.server.tokens import LEAST_LOGPROB, finish_word
 from glimt.server.triton_body import TritonRequest
 from glimt.types import Completion, Request, SampledToken, StepOutput
 
@@ -56,7 +56,7 @@ def _word(request: Request, ended: Completion | StepOutput) -> str:
 
 
 def _cumulative(completion: Completion) -> float:
-    return sum(max(each.logprob or 0.0, -9999.0) for each in completion.logprobs or ())
+    return sum(max(each.logprob or 0.0, LEAST_LOGPROB) for each in completion.logprobs or ())
 
 
 def _logprobs(completion: Completion) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _logprobs(completion: Completion) -> list[dict[str, Any]]:
 
 
 def _logprob(sampled: SampledToken) -> dict[str, Any]:
-    return {"token_id": sampled.token_id, "logprob": max(sampled.logprob or 0.0, -9999.0)}
+    return {"token_id": sampled.token_id, "logprob": max(sampled.logprob or 0.0, LEAST_LOGPROB)}
 
 
 def _details(request: Request, output: StepOutput) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from glimt.errors import EngineError, GlimtError
+from glimt.errors import GlimtError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import StrictRoute
@@ -30,7 +30,7 @@ from glimt.server.openai_render import (
     completion_reply,
 )
 from glimt.server.replying import data_event, json_reply
-from glimt.server.service import Answer, Ask
+from glimt.server.service import Answer, Ask, check_output
 from glimt.server.streaming import EventStream, begun, unless_left
 from glimt.types import RequestOutput, StepOutput
 
@@ -119,15 +119,10 @@ async def _all_whole(answers: Sequence[Answer]) -> list[RequestOutput]:
     found: dict[int, RequestOutput] = {}
     async with aclosing(_merged(answers)) as outputs:
         async for number, output in outputs:
-            _check(output)
+            check_output(output)
             if (whole := assemblers[number].add(output)) is not None:
                 found[number] = whole
     return [found[number] for number in range(len(answers))]
-
-
-def _check(output: StepOutput) -> None:
-    if output.finish_reason == "error":
-        raise EngineError(output.error or "the answer ended with an error")
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, StepOutput], None]:
@@ -196,7 +191,7 @@ async def _pieces(
         try:
             async with aclosing(_merged(answers)) as outputs:
                 async for number, output in outputs:
-                    _check(output)
+                    check_output(output)
                     if piece := events.of(number, output):
                         yield piece
             yield events.end()

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
 
-from glimt.errors import CapacityError, EngineError, GlimtError, RequestError
+from glimt.errors import CapacityError, GlimtError, RequestError
 from glimt.server.failures import Failure, failure_of
 from glimt.server.metrics import Metrics
-from glimt.server.service import Answer, Ask, DeadlinePassed, Service, TimedStep
+from glimt.server.service import Answer, Ask, DeadlinePassed, Service, TimedStep, check_output
 from glimt.server.streaming import unless_left
 from glimt.types import Request, RequestOutput, StepOutput
 
@@ -106,8 +106,7 @@ class StreamedAnswer:
     async def _next(self) -> StepOutput:
         first, self._first = self._first, None
         output = await anext(self._outputs) if first is None else first
-        if output.finish_reason == "error":
-            raise EngineError(output.error or "the answer ended with an error")
+        check_output(output)
         return output
 
     def __aiter__(self) -> AsyncIterator[bytes]:

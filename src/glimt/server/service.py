@@ -76,8 +76,7 @@ class Answer:
                 now_s = time.monotonic()
                 steps.append(TimedStep(output, now_s - last_s))
                 last_s = now_s
-                if output.finish_reason == "error":
-                    raise EngineError(output.error or "the answer ended with an error")
+                check_output(output)
                 whole = assembler.add(output)
                 if whole is not None:
                     return whole, steps
@@ -235,6 +234,12 @@ class _Place:
 
     def __exit__(self, *error: object) -> None:
         self._service._leave(self._ask, self._request_id)
+
+
+def check_output(output: StepOutput) -> None:
+    """Raise EngineError if it ends its choice with an error."""
+    if output.finish_reason == "error":
+        raise EngineError(output.error or "the answer ended with an error")
 
 
 def checked_id(given: str | None, field_name: str = "request_id") -> str:

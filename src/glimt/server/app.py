@@ -125,9 +125,9 @@ def create_app(
     """
     host = EngineHost(load, config.max_restarts, config.stall_timeout_s)
     compat = [config.metrics_compat, "mindie" if config.profile == "mindie" else "none"]
-    metrics = Metrics(host, (config.served_model_names or (model_name,))[0], compat)
-    service = Service(host, config, metrics, Traces(config.otlp_endpoint))
     names = config.served_model_names or (model_name,)
+    metrics = Metrics(host, names[0], compat)
+    service = Service(host, config, metrics, Traces(config.otlp_endpoint))
     context = Context(service, config, metrics, names, created)
     app = FastAPI(
         title="glimt",

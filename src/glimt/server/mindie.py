@@ -45,7 +45,7 @@ from glimt.server.replies import Finished, streamed, whole
 from glimt.server.replying import data_event, json_reply
 from glimt.server.service import Answer, Ask
 from glimt.server.streaming import EventStream
-from glimt.server.tokens import TokenTexts, finish_word, seed_of
+from glimt.server.tokens import StepTimes, TokenTexts, finish_word, seed_of
 from glimt.types import Request, SamplingParams, StepOutput
 
 NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens"}
@@ -166,15 +166,14 @@ class InferWriter:
     def __init__(self, answer: Answer, asked: InferRequest, clock: Callable[[], float]) -> None:
         self._request: Request = answer.request
         self._wants_details = asked.wants_details
-        self._clock, self._last_s = clock, answer.arrival_s
-        self._is_first = True
+        self._times = StepTimes(answer.arrival_s, clock)
         self._text, self._num_tokens = "", 0
 
     def add(self, output: StepOutput) -> bytes:
         """The event of one step."""
         self._text += output.text
         self._num_tokens += len(output.token_ids)
-        event: dict[str, Any] = self._times()
+        event: dict[str, Any] = self._times.next()
         is_last = output.finish_reason is not None
         if is_last:
             event["generated_text"] = self._text
@@ -183,19 +182,6 @@ class InferWriter:
         text = output.text or (None if is_last else "")
         event["token"] = {"id": list(output.token_ids), "text": text}
         return data_event(event)
-
-    def _times(self) -> dict[str, float | None]:
-        now_s = self._clock()
-        took, self._last_s = round((now_s - self._last_s) * 1000, 3), now_s
-        is_first, self._is_first = self._is_first, False
-        return (
-            {"prefill_time": took, "decode_time": None}
-            if is_first
-            else {
-                "prefill_time": None,
-                "decode_time": took,
-            }
-        )
 
     def _details(self, output: StepOutput) -> dict[str, Any]:
         return {

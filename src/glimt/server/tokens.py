@@ -1,7 +1,11 @@
-"""Single tokens as protocols show them: id, text, log-probability, and whether they are special."""
+"""Single tokens as protocols show them: id, text, log-probability, and whether they are special.
+
+And the times of the steps they came in, as MindIE's forms have them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,3 +89,24 @@ def finish_word(request: Request, reason: str | None, stop_reason: str | int | N
 def seed_of(request: Request) -> int | None:
     """The first choice's seed; None for a greedy answer, which has none."""
     return request.seeds[0] if request.sampling.temperature else None
+
+
+class StepTimes:
+    """Times of MindIE's events, in ms: the first tells its prefill's, the others their decode's.
+
+    begin_s: the request's arrival, by the clock
+    """
+
+    def __init__(self, begin_s: float, clock: Callable[[], float]) -> None:
+        self._clock, self._last_s = clock, begin_s
+        self._is_first = True
+
+    def next(self) -> dict[str, float | None]:
+        """Of the event that is written now."""
+        now_s = self._clock()
+        took, self._last_s = round((now_s - self._last_s) * 1000, 3), now_s
+        is_first, self._is_first = self._is_first, False
+        return {
+            "prefill_time": took if is_first else None,
+            "decode_time": None if is_first else took,
+        }

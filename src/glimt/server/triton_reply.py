@@ -12,7 +12,7 @@ from glimt.server.replies import Finished
 from glimt.server.replying import one_line
 from glimt.server.service import Answer, TimedStep
 from glimt.server.tensors import Tensor
-from glimt.server.tokens import LEAST_LOGPROB, finish_word
+from glimt.server.tokens import LEAST_LOGPROB, StepTimes, finish_word
 from glimt.server.triton_body import TritonRequest
 from glimt.types import Completion, Request, SampledToken, StepOutput
 
@@ -141,8 +141,7 @@ class TritonWriter:
         self._request, self._asked = answer.request, asked
         self._head = head(asked, model, config)
         self._is_mindie = config.profile == "mindie"
-        self._clock, self._last_s = clock, answer.arrival_s
-        self._is_first = True
+        self._times = StepTimes(answer.arrival_s, clock)
         self._prefix = asked.prefix
 
     def add(self, output: StepOutput) -> bytes:
@@ -150,7 +149,9 @@ class TritonWriter:
         text = output.text
         if not text and not output.finish_reason and not (self._is_mindie and output.token_ids):
             return b""
-        event = {**self._head, "text_output": self._prefix + text, **self._times()}
+        event = {**self._head, "text_output": self._prefix + text}
+        if self._is_mindie:
+            event |= self._times.next()
         self._prefix = ""
         told = self._asked.parameters
         if output.finish_reason:
@@ -163,18 +164,6 @@ class TritonWriter:
             if told.details:
                 event["details"] = _details(self._request, output)
         return self._event(event)
-
-    def _times(self) -> dict[str, float | None]:
-        """MindIE tells of the first event how long its prefill took, of others their decode; ms."""
-        if not self._is_mindie:
-            return {}
-        now_s = self._clock()
-        took, self._last_s = round((now_s - self._last_s) * 1000, 3), now_s
-        is_first, self._is_first = self._is_first, False
-        return {
-            "prefill_time": took if is_first else None,
-            "decode_time": None if is_first else took,
-        }
 
     def failed(self, failure: Failure) -> bytes:
         """The last event."""

@@ -238,3 +238,17 @@ def test_prompts_are_one_text_or_many_or_ids():
     for bad in ([], "", ["a", ""], ["a"] * 129):
         with pytest.raises(RequestError):
             read(bad)
+
+
+def test_texts_that_are_all_empty_are_no_question():
+    """Catches the line feed that joins two of them, taken for a text."""
+    from glimt.errors import RequestError
+    from glimt.server.conversation import read_messages
+
+    parts = [{"type": "text", "text": ""}] * 2
+    with pytest.raises(RequestError, match="is empty; a user's message needs text or a picture"):
+        read_messages([{"role": "user", "content": parts}])
+    (message,) = read_messages(
+        [{"role": "user", "content": [*parts, {"type": "text", "text": "a"}]}]
+    )
+    assert [part.text for part in message.parts] == ["a"]

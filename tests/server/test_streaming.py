@@ -124,6 +124,12 @@ def test_a_source_that_fails_leaves_a_reply_without_an_end():
     assert all(m.get("more_body", True) for m in sent)
 
 
+def test_an_empty_piece_is_no_silence():
+    """Catches a comment for every token whose text is held back."""
+    source = pieces(b"a", *[b""] * 5, b"b")
+    assert b"".join(m.get("body", b"") for m in asyncio.run(run(EventStream(source, 100)))) == b"ab"
+
+
 def test_silence_is_filled_with_comments(monkeypatch):
     """Catches a proxy that gives up on a request which waits for a large picture."""
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.02)

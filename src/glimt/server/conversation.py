@@ -24,10 +24,11 @@ def read_messages(raw: Any) -> tuple[Message, ...]:
     Text parts of a message without pictures are joined as one text would be.
     Raises RequestError naming the part.
     """
-    messages = parse_messages(raw, ImageLimits(max_images=_MAX_IMAGES))
+    parsed = parse_messages(raw, ImageLimits(max_images=_MAX_IMAGES))
+    messages = tuple(map(_joined, parsed))
     for m, message in enumerate(messages):
         _check(message, f"messages[{m}].content")
-    return tuple(map(_joined, messages))
+    return messages
 
 
 def _check(message: Message, path: str) -> None:

@@ -131,7 +131,9 @@ class _Waiting:
         self.is_cut = False
 
     def put(self, piece: bytes) -> None:
-        """Raises ClientLeft if the reader is too far behind."""
+        """Raises ClientLeft if the reader is too far behind. An empty piece is none."""
+        if not piece:
+            return
         if len(self._bytes) + len(piece) > self._max_bytes:
             raise ClientLeft
         self._bytes += piece

@@ -98,16 +98,17 @@ def _timed_steps(engine: Engine, waiting: set[str]) -> tuple[tuple[float, ...], 
     decode_s: list[float] = []
     last = time.perf_counter()
     while engine.has_work:
-        outputs = engine.step()
+        outputs = checked(engine.step())
         now = time.perf_counter()
         (prefill_s if waiting else decode_s).append(now - last)
         last = now
-        _check(outputs)
         waiting = waiting - {output.request_id for output in outputs if output.token_ids}
     return tuple(prefill_s), tuple(decode_s)
 
 
-def _check(outputs: Sequence[StepOutput]) -> None:
+def checked(outputs: Sequence[StepOutput]) -> Sequence[StepOutput]:
+    """A step's outputs. Raises EngineError if one of them ends its request with an error."""
     for output in outputs:
         if output.finish_reason == "error":
             raise EngineError(output.error or "a request ended with an error")
+    return outputs

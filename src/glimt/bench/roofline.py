@@ -13,9 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glimt.devices.base import Device
+from glimt.engine import Engine
 from glimt.memory_plan import VISION_MODULES
 from glimt.models.base import BuildContext, FamilyConfig, Model, ModelFamily, Processor
-from glimt.runner.kv_cache import kv_bytes_per_token
+from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.types import ImageInput
 
 
@@ -101,6 +102,15 @@ def mfu(ops: float, seconds: float, ops_limit: float) -> float:
 
 
 # --- counting --------------------------------------------------------------------------------
+
+
+def engine_costs(engine: Engine) -> ModelCosts:
+    """Of an engine's model, in the form in which it holds weights and cache."""
+    opened = engine.opened
+    costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
+    costs = costs.with_weights(engine.memory.language + engine.memory.head)
+    stored = cache_dtype(engine.config.kv_dtype, opened.dtype)
+    return costs.with_cache(kv_bytes_per_token(opened.model, stored))
 
 
 def costs_of(

@@ -6,7 +6,6 @@ nothing of tables and files.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +13,19 @@ from statistics import median
 
 from PIL import Image
 
-from glimt.bench.roofline import ModelCosts, costs_of
+from glimt.bench.batch_run import checked
+from glimt.bench.roofline import ModelCosts, engine_costs
 from glimt.bench.samples import Sample, Summary, summarise
 from glimt.bench.workload import LANGUAGE, RANDOM, Workload
 from glimt.config import EngineConfig
-from glimt.devices.host import plan_threads
+from glimt.devices.host import peak_bytes, plan_threads
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.kernels.limits import BUFFER_BYTES, LimitMeter, Limits, MathKind
 from glimt.memory_plan import MemoryPlan
 from glimt.quant.base import find_format
-from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.synthetic import SyntheticName, published_config
-from glimt.types import Request, StepOutput
+from glimt.types import Request
 
 _TEXT_TOKENS = 32  # of a prompt, besides its picture; the template is among them
 _GROUP_S = 0.2  # decoding steps that are timed together, between two limits
@@ -140,10 +139,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
     engine = Engine.load(replace(config, num_threads=threads))
     load_s = time.perf_counter() - began
     opened = engine.opened
-    costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
-    costs = costs.with_weights(engine.memory.language + engine.memory.head)
-    stored = cache_dtype(job.kv_dtype, opened.dtype)
-    costs = costs.with_cache(kv_bytes_per_token(opened.model, stored))
+    costs = engine_costs(engine)
     bench = _Bench(engine, meter, job, costs)
     bench.check_room()
     meter.warm_up()
@@ -168,7 +164,7 @@ def run(job: SyntheticJob, on_stage: Callable[[str], None] = lambda stage: None)
         image_tokens=bench.image_tokens,
         load_s=load_s,
         memory=engine.memory,
-        peak_rss=_peak_rss() - meter.buffer.numel(),
+        peak_rss=peak_bytes() - meter.buffer.numel(),
         meter_bytes=meter.buffer.numel(),
         fresh=fresh,
         again=again,
@@ -189,11 +185,6 @@ def _engine_config(job: SyntheticJob) -> EngineConfig:
         max_num_seqs=max(job.batches),
         memory_limit_bytes=job.memory_limit_bytes,
     )
-
-
-def _peak_rss() -> int:
-    """Bytes; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Bench:
@@ -234,7 +225,7 @@ class _Bench:
         request = self._workload.ask("中", 4, None)
         self.engine.add_request(request)
         while self.engine.is_open(request.request_id):
-            _checked(self.engine.step())
+            checked(self.engine.step())
 
     # --- first tokens ---
 
@@ -286,7 +277,7 @@ class _Bench:
         """Seconds in the tower, seconds in all steps, and prompt tokens found in the cache."""
         before, began = self.engine.stats(), time.perf_counter()
         self.engine.add_request(request)
-        while not any(output.token_ids for output in _checked(self.engine.step())):
+        while not any(output.token_ids for output in checked(self.engine.step())):
             pass
         step_s, after = time.perf_counter() - began, self.engine.stats()
         self.engine.abort(request.request_id)
@@ -307,7 +298,7 @@ class _Bench:
             samples.append(Sample(seconds / count, before, after))
             before = after
         while self.engine.has_work:
-            _checked(self.engine.step())
+            checked(self.engine.step())
         context = self.prompt_tokens + (first + longest) / 2
         step = summarise(samples, self.costs.step_bytes)
         with_kv = summarise(samples, self.costs.decode_bytes(batch, context)).share
@@ -323,7 +314,7 @@ class _Bench:
         for request in requests:
             self.engine.add_request(request)
         while len(counts) < batch:
-            for output in _checked(self.engine.step()):
+            for output in checked(self.engine.step()):
                 found = counts.get(output.request_id, 0)
                 counts[output.request_id] = found + len(output.token_ids)
         return max(counts.values())
@@ -332,15 +323,8 @@ class _Bench:
         """Seconds and number of steps, about _GROUP_S long; each gives every row a token."""
         began, count = time.perf_counter(), 0
         while count < room and (not count or time.perf_counter() - began < _GROUP_S):
-            outputs = _checked(self.engine.step())
+            outputs = checked(self.engine.step())
             count += 1
             if sum(len(output.token_ids) for output in outputs) < batch:
                 raise EngineError("a row of the batch got no token: the cache was too small")
         return time.perf_counter() - began, count
-
-
-def _checked(outputs: Sequence[StepOutput]) -> Sequence[StepOutput]:
-    for output in outputs:
-        if output.finish_reason == "error":
-            raise EngineError(output.error or "a request ended with an error")
-    return outputs

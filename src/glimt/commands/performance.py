@@ -19,6 +19,7 @@ from glimt.bench.performance import (
     warm_tower,
 )
 from glimt.bench.performance_report import document, picture_rows
+from glimt.bench.roofline import engine_costs
 from glimt.bench.sweep import NONE
 from glimt.bench.workload import Workload
 from glimt.commands import static_batch as static
@@ -194,7 +195,7 @@ def _result(
         rows=tuple(rows),
         num_runs=folder.num_runs,
         pictures=pictures,
-        costs=static.engine_costs(engine, config),
+        costs=engine_costs(engine),
         remark=remark,
         **machine,
     )

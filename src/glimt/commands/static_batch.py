@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +12,6 @@ from typing import Any
 
 from glimt import __version__
 from glimt.bench.batch_run import static_engine
-from glimt.bench.roofline import ModelCosts, costs_of
 from glimt.bench.sweep import MachineLimits, R, SweepResult
 from glimt.bench.workload import RANDOM, SIDE
 from glimt.commands.console import count_bar, note, warn
@@ -24,12 +22,11 @@ from glimt.commands.reporting import model_digest
 from glimt.commands.running import load_weights
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.config import EngineConfig
-from glimt.devices.host import plan_threads
+from glimt.devices.host import peak_bytes, plan_threads
 from glimt.engine import Engine
 from glimt.errors import EngineError
 from glimt.kernels.limits import LimitMeter
 from glimt.loader import OpenedModel
-from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 
 # --- settings --------------------------------------------------------------------------------
 
@@ -120,17 +117,12 @@ def _nothing(count: int) -> None:
 # --- what they were measured on --------------------------------------------------------------
 
 
-def host_peak_bytes() -> int:
-    """The most that this process has held; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def note_machine(engine: Engine, config: EngineConfig, folder: SweepFolder) -> dict[str, Any]:
     """Peak memory and the machine's limits, by the fields of a result; kept in the folder too.
 
     Of a sweep in several runs the peak is that of the run that held most.
     """
-    host = max(host_peak_bytes(), folder.extra.get("host_bytes") or 0)
+    host = max(peak_bytes(), folder.extra.get("host_bytes") or 0)
     limits = measure_limits(engine, config)
     device = engine.opened.device.peak_bytes()
     folder.extra |= {"host_bytes": host, "device_bytes": device}
@@ -150,15 +142,6 @@ def measure_limits(engine: Engine, config: EngineConfig) -> MachineLimits | None
     meter.warm_up()
     read = median(meter.read() for _ in range(3))
     return MachineLimits(read, median(meter.math("bf16") for _ in range(3)))
-
-
-def engine_costs(engine: Engine, config: EngineConfig) -> ModelCosts:
-    """What a step costs, in the form in which this engine holds weights and cache."""
-    opened = engine.opened
-    costs = costs_of(opened.family, opened.config, opened.processor, opened.dtype)
-    stored = cache_dtype(config.kv_dtype, opened.dtype)
-    costs = costs.with_weights(engine.memory.language + engine.memory.head)
-    return costs.with_cache(kv_bytes_per_token(opened.model, stored))
 
 
 # --- telling ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from glimt.bench import original_files as files
 from glimt.bench.performance import warm_tower
+from glimt.bench.roofline import engine_costs
 from glimt.bench.throughput import ThroughputJob, ThroughputResult, ThroughputRow, measure
 from glimt.bench.throughput_report import HEADINGS, cells_of, document
 from glimt.bench.workload import Workload
@@ -173,7 +174,7 @@ def _result(engine: Engine, config: EngineConfig, kept: _Files, remark: str) -> 
         family=engine.opened.family.name,
         rows=tuple(kept.rows()),
         num_runs=kept.folder.num_runs,
-        costs=static.engine_costs(engine, config),
+        costs=engine_costs(engine),
         remark=remark,
         **extra,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,11 @@ def read_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
 
 
 # --- control groups, version 1 and 2 ---------------------------------------------------------
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _memory_limits(proc: Path, cgroup: Path) -> Iterator[tuple[int, int]]:

@@ -12,14 +12,13 @@ from typing import Any
 from glimt.commands.console import note, print_json, told_as_json, write_answer
 from glimt.commands.memory import note_plan
 from glimt.commands.pictures import read_picture
-from glimt.commands.running import check_language, facts, load_engine, run_request
+from glimt.commands.running import answer_request, check_language, facts, load_engine
 from glimt.config import EngineConfig, ImageLimits
 from glimt.engine import Engine
 from glimt.errors import EngineError, RequestError
 from glimt.inputs.chat import load_messages_file, parse_messages
 from glimt.inputs.image import open_image
 from glimt.inputs.request import RequestOptions
-from glimt.outputs.assembler import OutputAssembler
 from glimt.types import (
     Completion,
     ImagePart,
@@ -69,7 +68,10 @@ def generate(job: GenerateJob) -> None:
             note_plan(engine)
         options = RequestOptions(language=job.language)
         request = engine.prepare_chat(messages, sampling, options)
-    output = _run(engine, request, streams=not job.as_json and sampling.n == 1)
+    if job.as_json or sampling.n > 1:
+        output = answer_request(engine, request)
+    else:
+        output = answer_request(engine, request, write_answer)
     if job.as_json:
         print_json(_as_dict(engine, request, output))
     else:
@@ -130,16 +132,6 @@ def _read_stdin() -> str:
 
 
 # --- the answer ------------------------------------------------------------------------------
-
-
-def _run(engine: Engine, request: Request, streams: bool) -> RequestOutput:
-    assembler = OutputAssembler(request)
-    for output in run_request(engine, request):
-        if streams:
-            write_answer(output.text)
-        if (whole := assembler.add(output)) is not None:
-            return whole
-    raise EngineError(f"request {request.request_id} ended without its last output")
 
 
 def _print_rest(output: RequestOutput, is_quiet: bool) -> None:

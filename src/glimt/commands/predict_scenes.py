@@ -9,14 +9,12 @@ from typing import Any
 from glimt.commands.answer_file import open_answers
 from glimt.commands.console import note, printable
 from glimt.commands.predict_job import PredictJob
-from glimt.commands.running import facts, load_engine, run_request
+from glimt.commands.running import answer_request, facts, load_engine
 from glimt.engine import Engine
-from glimt.errors import EngineError
 from glimt.evaluate.predict import Prediction, prediction
 from glimt.evaluate.predict_report import Predictions
 from glimt.evaluate.scenes import Scene, scenes
 from glimt.inputs.request import RequestOptions
-from glimt.outputs.assembler import OutputAssembler
 from glimt.types import RequestOutput
 
 
@@ -55,12 +53,7 @@ def _ask(engine: Engine, job: PredictJob, scene: Scene, question: str) -> Reques
     parts = [{"type": "image", "image": scene.picture}, {"type": "text", "text": question}]
     options = RequestOptions(language=job.language)
     messages = [{"role": "user", "content": parts}]
-    request = engine.prepare_chat(messages, job.asking.sampling, options)
-    assembler = OutputAssembler(request)
-    for output in run_request(engine, request):
-        if (whole := assembler.add(output)) is not None:
-            return whole
-    raise EngineError(f"request {request.request_id} ended without its last output")
+    return answer_request(engine, engine.prepare_chat(messages, job.asking.sampling, options))
 
 
 def _write(job: PredictJob, found: Predictions) -> None:

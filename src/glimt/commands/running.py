@@ -9,11 +9,12 @@ from glimt.commands.console import byte_bar, note
 from glimt.commands.memory import plan_line
 from glimt.config import EngineConfig
 from glimt.engine import Engine
-from glimt.errors import RequestError
+from glimt.errors import EngineError, RequestError
 from glimt.inputs.request import LANGUAGES
 from glimt.llm import LLM
 from glimt.loader import OpenedModel, open_model
-from glimt.types import Request, StepOutput, Timings, Usage
+from glimt.outputs.assembler import OutputAssembler
+from glimt.types import Request, RequestOutput, StepOutput, Timings, Usage
 
 _LARGE_BYTES = 256 * 2**20  # what is smaller loads at once and fits anywhere
 
@@ -65,6 +66,18 @@ def run_request(
     while engine.is_open(request.request_id) and not is_stopped():
         yield from engine.step()
     yield from engine.abort(request.request_id)
+
+
+def answer_request(
+    engine: Engine, request: Request, on_text: Callable[[str], None] = lambda text: None
+) -> RequestOutput:
+    """Run a prepared request, alone, to its end; on_text: given each piece of its answer."""
+    assembler = OutputAssembler(request)
+    for output in run_request(engine, request):
+        on_text(output.text)
+        if (whole := assembler.add(output)) is not None:
+            return whole
+    raise EngineError(f"request {request.request_id} ended without its last output")
 
 
 def facts(usage: Usage, timings: Timings, num_choices: int = 1) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from glimt.cli import app
+from glimt.commands import reporting
 from glimt.demo.noise import write_noise_model
 from glimt.layers import rotary
 from glimt.loader import model_folder
@@ -160,6 +161,20 @@ def test_other_kernels_are_another_setting(demo, monkeypatch):
     assert found["tested"]["isa"] == ""
     assert found["gate"]["name"] == "the same 16-bit type on both sides"
     assert status == 0, found["checks"]
+
+
+def test_weights_of_both_settings_are_hashed_once(monkeypatch):
+    """Catches minutes of reading twice where a checkpoint has tens of gigabytes."""
+    hashed = []
+    plain = reporting.files_digest
+    monkeypatch.setattr(
+        reporting, "files_digest", lambda files: hashed.append(1) or plain([*files])
+    )
+    few = ("--probes", 1, "--tokens", 1, "--stages", 0)
+    _, found = compared("-m", "demo", "--dtype", "bfloat16", *few)
+    assert hashed == [1]
+    assert found["tested"]["model"] == found["reference"]["model"]
+    assert found["tested"]["model"].startswith("sha256:")
 
 
 def test_quantised_weights_have_lines_of_their_own(demo):

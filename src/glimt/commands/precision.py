@@ -73,8 +73,8 @@ def run(job: PrecisionJob) -> bool:
         _check(job)
         if job.record is not None:
             return _record_file(job, job.record)
-        reference = _reference(job)
-        found, setting, facts = _compare(job, reference)
+        reference, digest = _reference(job)
+        found, setting, facts = _compare(job, reference, digest)
     _tell(job, reference, found, setting)
     if job.report is not None:
         write_report(document(found, reference, setting, facts), job.report, "precision")
@@ -200,14 +200,18 @@ def _record_file(job: PrecisionJob, path: Path) -> bool:
     return True
 
 
-def _reference(job: PrecisionJob) -> Recording:
+def _reference(job: PrecisionJob) -> tuple[Recording, str | None]:
+    """What is compared with; and the tested model's digest, if its files were read for it."""
     against = job.against or "float32"
     path = Path(against).expanduser()
     if path.is_file():
-        return from_file(path)
+        return from_file(path), None
     if against not in DTYPES and "=" not in against:
         raise ConfigError("against", [f"{against!r} is no file that is there, and no setting"])
-    return _record(job, changed_setting(job.engine, against))
+    engine = changed_setting(job.engine, against)
+    recording = _record(job, engine)
+    is_same_model = engine.get("model") == job.engine.get("model")
+    return recording, recording.setting.model if is_same_model else None
 
 
 def _record(job: PrecisionJob, engine: Mapping[str, Any]) -> Recording:
@@ -227,11 +231,15 @@ def _probes(job: PrecisionJob) -> Iterator[Probe]:
     return folder_probes(job.images, job.prompt)
 
 
-def _compare(job: PrecisionJob, reference: Recording) -> tuple[Precision, Setting, dict[str, str]]:
+def _compare(
+    job: PrecisionJob, reference: Recording, digest: str | None
+) -> tuple[Precision, Setting, dict[str, str]]:
+    """digest: of the tested model's files; None: they are read for it."""
     with _loaded(job.engine, job.is_verbose) as (llm, config):
         opened = llm.engine.opened
         _check_same_model(reference, opened)
-        facts = run_facts(opened, config, "one run; spread over tokens and rows")
+        repeats = "one run; spread over tokens and rows"
+        facts = run_facts(opened, config, repeats, digest=digest)
         setting = _setting(opened, config, facts["model digest"])
         with count_bar("comparing, tokens", reference.num_tokens) as on_done:
             repeated = repeat(llm, reference.traces, on_done)

@@ -28,7 +28,6 @@ from glimt.commands.console import note, out_console, print_json, told_as_json, 
 from glimt.commands.reporting import check_folder, run_facts, write_report
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures, key_values
-from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.errors import EngineError, RequestError
 from glimt.loader import OpenedModel, open_model
@@ -94,7 +93,7 @@ def _found(command: PerformanceCommand) -> tuple[PerformanceResult, SweepFolder,
     cost = static.image_tokens(opened, job.image, given)
     with SweepFolder.open(command.out, NAME, settings, patterns, command.restart) as folder:
         engine, remark = static.load_static(opened, config, _step_tokens(job, opened, cost))
-        return _sweep(job, engine, config, folder, remark), folder, engine
+        return _sweep(job, engine, folder, remark), folder, engine
 
 
 def _write_report(
@@ -129,7 +128,7 @@ def _averages_name(opened: OpenedModel) -> str:
 
 
 def _sweep(
-    job: PerformanceJob, engine: Engine, config: EngineConfig, folder: SweepFolder, remark: str
+    job: PerformanceJob, engine: Engine, folder: SweepFolder, remark: str
 ) -> PerformanceResult:
     workload = Workload(engine, job.seed, job.image)
     workload.check_length(min(job.input_lens))
@@ -144,7 +143,7 @@ def _sweep(
         for row in measure(workload, missing, job.repeats):
             _keep(row, folder, engine.opened)
             on_row(1)
-    return _result(engine, config, folder, pictures, remark)
+    return _result(engine, folder, pictures, remark)
 
 
 def _pictures(engine: Engine, job: PerformanceJob, folder: SweepFolder) -> PictureTimes | None:
@@ -182,12 +181,11 @@ def _rows(folder: SweepFolder) -> list[PerformanceRow]:
 
 def _result(
     engine: Engine,
-    config: EngineConfig,
     folder: SweepFolder,
     pictures: PictureTimes | None,
     remark: str,
 ) -> PerformanceResult:
-    machine = static.note_machine(engine, config, folder)
+    machine = static.note_machine(engine, folder)
     rows = _rows(folder)
     _write_tables(folder, engine.opened, sorted({row.case.batch for row in rows}))
     return PerformanceResult(

@@ -117,13 +117,13 @@ def _nothing(count: int) -> None:
 # --- what they were measured on --------------------------------------------------------------
 
 
-def note_machine(engine: Engine, config: EngineConfig, folder: SweepFolder) -> dict[str, Any]:
+def note_machine(engine: Engine, folder: SweepFolder) -> dict[str, Any]:
     """Peak memory and the machine's limits, by the fields of a result; kept in the folder too.
 
     Of a sweep in several runs the peak is that of the run that held most.
     """
     host = max(peak_bytes(), folder.extra.get("host_bytes") or 0)
-    limits = measure_limits(engine, config)
+    limits = measure_limits(engine)
     device = engine.opened.device.peak_bytes()
     folder.extra |= {"host_bytes": host, "device_bytes": device}
     folder.extra["limits"] = None if limits is None else asdict(limits)
@@ -131,14 +131,14 @@ def note_machine(engine: Engine, config: EngineConfig, folder: SweepFolder) -> d
     return {"host_bytes": host, "device_bytes": device, "limits": limits}
 
 
-def measure_limits(engine: Engine, config: EngineConfig) -> MachineLimits | None:
+def measure_limits(engine: Engine) -> MachineLimits | None:
     """The machine's, now; medians of three. None where the device is not the host.
 
     Takes 768 MiB for a moment, so the peak of memory is to be read before.
     """
     if engine.opened.device.torch_device.type != "cpu":
         return None
-    meter = LimitMeter(plan_threads(config.num_threads).count)
+    meter = LimitMeter(plan_threads(engine.config.num_threads).count)
     meter.warm_up()
     read = median(meter.read() for _ in range(3))
     return MachineLimits(read, median(meter.math("bf16") for _ in range(3)))

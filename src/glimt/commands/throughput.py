@@ -20,7 +20,6 @@ from glimt.commands.console import note, out_console, print_json, told_as_json
 from glimt.commands.reporting import check_file, check_folder, run_facts, write_output, write_report
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures
-from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.loader import open_model
 
@@ -100,7 +99,7 @@ def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder, E
     patterns = [BENCHMARK, PERFORMANCE]
     with SweepFolder.open(command.out, NAME, settings, patterns, command.restart) as folder:
         engine, remark = static.load_static(opened, config, max(job.batches) * longest)
-        found = _sweep(job, engine, config, _Files(folder, also), remark)
+        found = _sweep(job, engine, _Files(folder, also), remark)
     return found, folder, engine
 
 
@@ -150,9 +149,7 @@ class _Files:
             write_output(self.also, text.encode(), FILEPATH)
 
 
-def _sweep(
-    job: ThroughputJob, engine: Engine, config: EngineConfig, kept: _Files, remark: str
-) -> ThroughputResult:
+def _sweep(job: ThroughputJob, engine: Engine, kept: _Files, remark: str) -> ThroughputResult:
     workload = Workload(engine, job.seed, job.image)
     done = {row.batch for row in kept.rows() if not row.left_out}
     missing = [batch for batch in sorted(set(job.batches)) if batch not in done]
@@ -165,11 +162,11 @@ def _sweep(
             kept.keep(row)
             on_row(1)
     kept.write()
-    return _result(engine, config, kept, remark)
+    return _result(engine, kept, remark)
 
 
-def _result(engine: Engine, config: EngineConfig, kept: _Files, remark: str) -> ThroughputResult:
-    extra = static.note_machine(engine, config, kept.folder)
+def _result(engine: Engine, kept: _Files, remark: str) -> ThroughputResult:
+    extra = static.note_machine(engine, kept.folder)
     return ThroughputResult(
         family=engine.opened.family.name,
         rows=tuple(kept.rows()),

@@ -106,11 +106,6 @@ class PerformanceRow:
         """Median over the runs of the average decoding step."""
         return median(run.mean_step_s for run in self.runs)
 
-    @property
-    def response_s(self) -> float:
-        """The original's sum: the first token and output_len average steps."""
-        return self.first_token_s + self.step_s * self.case.output_len
-
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)

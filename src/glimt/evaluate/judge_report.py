@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from glimt.evaluate.bootstrap import NUM_RESAMPLES
 from glimt.evaluate.judge import BLEU, PREFIX, Figure
 from glimt.evaluate.judge_words import (
     Told,
@@ -90,7 +91,8 @@ def _comparisons(told: Told) -> Table:
         if (compared := told.found.comparisons.get(each.name))
     )
     headings = ("figure", "mean difference [95 % interval]", "pictures", "better")
-    note = f"{second} minus {first}, picture by picture; paired bootstrap, 10,000 resamples."
+    how = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
+    note = f"{second} minus {first}, picture by picture; {how}."
     return Table("Difference", headings, rows, note)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glimt.evaluate.forced import compare
-from glimt.evaluate.gates import Gate
+from glimt.evaluate.gates import FLOAT32, Gate
 from glimt.evaluate.recording import Trace
 from glimt.evaluate.stages import PATCHES, PIXELS
 
@@ -169,7 +169,7 @@ def _joined(parts: Sequence[TokenFigures]) -> TokenFigures:
 
 def _checks(tokens: TokenFigures, gate: Gate, is_flat: bool) -> tuple[Check, ...]:
     def of_meaning(line: float | None) -> float | None:
-        return None if is_flat and gate.name != "float32 against float32" else line
+        return None if is_flat and gate.name != FLOAT32.name else line
 
     reference, tested = tokens.nll
     p99 = float(np.quantile(tokens.kl.numpy(), 0.99))

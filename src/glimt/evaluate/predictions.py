@@ -24,15 +24,10 @@ def settings_path(predictions: Path) -> Path:
 
 def read_answers(path: Path, field: str) -> Answers:
     """All of a predictions file. Raises ConfigError saying what is wrong with it."""
-    raw = _read_object(path, field)
+    raw = read_if_there(path, field)
     if raw is None:
         raise ConfigError(field, [f"{path} does not exist; glimt predict writes such a file"])
     return raw
-
-
-def read_if_there(path: Path, field: str) -> Answers | None:
-    """The same, None if there is no such file."""
-    return _read_object(path, field)
 
 
 def read_origins(predictions: Path, field: str) -> dict[str, Settings]:
@@ -41,7 +36,7 @@ def read_origins(predictions: Path, field: str) -> dict[str, Settings]:
     Raises ConfigError for a settings file of another form.
     """
     path = settings_path(predictions)
-    raw = _read_object(path, field)
+    raw = read_if_there(path, field)
     if raw is None:
         return {}
     try:
@@ -64,7 +59,8 @@ def origins_to_bytes(origins: Mapping[str, Settings]) -> bytes:
     return _encoded({"runs": runs})
 
 
-def _read_object(path: Path, field: str) -> dict[str, Any] | None:
+def read_if_there(path: Path, field: str) -> dict[str, Any] | None:
+    """An object of answers or of settings, None if there is no such file. Raises ConfigError."""
     try:
         raw = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:

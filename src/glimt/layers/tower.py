@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glimt.layers.embedding import PatchEmbedding
 
-PART_ROWS = 512  # of a large picture: a part is then short, and its products still fill the cores
+PART_ROWS = 256  # of a large picture: a part is then short, and its products still fill the cores
 
 T = TypeVar("T")
 Stages: TypeAlias = Generator[float | None, None, T]
@@ -61,9 +61,9 @@ def without_last_pause(stages: Stages[T]) -> Stages[T]:
 
 
 def part_rows_for(cu_seqlens: Sequence[int], most: int) -> int:
-    """Rows of a part: `most` if a picture has more than that, else all rows at once."""
+    """Rows of a part: `most` if a picture has more than two parts of it, else all at once."""
     longest = max(stop - start for start, stop in pairwise(cu_seqlens))
-    return most if longest > most else max(1, cu_seqlens[-1])
+    return most if longest > 2 * most else max(1, cu_seqlens[-1])
 
 
 class TowerBlock(nn.Module, ABC):

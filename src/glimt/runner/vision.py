@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glimt.models.base import Model
+from glimt.pace import Allowance
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.tower import TowerJob, groups_of
 from glimt.types import ImageInput, ImageSlice, ImageWait, StepPlan
@@ -141,7 +142,7 @@ class VisionRunner:
     def encode_slice(self, plan: StepPlan, patience_s: float | None = None) -> TowerProgress:
         """Take pictures that sequences wait for a bounded part further through the tower.
 
-        patience_s: seconds after which no further part is begun; None: only patches bound it
+        patience_s: seconds that it may take, but for one part; None: only patches bound it
 
         What the tower raises is returned: it is not the fault of any row of the step.
         """
@@ -173,8 +174,7 @@ class VisionRunner:
         if patience_s is None:
             features = job.advance(num_stages)
         else:
-            end_s = time.perf_counter() + patience_s
-            features = job.advance(math.inf, lambda: time.perf_counter() >= end_s)
+            features = job.advance(math.inf, Allowance(patience_s).is_spent)
         if features is None:
             self._job = job
         else:

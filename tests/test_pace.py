@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glimt.pace import Allowance, Pace
+from glimt.pace import Pace
 
 
 def test_without_a_limit_everything_is_allowed():
@@ -51,17 +51,3 @@ def test_one_slow_step_changes_little():
     assert pace.decode_s == pytest.approx(0.12)
     pace.saw(1, 0, 60.0)  # the machine slept
     assert pace.decode_s == pytest.approx(0.12)
-
-
-def test_a_part_that_would_pass_the_end_is_not_begun():
-    """Catches an overshoot by a whole part: they are judged by the longest, not by the last."""
-    times = iter([0.0, 4.0, 5.0, 7.0])
-    allowance = Allowance(10.0, lambda: next(times))
-    assert [allowance.is_spent() for _ in range(3)] == [False, False, True]
-
-
-def test_a_part_that_just_fits_is_begun():
-    """Catches a step that leaves a part's time unused."""
-    times = iter([0.0, 2.0, 4.0])
-    allowance = Allowance(4.0, lambda: next(times))
-    assert [allowance.is_spent() for _ in range(2)] == [False, True]

@@ -7,8 +7,6 @@ Knows no tensor and no request; with no max_stretch it allows everything.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 _NEW = 0.2  # share of the newest step in what is remembered
@@ -50,26 +48,6 @@ class Pace:
         elif self.decode_s is not None:
             token_s = max(0.0, seconds - self.decode_s) / num_prefill
             self.token_s = _blended(self.token_s, token_s)
-
-
-class Allowance:
-    """Time for work that comes in parts, none of which can be cut short.
-
-    seconds: from now; clock: gives seconds
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._last_s = clock()
-        self._end_s = self._last_s + seconds
-        self._longest_s = 0.0
-
-    def is_spent(self) -> bool:
-        """Asked after each part: whether one more, as long as the longest so far, is too much."""
-        now_s = self._clock()
-        self._longest_s = max(self._longest_s, now_s - self._last_s)
-        self._last_s = now_s
-        return now_s + self._longest_s > self._end_s
 
 
 def _blended(known: float | None, new: float) -> float:

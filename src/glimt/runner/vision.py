@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glimt.models.base import Model
-from glimt.pace import Allowance
+from glimt.runner.allowance import Allowance
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.tower import TowerJob, groups_of
 from glimt.types import ImageInput, ImageSlice, ImageWait, StepPlan

@@ -552,6 +552,8 @@ def test_other_errors_have_their_own_exception(client, served):
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model="demo", messages=said("a" * 60000))
     assert long.value.code == "context_length_exceeded"
+    # What litellm and others look for, who read the message and not the code.
+    assert "this model's maximum context length is 4096 tokens" in long.value.message
     for content in (b"{", b'{"messages": [], "temperature": NaN}', b"\xff", b"[]", b""):
         reply = requests.post(f"{served.url}/v1/chat/completions", data=content)
         assert reply.status_code == 400

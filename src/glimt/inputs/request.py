@@ -246,7 +246,7 @@ class RequestFactory:
         of_pictures = f" ({tokens} of them {count} picture{'s' * (count > 1)})" if count else ""
         return (
             f"the prompt is {len(prompt.token_ids)} tokens{of_pictures} and reaches position "
-            f"{int(prompt.positions.max(initial=0))}, but the context holds "
+            f"{int(prompt.positions.max(initial=0))}, but this model's maximum context length is "
             f"{self.limits.max_model_len} tokens and {self.limits.max_positions} positions"
         )
 

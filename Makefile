@@ -1,7 +1,8 @@
 # make demo  environment, install, then the built-in demo models answer about examples/
-# make test  environment, install with the development tools, then ./check
+# make test  environment, install with the development tools and the clients to try, then ./check
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := $(VENV)/clients
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/glimt/kernels/csrc/*)
 
 .PHONY: demo test clean
@@ -9,7 +10,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/glimt/kernels/csrc/*)
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m glimt.demo examples
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(CLIENTS)/installed
 	./check
 
 $(VENV)/bin/python:
@@ -22,6 +23,12 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# Clients of the server that do not go with glimt's own tools: an environment of their own.
+$(CLIENTS)/installed: $(VENV)/bin/python tests/clients/requirements.txt
+	$(VENV)/bin/python -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement tests/clients/requirements.txt
 	touch $@
 
 clean:

@@ -61,7 +61,7 @@ class EngineHost:
         """The engine to ask. Raises EngineUnavailable while there is none."""
         if self.state == "ready" and self._engine is not None and self._engine.is_alive:
             return self._engine
-        raise EngineUnavailable(self._why())
+        raise self.unavailable()
 
     @property
     def last_engine(self) -> AsyncEngine | None:
@@ -80,14 +80,15 @@ class EngineHost:
             return False
         return self._engine is None or self._engine.stalled_s < self._stall_timeout_s
 
-    def _why(self) -> str:
+    def unavailable(self) -> EngineUnavailable:
+        """The error of a request that finds no engine, or loses it: it says why."""
         said = {
             "loading": "the model is still loading; try again soon",
             "draining": "the server is shutting down; ask another one",
             "failed": f"the engine has failed and is not started again: {self.failure}",
             "ready": "the engine has failed and is being started again; try again soon",
         }
-        return said[self.state]
+        return EngineUnavailable(said[self.state])
 
     # --- its life ---
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from glimt import __version__
 from glimt.models.base import Tokenizer
+from glimt.server.ending import usage_before
 from glimt.server.tokens import LEAST_LOGPROB, is_end_of_text
 from glimt.types import (
     Completion,
@@ -72,7 +73,7 @@ class RunningUsage:
     """The counts of a stream so far; those of a request that has finished are the engine's own."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._counts = [_begun(request) for request in requests]
+        self._counts = [usage_before(request) for request in requests]
 
     def add(self, number: int, output: StepOutput) -> None:
         """Count the tokens of one output of request `number`."""
@@ -85,11 +86,6 @@ class RunningUsage:
     def body(self) -> dict[str, Any]:
         """The counts now."""
         return usage_body(self._counts)
-
-
-def _begun(request: Request) -> Usage:
-    prompt = request.prompt
-    return Usage(len(prompt.token_ids), 0, 0, sum(span.length for span in prompt.spans))
 
 
 # --- tokens ----------------------------------------------------------------------------------
@@ -171,7 +167,7 @@ def _top(token: SampledToken, texts: TokenTexts) -> dict[str, float]:
 
 
 def finish_word(reason: FinishReason) -> str:
-    """OpenAI's word; an aborted answer stops, since clients know no other word for it."""
+    """OpenAI's word; an answer that was stopped by its id stops, since clients know no other."""
     return "length" if reason == "length" else "stop"
 
 

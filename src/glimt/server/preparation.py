@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from glimt.async_engine import AsyncEngine
 from glimt.errors import PromptTooLong, RequestError
@@ -12,7 +15,7 @@ from glimt.inputs.request import RequestOptions
 from glimt.server.config import ServerConfig
 from glimt.server.markers import marked_ids
 from glimt.server.pictures import PictureReader
-from glimt.types import Message, Request, SamplingParams
+from glimt.types import EncodedPrompt, Message, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +131,22 @@ def _bounded(request: Request, least: int, most: int) -> Request:
     min_tokens = min(max(least, request.sampling.min_tokens or 0), max_tokens)
     sampling = replace(request.sampling, max_tokens=max_tokens, min_tokens=min_tokens)
     return replace(request, max_tokens=max_tokens, sampling=sampling)
+
+
+_NO_PROMPT = EncodedPrompt((), (), (), np.empty((1, 0), np.int64), (0,), (1,))
+
+
+def unprepared(engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
+    """What stands for a request that ended before its prompt was known; never to be run."""
+    defaults = engine.engine.opened.processor.sampling_defaults
+    seed = ask.sampling.seed or 0
+    return Request(
+        request_id=request_id,
+        prompt=_NO_PROMPT,
+        images=(),
+        sampling=ask.sampling.with_defaults(defaults, 0),
+        stop_token_ids=frozenset(ask.sampling.stop_token_ids),
+        seeds=tuple((seed + index) % 2**64 for index in range(ask.sampling.n)),
+        max_tokens=ask.sampling.max_tokens or 1,
+        arrival_s=time.monotonic(),
+    )

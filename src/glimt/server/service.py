@@ -18,11 +18,12 @@ from glimt.async_engine import AsyncEngine
 from glimt.errors import CapacityError, EngineError, RequestError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
+from glimt.server.ending import Ending, ended_outputs
 from glimt.server.host import EngineHost
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
 from glimt.server.preparation import Ask as Ask  # protocols know it from here
-from glimt.server.preparation import Preparation
+from glimt.server.preparation import Preparation, unprepared
 from glimt.server.tracing import Trace, Traces
 from glimt.types import Request, RequestOutput, StepOutput
 
@@ -105,8 +106,7 @@ class Service:
         self._preparation = Preparation(config, self.pictures)
         self._num_open = 0
         self._preparing = asyncio.Semaphore(_PREPARING)
-        self._ids: set[str] = set()
-        self._running: set[str] = set()  # of these, the ones that the engine has
+        self._endings: dict[str, Ending] = {}  # of every open request, by its id
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -124,18 +124,31 @@ class Service:
         """
         arrival_s = time.monotonic()
         engine = self.host.engine
-        trace_of = self.traces.request
-        with self._admitted(engine, ask) as request_id, trace_of(ask.protocol, request_id) as trace:
+        traced = self.traces.request
+        with self._admitted(engine, ask) as place, traced(ask.protocol, place.request_id) as trace:
             deadline = asyncio.get_running_loop().time() + self._timeout_s(ask)
-            try:
-                async with asyncio.timeout_at(deadline), self._preparing:
-                    request = await self._preparation.prepare(engine, ask, request_id)
-            except TimeoutError:
-                raise self._late(ask) from None
+            request = await self._prepared(engine, ask, place, deadline)
             self.metrics.began(ask.protocol, request)
-            outputs = self._stream(engine, request, ask, deadline, trace)
+            outputs = self._stream(engine, request, ask, place.ending, deadline, trace)
             async with aclosing(outputs):
                 yield Answer(request, arrival_s, outputs)
+
+    async def _prepared(
+        self, engine: AsyncEngine, ask: Ask, place: _Place, deadline: float
+    ) -> Request:
+        """The request; of one that is stopped meanwhile, what is known without its prompt."""
+        ending, request_id = place.ending, place.request_id
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                with ending.by(lambda: _expire(limit)):
+                    async with self._preparing:
+                        return await self._preparation.prepare(engine, ask, request_id)
+        except TimeoutError:
+            if not ending.is_asked:
+                raise self._late(ask) from None
+        if ending.error is not None:
+            raise ending.error
+        return unprepared(engine, ask, request_id)
 
     def _timeout_s(self, ask: Ask) -> float:
         limit = self.config.request_timeout_s
@@ -160,27 +173,36 @@ class Service:
         """Return once no request is open."""
         await self._idle.wait()
 
-    def _enter(self, ask: Ask) -> str:
+    def _enter(self, ask: Ask, ending: Ending) -> str:
         self._num_open += ask.sampling.n
         self._idle.clear()
         request_id = ask.request_id
-        while request_id in self._ids:  # a client that repeats an id of a running request
+        while request_id in self._endings:  # a client that repeats an id of a running request
             request_id = f"{ask.request_id}-{secrets.token_hex(4)}"
-        self._ids.add(request_id)
+        self._endings[request_id] = ending
         return request_id
 
     def _leave(self, ask: Ask, request_id: str) -> None:
-        self._ids.discard(request_id)
+        del self._endings[request_id]
         self._num_open -= ask.sampling.n
         if not self._num_open:
             self._idle.set()
 
     def stop(self, request_id: str) -> bool:
-        """End a running request; its answer ends with what it has. False: it does not run."""
-        if request_id not in self._running:
+        """End an open request, at whatever stage; its answer ends with what it has.
+
+        False: none of that id is open.
+        """
+        ending = self._endings.get(request_id)
+        if ending is None or ending.is_over:
             return False
-        self.host.engine.abort(request_id)
+        ending.ask()
         return True
+
+    def give_up(self) -> None:
+        """End every open request, since the server ends; their callers get EngineUnavailable."""
+        for ending in self._endings.values():
+            ending.ask(self.host.unavailable())
 
     async def encode(self, ask: Ask) -> Request:
         """What a request would be, without running it. Raises RequestError, EngineUnavailable."""
@@ -190,28 +212,45 @@ class Service:
     # --- running ---
 
     async def _stream(
-        self, engine: AsyncEngine, request: Request, ask: Ask, deadline: float, trace: Trace
+        self,
+        engine: AsyncEngine,
+        request: Request,
+        ask: Ask,
+        ending: Ending,
+        deadline: float,
+        trace: Trace,
     ) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs up to the deadline; counted, whatever becomes of them."""
         watch = self.metrics.watch(request)
-        self._running.add(request.request_id)
         try:
-            async with aclosing(engine.stream(request)) as outputs:
-                iterator = aiter(outputs)
-                while True:
-                    try:
-                        async with asyncio.timeout_at(self._next_deadline(deadline)):
-                            output = await anext(iterator)
-                    except StopAsyncIteration:
-                        return
-                    except TimeoutError:
-                        raise self._late(ask) from None
+            async with aclosing(self._outputs(engine, request, ask, ending, deadline)) as outputs:
+                async for output in outputs:
                     watch.saw(output)
                     trace.saw(output)
                     yield output
         finally:
-            self._running.discard(request.request_id)
+            ending.is_over = True
             watch.ended()
+
+    async def _outputs(
+        self, engine: AsyncEngine, request: Request, ask: Ask, ending: Ending, deadline: float
+    ) -> AsyncGenerator[StepOutput, None]:
+        """The same, not counted. Raises what a request that was given up is to be told."""
+        # Nothing is awaited between this look and the engine's having the request.
+        source = ended_outputs(request) if ending.is_asked else engine.stream(request)
+        with ending.by(lambda: engine.abort(request.request_id)):
+            async with aclosing(source) as outputs:
+                while True:
+                    try:
+                        async with asyncio.timeout_at(self._next_deadline(deadline)):
+                            output = await anext(outputs)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        raise self._late(ask) from None
+                    if output.finish_reason == "abort" and ending.error is not None:
+                        raise ending.error
+                    yield output
 
     def _next_deadline(self, deadline: float) -> float:
         """When the next token must be there: MindIE limits the time between two as well."""
@@ -226,14 +265,21 @@ class _Place:
 
     def __init__(self, service: Service, ask: Ask) -> None:
         self._service, self._ask = service, ask
-        self._request_id = ""
+        self.request_id = ""
+        self.ending = Ending()
 
-    def __enter__(self) -> str:
-        self._request_id = self._service._enter(self._ask)
-        return self._request_id
+    def __enter__(self) -> _Place:
+        self.request_id = self._service._enter(self._ask, self.ending)
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self._service._leave(self._ask, self._request_id)
+        self._service._leave(self._ask, self.request_id)
+
+
+def _expire(limit: asyncio.Timeout) -> None:
+    """Let a limit pass now, unless it has."""
+    if not limit.expired():
+        limit.reschedule(0.0)
 
 
 def check_output(output: StepOutput) -> None:

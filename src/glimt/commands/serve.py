@@ -159,14 +159,15 @@ class _Server:
         return self._status
 
     async def _drain(self, context: Context) -> None:
-        """Take no more; let what runs go on for a while; what is left then is aborted."""
-        context.service.host.drain()
-        if not context.service.num_open or context.stopping.is_forced:
-            return
-        limit = self._job.server.drain_timeout_s
-        note(f"ending: {context.service.num_open} answers may go on for {limit:g} s")
-        with suppress(TimeoutError):
-            await asyncio.wait_for(context.service.wait_idle(), limit)
+        """Take no more; let what runs go on for a while; what is left then is given up."""
+        service = context.service
+        service.host.drain()
+        if service.num_open and not context.stopping.is_forced:
+            limit = self._job.server.drain_timeout_s
+            note(f"ending: {service.num_open} answers may go on for {limit:g} s")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(service.wait_idle(), limit)
+        service.give_up()  # uvicorn then waits until their callers have been told
 
     def _start_failed(self, error: GlimtError) -> None:
         say_error(error)

@@ -45,15 +45,15 @@ class Tgi:
 
     async def generate(self, request: Request, value: Any) -> Response:
         """`POST /generate`: one object, whatever `stream` says."""
-        finished, asked = await self._whole(request, value)
-        return self._reply(render(finished, asked, self._texts()), finished, asked)
+        content, times = await self._whole(request, value)
+        return json_reply(content, headers=times)
 
     async def compat(self, request: Request, value: Any) -> Response:
         """`POST /`: a list of one object, or a stream."""
         if isinstance(value, dict) and value.get("stream") is True:
             return await self.stream(request, value)
-        finished, asked = await self._whole(request, value)
-        return self._reply([render(finished, asked, self._texts())], finished, asked)
+        content, times = await self._whole(request, value)
+        return json_reply([content], headers=times)
 
     async def stream(self, request: Request, value: Any) -> Response:
         """`POST /generate_stream`. Upstream tells a bad request in an event of a 200."""
@@ -81,9 +81,14 @@ class Tgi:
         processor = self._context.service.host.engine.engine.opened.processor
         return json_reply(await asyncio.to_thread(places, body.inputs, processor))
 
-    async def _whole(self, request: Request, value: Any) -> Any:
+    async def _whole(self, request: Request, value: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The object of an answer, and its headers. Raises HalfAnswer for one that was stopped."""
         asked = self._parse(request, value, is_stream=False)
-        return await whole(request, self._context.service, asked.ask, NAMES), asked
+        # Before the answer: a server that drains meanwhile gives out no engine any more.
+        texts, device = self._texts(), self._context.service.host.engine.engine.config.device
+        finished = await whole(request, self._context.service, asked.ask, NAMES)
+        content = render(finished, asked, texts)
+        return content, dict(headers(finished, asked, device))
 
     def _parse(self, request: Request, value: Any, is_stream: bool) -> TgiRequest:
         context = self._context
@@ -92,10 +97,6 @@ class Tgi:
 
     def _texts(self) -> TokenTexts:
         return TokenTexts(self._context.service.host.engine.engine.opened.processor)
-
-    def _reply(self, content: Any, finished: Any, asked: TgiRequest) -> Response:
-        device = self._context.service.host.engine.engine.config.device
-        return json_reply(content, headers=dict(headers(finished, asked, device)))
 
     def info(self) -> dict[str, Any]:
         """The union of what TGI and MindIE tell."""

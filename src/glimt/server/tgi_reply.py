@@ -11,6 +11,7 @@ from typing import Any
 from glimt.server.failures import Failure, body_of
 from glimt.server.replies import Finished
 from glimt.server.replying import data_event
+from glimt.server.service import HalfAnswer
 from glimt.server.tgi_body import TgiRequest
 from glimt.server.tokens import ShownToken, TokenTexts, finish_word, seed_of
 from glimt.types import Completion, Request, StepOutput
@@ -19,7 +20,9 @@ from glimt.types import Completion, Request, StepOutput
 
 
 def render(finished: Finished, asked: TgiRequest, texts: TokenTexts) -> dict[str, Any]:
-    """The object of `/generate`."""
+    """The object of `/generate`. Raises HalfAnswer for one that was stopped by its id."""
+    if any(_is_cut(each, asked) for each in finished.output.completions):
+        raise HalfAnswer(_CUT)
     best = max(finished.output.completions, key=_mean_logprob)
     sequence = _sequence(finished, best, asked, texts)
     reply: dict[str, Any] = {"generated_text": sequence.pop("generated_text")}
@@ -33,6 +36,14 @@ def render(finished: Finished, asked: TgiRequest, texts: TokenTexts) -> dict[str
     details = {**sequence, "best_of_sequences": losers or None}
     reply["details"] = {**details, "prompt_tokens": finished.output.usage.prompt_tokens}
     return reply
+
+
+_CUT = "the answer was stopped before its end"
+
+
+def _is_cut(ended: Completion | StepOutput, asked: TgiRequest) -> bool:
+    """Of its three words for an end TGI has none for this one; MindIE calls it a stop."""
+    return ended.finish_reason == "abort" and not asked.is_mindie
 
 
 def _mean_logprob(completion: Completion) -> float:
@@ -112,8 +123,8 @@ class TgiWriter:
 
     def add(self, output: StepOutput) -> bytes:
         """The events of one step."""
-        if output.finish_reason == "abort" and not self._asked.is_mindie:
-            return self.failed(Failure("incomplete", "the answer was stopped before its end"))
+        if _is_cut(output, self._asked):
+            return self.failed(Failure("incomplete", _CUT))
         self._text += output.text
         tokens = self._texts.of_step(output)
         if not tokens and output.finish_reason:

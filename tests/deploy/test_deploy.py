@@ -94,7 +94,11 @@ def test_there_is_an_image_for_each_device():
 
 def test_probes_ask_what_is_there_and_open():
     """Catches a pod that is killed because its probe is answered with 401 or 404."""
-    kinds = {"startupProbe": "/health", "livenessProbe": "/live", "readinessProbe": "/ready"}
+    kinds = {
+        "startupProbe": "/health",
+        "livenessProbe": "/v2/health/live",
+        "readinessProbe": "/health",
+    }
     for kind, path in kinds.items():
         assert container()[kind]["httpGet"] == {"path": path, "port": "http"}
     with serving(server=ServerConfig(num_decoders=0, api_keys=("sk-1",))) as served:

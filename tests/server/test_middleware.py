@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
+from glimt.server.app import create_app
+from glimt.server.config import ServerConfig
 from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds
 
 
@@ -34,7 +38,7 @@ def ask(
     parts = list(pieces or (b"",))
     sent: list[dict[str, Any]] = []
     raw = [(n.replace("_", "-").encode(), v.encode("utf-8")) for n, v in headers.items()]
-    scope = {"type": "http", "path": path, "method": method, "headers": raw}
+    scope = {"type": "http", "path": path, "method": method, "headers": raw, "query_string": b""}
 
     async def receive() -> dict[str, Any]:
         if not parts:
@@ -110,6 +114,9 @@ def test_no_other_key_is_taken(headers):
         ("/metrics", "GET", False),
         ("/v1/models", "GET", False),
         ("/info", "GET", False),
+        ("/live", "GET", False),
+        ("/ready", "GET", False),
+        ("/page/page.js", "POST", False),
         ("/v2/health/ready", "GET", False),
         ("/health/../v1/models", "GET", False),
         ("/v1/chat/completions", "OPTIONS", True),
@@ -118,6 +125,47 @@ def test_no_other_key_is_taken(headers):
 def test_few_paths_are_open(path, method, is_open):
     """Catches a route that answers strangers, and a probe that needs a key."""
     assert status(ask(KEYED, path, method)) == (200 if is_open else 401)
+
+
+OPEN_ROUTES = {
+    ("GET", "/health"),
+    ("GET", "/ping"),
+    ("GET", "/v2/health/live"),
+    ("GET", "/"),
+    ("GET", "/page/limits.json"),
+    ("GET", "/page/{name}"),
+}
+
+
+def routes_of(routes: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Method and path of each, those of included routers too."""
+    for route in routes:
+        if (inner := getattr(route, "original_router", None)) is not None:
+            yield from routes_of(inner.routes)
+        else:
+            yield from ((method, route.path) for method in route.methods - {"HEAD"})
+
+
+def served_routes(app: Any) -> set[tuple[str, str]]:
+    """Of every route below the middleware, FastAPI's own ones too."""
+    while not hasattr(app, "routes"):
+        app = app._app
+    found = set(routes_of(app.routes))
+    assert {("POST", "/infer"), ("GET", "/openapi.json"), ("GET", "/metrics")} < found
+    assert len(found) > 40
+    return found
+
+
+def test_of_all_routes_few_answer_without_a_key():
+    """Catches a route, of now or of later, that strangers may use."""
+    config = ServerConfig(num_decoders=0, api_keys=("one",))
+    app, _ = create_app(lambda: None, config, "demo", 0)  # type: ignore[arg-type, return-value]
+    is_open = {
+        (method, path)
+        for method, path in served_routes(app)
+        if status(ask(app, re.sub(r"\{.*?\}", "x", path), method)) != 401
+    }
+    assert is_open == OPEN_ROUTES
 
 
 def test_without_keys_all_is_open():

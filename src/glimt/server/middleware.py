@@ -32,8 +32,8 @@ from glimt.server.service import checked_id
 
 log = logging.getLogger("glimt.server")
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/v2/health/live"})
-"""Answered without a key; "/" only to GET, which is the chat page."""
+OPEN_PATHS = frozenset({"/health", "/ping", "/v2/health/live"})
+"""Answered without a key, and so is the chat page with its files; nothing else is."""
 
 
 async def send_failure(failure: Failure, path: str, profile: str, send: Send) -> None:

@@ -53,12 +53,17 @@ def test_leaving_early_frees_every_block(folder):
     """Catches a client whose leaving is noticed by nobody but itself."""
 
     async def scene(opened: Service) -> None:
+        engine, steps = opened.host.engine.engine, []
+        step = engine.step
+        engine.step = lambda: steps.append(1) or step()  # type: ignore[method-assign]
         long = ask(1, sampling={"max_tokens": 300})
         async with opened.answer(long) as answer:
             async for output in answer.stream():
                 if output.token_ids:
                     break
+        num_steps = len(steps)
         await settled(opened)
+        assert len(steps) - num_steps <= 1, "within one step"
         assert opened.num_open == 0
 
     run(folder, scene)

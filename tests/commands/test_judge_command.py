@@ -158,6 +158,23 @@ def test_csv_has_a_row_for_each_picture(hub, folder):
         assert np.mean([float(row[f"clip_score_{i}"]) for row in rows]) == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("read", ["a.json", "b.json", "captions.jsonl", "tokenizer.gz"])
+def test_csv_is_never_written_over_what_is_read(hub, folder, read):
+    """Catches a typo that costs predictions which took hours, by whichever name it names them."""
+    Path("tokenizer.gz").write_bytes(b"not read before the check")
+    Path("link.csv").symlink_to(read)
+    content = Path(read).read_bytes()
+    given = ["--predictions", "a.json", "b.json", "--captions", "captions.jsonl"]
+    given += ["--weights", str(hub), "--tokenizer", "tokenizer.gz"]
+    for name in (read, f"pics/../{read}", "link.csv"):
+        result = run(*given, "--csv", name, "--json")
+        assert result.exit_code == 2
+        told = json.loads(result.stdout)["error"]["message"]
+        assert f"csv: {name} would be written over {read}, which is read; name another" in told
+    assert Path(read).read_bytes() == content
+    assert Path("link.csv").is_symlink()
+
+
 def test_the_report_shows_both_answers_and_largest_differences_first(hub, folder):
     """Catches a report that hides where the two differ."""
     files = ("--predictions", "a.json", "b.json", "--images", "pics", "--csv", "j.csv")

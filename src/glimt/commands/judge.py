@@ -11,6 +11,7 @@ import torch
 from glimt.commands.console import count_bar, note, out_console, print_json, told_as_json, warn
 from glimt.commands.judge_output import as_csv, as_dict, tables
 from glimt.commands.reporting import (
+    check_apart,
     check_file,
     check_folder,
     file_digest,
@@ -112,7 +113,14 @@ def _check(job: JudgeJob) -> None:
     if problems:
         raise ConfigError("judge", problems)
     check_file(job.csv, "csv")
+    check_apart(job.csv, "csv", _read_files(job))
     check_folder(job.report, "report")
+
+
+def _read_files(job: JudgeJob) -> list[Path]:
+    """Every file or folder that the options name to be read."""
+    given = (*job.predictions, job.weights, job.tokenizer, job.captions)
+    return [path for path in given if path is not None]
 
 
 def _load(job: JudgeJob) -> Clip | None:

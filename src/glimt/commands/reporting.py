@@ -180,6 +180,14 @@ def check_file(path: Path | None, field: str) -> None:
         raise ConfigError(field, [f"{path} cannot be written to; name another file"])
 
 
+def check_apart(path: Path | None, field: str, read: Iterable[Path]) -> None:
+    """Raise ConfigError for a file to be written that is one of those to be read, by any name."""
+    for each in read if path is not None and path.exists() else ():
+        if each.exists() and path.samefile(each):
+            said = f"{path} would be written over {each}, which is read; name another file"
+            raise ConfigError(field, [said])
+
+
 def write_report(document: Document, folder: Path, name: str) -> None:
     """NAME.html, which holds all, and NAME.md with its plots as PNG beside it.
 

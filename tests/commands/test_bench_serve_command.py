@@ -18,6 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import glimt
+from glimt.bench.load.pictures import Size
+from glimt.bench.load.run import Plan
+from glimt.bench.load.workload import Workload
 from glimt.cli import app
 from glimt.commands import bench_serve
 from openai_server import (
@@ -421,6 +424,24 @@ def test_requests_beyond_those_prepared_are_made_on_the_way(monkeypatch):
     assert found["completed"] == 7
     assert len({json.dumps(body["messages"]) for body in script.bodies}) == 7
     assert "requests after the first 2 were made while the run went on" in result.stderr
+
+
+def test_what_is_prepared_is_bounded_in_bytes(monkeypatch):
+    """Catches a folder of photographs that fills the client's memory before anything is sent."""
+    plan = Plan(rate=None, burstiness=1.0, concurrency=2, num_requests=50, duration_s=None, seed=0)
+    workload = Workload(
+        model="m", is_chat=True, input_len=4, output_len=2, ignore_eos=True, temperature=0,
+        seed=0, image_sizes=(Size(40, 30),),
+    )  # fmt: skip
+    size = len(workload.ask(0).body)
+    for room, num in ((10**9, 50), (int(3.5 * size), 4), (1, 1)):
+        monkeypatch.setattr(bench_serve, "_PREPARED_BYTES", room)
+        prepared = bench_serve._prepare(workload, plan)
+        assert [ask.number for ask in prepared] == list(range(num))
+    script = Script(lambda n: answer_of("a", "b", "c"))
+    found, _, result = scripted(script, "-n", "7", "-c", "2", "--image-size", "9x9")
+    assert found["completed"] == 7
+    assert "requests after the first 1 were made while the run went on" in result.stderr
 
 
 def test_a_duration_ends_a_run_that_has_no_number():

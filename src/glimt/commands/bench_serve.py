@@ -41,6 +41,7 @@ from glimt.commands.tables import figures, key_values
 from glimt.errors import ConfigError
 
 _NUM_PREPARED = 256  # requests made before the clock starts; further ones are made in threads
+_PREPARED_BYTES = 256 * 2**20  # that they may take together: a body with photographs has megabytes
 _BUSY = 0.8  # of a core: beyond, events wait to be read
 _SETTLED_S = 2.0  # a shorter run is mostly its own beginning
 
@@ -77,11 +78,12 @@ async def _load(job: ServeJob, checked: Checked) -> Found:
     async with open_session() as session:
         model = await find_model(session, checked.url, key, job.model)
         workload = replace(checked.workload, model=model)
+        prepared = _prepare(workload, checked.plan)
         sender = _Sender(
             session,
             Target(endpoint_url(checked.url, job.endpoint), key, job.timeout_s),
             workload,
-            _prepare(workload, checked.plan),
+            prepared,
         )
         await _warm_up(sender, job.num_warmup, checked.plan)
         busy_s = -time.process_time()
@@ -100,7 +102,7 @@ async def _load(job: ServeJob, checked: Checked) -> Found:
         has_limits=bool(job.goodput),
         cut_because=ran.cut_because,
         client_busy=metrics.per_s(busy_s),
-        notes=tuple(_notes(metrics, workload, metrics.per_s(busy_s))),
+        notes=tuple(_notes(metrics, workload, len(prepared), metrics.per_s(busy_s))),
         facts=_facts(key),
         date=datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
@@ -140,11 +142,14 @@ class _Sender:
 
 
 def _prepare(workload: Workload, plan: Plan) -> list[Ask]:
+    """The first requests, as many as _NUM_PREPARED and _PREPARED_BYTES let be kept."""
     num = min(_NUM_PREPARED, plan.num_requests or _NUM_PREPARED)
-    prepared = []
+    prepared: list[Ask] = []
+    room_bytes = _PREPARED_BYTES
     with count_bar("preparing requests", num) as on_done:
-        for number in range(num):
-            prepared.append(workload.ask(number))
+        while len(prepared) < num and room_bytes > 0:
+            prepared.append(workload.ask(len(prepared)))
+            room_bytes -= len(prepared[-1].body)
             if on_done:
                 on_done(1)
     return prepared
@@ -210,7 +215,7 @@ def _in_order(outcomes: Sequence[Outcome], count: CountTokens | None) -> tuple[O
 # --- what it came to -------------------------------------------------------------------------
 
 
-def _notes(metrics: Metrics, workload: Workload, busy: float) -> Iterator[str]:
+def _notes(metrics: Metrics, workload: Workload, num_prepared: int, busy: float) -> Iterator[str]:
     if metrics.num_short:
         why = "the server does not know ignore_eos" if workload.ignore_eos else "natural ends"
         said = f"{metrics.num_short} of {metrics.num_completed} answers have fewer than"
@@ -226,8 +231,8 @@ def _notes(metrics: Metrics, workload: Workload, busy: float) -> Iterator[str]:
     if busy > _BUSY and metrics.duration_s > _SETTLED_S:
         said = f"this client was busy {busy:.0%} of the time of one core"
         yield f"{said}: it may have read late, and the times may be its own; send less"
-    if metrics.num_sent > _NUM_PREPARED:
-        said = f"requests after the first {_NUM_PREPARED} were made while the run went on"
+    if metrics.num_sent > num_prepared:
+        said = f"requests after the first {num_prepared} were made while the run went on"
         yield f"{said}, on this machine's processor"
 
 

@@ -182,7 +182,9 @@ def check_file(path: Path | None, field: str) -> None:
 
 def check_apart(path: Path | None, field: str, read: Iterable[Path]) -> None:
     """Raise ConfigError for a file to be written that is one of those to be read, by any name."""
-    for each in read if path is not None and path.exists() else ():
+    if path is None or not path.exists():
+        return
+    for each in read:
         if each.exists() and path.samefile(each):
             said = f"{path} would be written over {each}, which is read; name another file"
             raise ConfigError(field, [said])

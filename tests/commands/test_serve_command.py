@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from glimt.cli import app
@@ -135,6 +138,42 @@ def test_what_runs_for_too_long_is_aborted_and_the_server_ends(folder):
         assert process.wait(20) == 0
         with suppress(OSError, http.client.HTTPException):
             assert running.result()[0] != 0
+
+
+def children_of(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """A process that ended and that nobody waits for has no command any more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
+
+
+def picture() -> str:
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def test_a_server_that_is_killed_leaves_no_child(folder):
+    """Catches processes that decode pictures for nobody until the machine is started anew."""
+    with served(folder, "--decoders", "1") as (url, process):
+        until_ready(url)
+        shown = {"type": "image_url", "image_url": {"url": picture()}}
+        body = {"messages": [{"role": "user", "content": [shown]}], "max_tokens": 1}
+        chat = f"{url}/v1/chat/completions"
+        with urllib.request.urlopen(chat, json.dumps(body).encode(), timeout=60) as reply:
+            assert reply.status == 200
+        children = children_of(process.pid)
+        assert children
+        process.kill()
+        deadline = time.monotonic() + 30
+        while any(map(runs, children)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_ctrl_c_ends_it_too(folder):

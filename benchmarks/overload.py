@@ -32,6 +32,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from benchmarks.stream_gap import body
 from glimt.bench.load.pictures import Size, data_url, draw_picture
 
 SERVE = [sys.executable, "-c", "from glimt.cli import main; main()", "serve", "--port", "0"]
@@ -76,19 +77,13 @@ class Watched:
 # --- requests --------------------------------------------------------------------------------
 
 
-def body(kind: int, is_stream: bool) -> dict[str, Any]:
+def question(kind: int, is_stream: bool) -> dict[str, Any]:
     """One of the questions, greedy, with an answer of NUM_TOKENS tokens."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": f"问题 {kind}: 图里有什么?"}]
     if kind % 2:
         url = data_url(draw_picture(Size(320, 240), f"overload {kind}"), "jpeg")
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
-    return {
-        "messages": [{"role": "user", "content": parts}],
-        "temperature": 0,
-        "max_tokens": NUM_TOKENS,
-        "ignore_eos": True,
-        "stream": is_stream,
-    }
+    return body(parts, NUM_TOKENS, is_stream)
 
 
 class Client:
@@ -97,7 +92,7 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session, self._url = session, url
         self._bodies = {
-            (kind, is_stream): json.dumps(body(kind, is_stream)).encode()
+            (kind, is_stream): json.dumps(question(kind, is_stream)).encode()
             for kind in range(NUM_KINDS)
             for is_stream in (False, True)
         }
@@ -162,19 +157,22 @@ async def _streamed(reply: aiohttp.ClientResponse) -> str:
 
 @contextmanager
 def served(model: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`glimt serve` as a process, and its address."""
+    """`glimt serve` as a process, and its address. Raises RuntimeError if it does not start."""
     options = ["-m", model, "--max-num-seqs", str(MAX_SEQS), "--max-waiting", str(MAX_WAITING)]
     options += ["--drain-timeout", f"{DRAIN_S:g}", "--log-level", "error"]
-    process = subprocess.Popen([*SERVE, *options], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", first)
-        assert found, first
-        yield found[0], process
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    with subprocess.Popen([*SERVE, *options], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield address_of(process), process
+        finally:
+            process.terminate()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    """What the server says of its port, before the model is loaded."""
+    for line in process.stderr or ():
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return found[0]
+    raise RuntimeError("the server did not start")
 
 
 def resident(pid: int) -> int:

@@ -15,7 +15,7 @@ from glimt.types import Request, StepOutput, Timings, Usage
 
 
 def _nothing() -> None:
-    """What ends a request that is between two stages: the next one looks at `is_asked`."""
+    """What ends a request that is between two stages, of which the next looks at `is_asked`."""
 
 
 class Ending:
@@ -32,7 +32,7 @@ class Ending:
         self._end: Callable[[], None] = _nothing
 
     def ask(self, error: GlimtError | None = None) -> None:
-        """End the stage that runs, or the next as it begins. Only the first wish counts."""
+        """End the stage that runs; between two, the next looks at it. The first wish counts."""
         if self.is_asked or self.is_over:
             return
         self.is_asked, self.error = True, error
@@ -40,10 +40,8 @@ class Ending:
 
     @contextmanager
     def by(self, end: Callable[[], None]) -> Iterator[None]:
-        """A stage. end: ends it from outside; called at once if that was asked for before."""
+        """A stage that has not been asked to end. end: ends it from outside."""
         self._end = end
-        if self.is_asked:
-            end()
         try:
             yield
         finally:

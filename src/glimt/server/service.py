@@ -141,8 +141,7 @@ class Service:
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 with ending.by(lambda: _expire(limit)):
-                    async with self._preparing:
-                        return await self._preparation.prepare(engine, ask, request_id)
+                    return await self._in_turn(engine, ask, request_id)
         except TimeoutError:
             if not ending.is_asked:
                 raise self._late(ask) from None
@@ -206,8 +205,12 @@ class Service:
 
     async def encode(self, ask: Ask) -> Request:
         """What a request would be, without running it. Raises RequestError, EngineUnavailable."""
+        return await self._in_turn(self.host.engine, ask, ask.request_id)
+
+    async def _in_turn(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
+        """Prepare a request when few others are being prepared."""
         async with self._preparing:
-            return await self._preparation.prepare(self.host.engine, ask, ask.request_id)
+            return await self._preparation.prepare(engine, ask, request_id)
 
     # --- running ---
 
@@ -240,17 +243,20 @@ class Service:
         source = ended_outputs(request) if ending.is_asked else engine.stream(request)
         with ending.by(lambda: engine.abort(request.request_id)):
             async with aclosing(source) as outputs:
-                while True:
-                    try:
-                        async with asyncio.timeout_at(self._next_deadline(deadline)):
-                            output = await anext(outputs)
-                    except StopAsyncIteration:
-                        return
-                    except TimeoutError:
-                        raise self._late(ask) from None
+                while output := await self._next(outputs, ask, deadline):
                     if output.finish_reason == "abort" and ending.error is not None:
                         raise ending.error
                     yield output
+
+    async def _next(
+        self, outputs: AsyncGenerator[StepOutput, None], ask: Ask, deadline: float
+    ) -> StepOutput | None:
+        """The next output, None after the last. Raises DeadlinePassed."""
+        try:
+            async with asyncio.timeout_at(self._next_deadline(deadline)):
+                return await anext(outputs, None)
+        except TimeoutError:
+            raise self._late(ask) from None
 
     def _next_deadline(self, deadline: float) -> float:
         """When the next token must be there: MindIE limits the time between two as well."""

@@ -19,7 +19,7 @@ from glimt.errors import RequestError
 
 Role = Literal["system", "user", "assistant", "observation"]
 FinishReason = Literal["stop", "length", "abort", "error"]
-GrammarKind = Literal["json_schema", "regex", "choice"]
+GrammarKind = Literal["json_schema", "regex", "choice", "call"]
 
 
 # --- what the caller says -------------------------------------------------------------------
@@ -44,11 +44,24 @@ class ImagePart:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function as a model wrote it: the name, and the arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation: text and pictures in the order the caller gave them."""
+    """One turn of a conversation: text and pictures in the order the caller gave them.
+
+    calls: of functions, behind the text; only the assistant makes them. What they gave are the
+        messages of role observation that follow, in the same order
+    """
 
     role: Role
     parts: tuple[TextPart | ImagePart, ...]
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -63,6 +76,20 @@ class Message:
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
 """A conversation as callers write it; `inputs.chat.parse_messages` says what a dictionary holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that a model may call.
+
+    described: name, description and parameters as the caller gave them, which is what the model
+        reads
+    parameters: JSON schema of the arguments, which is always one of an object
+    """
+
+    name: str
+    described: Mapping[str, Any]
+    parameters: Mapping[str, Any]
 
 
 _MAX_N = 128
@@ -80,8 +107,9 @@ _MAX_CHOICES = 1024
 class Grammar:
     """What the whole text of an answer must look like.
 
-    text:  a JSON schema in JSON, a regular expression (Rust's syntax, anchored at both ends), or
-        a JSON list of the texts to choose from
+    text:  a JSON schema in JSON, a regular expression (Rust's syntax, anchored at both ends), a
+        JSON list of the texts to choose from, or a JSON object of schemas by name, of which an
+        answer has the name, a line feed and what the schema allows
     field: what errors call it
     Raises RequestError beyond 65,536 characters, 24 levels or 1,024 choices.
     """
@@ -105,9 +133,7 @@ class Grammar:
             raise RequestError(field, f"is no JSON schema: {error}") from error
         if not isinstance(parsed, (dict, bool)):
             raise RequestError(field, "is no JSON schema: an object is needed")
-        if (depth := _depth(parsed)) > _MAX_SCHEMA_DEPTH:
-            said = f"is nested {depth} levels deep; at most {_MAX_SCHEMA_DEPTH} are accepted"
-            raise RequestError(field, said)
+        check_schema_depth(parsed, field)
         return cls("json_schema", text, field)
 
     @classmethod
@@ -127,6 +153,19 @@ class Grammar:
             said = f"has {len(texts)} texts; at most {_MAX_CHOICES} are accepted"
             raise RequestError(field, said)
         return cls("choice", json.dumps(list(texts), ensure_ascii=False), field)
+
+    @classmethod
+    def of_calls(cls, functions: Sequence[Function], field: str = "grammar") -> Grammar:
+        """A call of one of several functions: its name, a line feed and its arguments."""
+        schemas = {function.name: dict(function.parameters) for function in functions}
+        return cls("call", json.dumps(schemas, ensure_ascii=False), field)
+
+
+def check_schema_depth(schema: Any, field: str) -> None:
+    """Raises RequestError for a schema beyond 24 levels."""
+    if (depth := _depth(schema)) > _MAX_SCHEMA_DEPTH:
+        said = f"is nested {depth} levels deep; at most {_MAX_SCHEMA_DEPTH} are accepted"
+        raise RequestError(field, said)
 
 
 def _depth(value: Any) -> int:

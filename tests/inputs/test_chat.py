@@ -268,17 +268,6 @@ def test_an_empty_list_of_parts_is_refused():
     assert caught.value.field == "messages[0].content"
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("tool_calls", [{"id": "1"}]), ("tool_calls", "x"), ("function_call", {"name": "f"})],
-)
-def test_tool_calls_are_refused(key, value):
-    """Catches a tool call dropped in silence, after which the observation answers nothing."""
-    with pytest.raises(RequestError, match="call no tools") as caught:
-        parse({"role": "user", "content": "x"}, {"role": "assistant", "content": None, key: value})
-    assert caught.value.field == f"messages[1].{key}"
-
-
 @pytest.mark.parametrize("broken", ["\ud800", "a\udfff", "\ud83d x", "\ude00\ud83d"])
 def test_half_a_surrogate_pair_is_refused_wherever_text_stands(broken):
     """Catches UnicodeEncodeError in the tokenizer: JSON can write what UTF-8 cannot."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from glimt.config import ImageLimits
 from glimt.errors import PromptTooLong, RequestError
 from glimt.inputs.chat import parse_messages
 from glimt.inputs.image import OpenedImage, decode_image, open_image
-from glimt.models.base import OpenEnded, Processor
+from glimt.inputs.tools import field_of_tools, parse_tools
+from glimt.models.base import OpenEnded, Processor, ToolPrompts
 from glimt.structured import GrammarCompiler
 from glimt.types import (
     EncodedPrompt,
@@ -23,6 +24,7 @@ from glimt.types import (
     Messages,
     Request,
     SamplingParams,
+    TextPart,
 )
 
 
@@ -72,6 +74,8 @@ class RequestOptions:
     allow_files: whether text may name a file on this machine
     prompt_end:  "answer": the assistant is to speak; "continue": it goes on with the last
         message, which is its own; "none": nobody's turn is begun
+    tools:       functions that the model may call, as OpenAI's requests describe them
+        (`inputs.tools.parse_tools`); the call is the answer's text, to be taken apart by the caller
     is_exact:    the text comes as the tokens have it, not stripped or mended as the original does;
         always so for an answer that goes on or has a grammar
     Raises RequestError, naming the field, for a value of the wrong kind.
@@ -83,6 +87,7 @@ class RequestOptions:
     allow_files: bool = True
     prompt_end: str = "answer"
     is_exact: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.request_id is not None and not (
@@ -141,16 +146,33 @@ class RequestFactory:
         sizes: Sequence[tuple[int, int]],
         options: RequestOptions,
     ) -> EncodedPrompt:
+        messages = (*self._offer(messages, options.tools), *messages)
         if options.prompt_end == "answer":
             return self.processor.encode_chat(messages, sizes, options.language)
         last = messages[-1]
-        if options.prompt_end == "continue" and not (last.role == "assistant" and last.text):
+        can_go_on = last.role == "assistant" and last.text and not last.calls
+        if options.prompt_end == "continue" and not can_go_on:
             said = "the last message says nothing of the assistant's that could go on"
             raise RequestError("messages", said)
         if not isinstance(self.processor, OpenEnded):
             said = f"{options.prompt_end!r} is not possible with this model's template"
             raise RequestError("prompt_end", said)
         return self.processor.encode_open(messages, sizes, options.language, options.prompt_end)
+
+    def _offer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Message]:
+        """What comes before the conversation to offer functions; nothing without them."""
+        functions = parse_tools(tools)
+        field = field_of_tools(functions, messages)
+        if field is None:
+            return ()
+        if not isinstance(self.processor, ToolPrompts):
+            said = "is given, but this model's template has no form for functions; leave it out"
+            raise RequestError(field, said)
+        if not functions:
+            return ()
+        return (Message("system", (TextPart(self.processor.tools_text(functions)),)),)
 
     def from_text(
         self,

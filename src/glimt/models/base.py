@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glimt.errors import ConfigError
-from glimt.types import EncodedPrompt, ImageInput, Message, SamplingDefaults
+from glimt.types import EncodedPrompt, Function, ImageInput, Message, SamplingDefaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -183,6 +183,19 @@ class OpenEnded(Protocol):
             with; "none": after the last message, with nobody's turn begun
         Raises RequestError for what the template cannot say.
         """
+
+
+@runtime_checkable
+class ToolPrompts(Protocol):
+    """A processor whose template can offer functions, and writes the calls of a message.
+
+    knows_tools: whether the checkpoint was trained to call them
+    """
+
+    knows_tools: bool
+
+    def tools_text(self, functions: Sequence[Function]) -> str:
+        """What the system says first, before any message, to offer these functions."""
 
 
 class Model(nn.Module):

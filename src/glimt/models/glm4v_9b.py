@@ -6,7 +6,9 @@ modeling_chatglm.py and visual.py of glm-4v-9b (June 2024); shapes proved by its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +53,15 @@ from glimt.models.base import (
 )
 from glimt.models.config_reader import ConfigReader, read_json
 from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
-from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
+from glimt.types import (
+    EncodedPrompt,
+    Function,
+    ImageInput,
+    ImageSpan,
+    Message,
+    SamplingDefaults,
+    ToolCall,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -221,6 +231,8 @@ class Glm4vProcessor:
         self._filler = special_id(ids, "<|endoftext|>")
         generation = ConfigReader(_generation_config(folder), "generation_config.json")
         self.stop_token_ids = frozenset(config.eos_token_ids)
+        self.knows_tools = config.vision is None
+        self._tools_form = _ToolsForm.of_folder(folder)
         self.sampling_defaults = _sampling_defaults(generation)
         problems = [f"{generation.where}: {problem}" for problem in generation.problems]
         problems += self._image_id_problems()
@@ -280,14 +292,27 @@ class Glm4vProcessor:
         prompt = _PromptBuilder(self._prefix)
         costs = iter([self.image_cost(*size) for size in image_sizes])
         for message in messages:
-            if not message.text and not message.num_images:
-                continue
-            prompt.add_text([self._roles[message.role], *self._newline])
-            for _ in range(message.num_images):
-                ids = (self.config.boi_token_id, self._filler, self.config.eoi_token_id)
-                prompt.add_image(ids, next(costs))
-            prompt.add_text(self.tokenizer.encode(message.text))
+            if message.text or message.num_images:
+                self._add_message(prompt, message, costs)
+            for call in message.calls:
+                self._add_call(prompt, call)
         return prompt
+
+    def _add_message(self, prompt: _PromptBuilder, message: Message, costs: Iterator[int]) -> None:
+        prompt.add_text([self._roles[message.role], *self._newline])
+        for _ in range(message.num_images):
+            ids = (self.config.boi_token_id, self._filler, self.config.eoi_token_id)
+            prompt.add_image(ids, next(costs))
+        prompt.add_text(self.tokenizer.encode(message.text))
+
+    def _add_call(self, prompt: _PromptBuilder, call: ToolCall) -> None:
+        """A turn of its own; the line of the role, empty in any other turn, has the name."""
+        prompt.add_text([self._roles["assistant"], *self.tokenizer.encode(f"{call.name}\n")])
+        prompt.add_text(self.tokenizer.encode(call.arguments))
+
+    def tools_text(self, functions: Sequence[Function]) -> str:
+        """The opening, then each function in JSON, as the checkpoint's own template has them."""
+        return self._tools_form.text(functions)
 
     def encode_text(self, text: str) -> EncodedPrompt:
         """`[gMASK]<sop>` and the text."""
@@ -308,6 +333,43 @@ class Glm4vProcessor:
     def stable_length(self, raw: str) -> int:
         """Everything but trailing blanks, which are stripped if nothing follows."""
         return len(raw.rstrip())
+
+
+# As the first release writes it (tokenization_chatglm.py, June 2024), which has no template.
+_TOOLS_OPENING = (
+    "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
+)
+_CALL_ADVICE = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+# Later releases have templates that differ in the opening. transformers renders them without the
+# line feed behind a block (trim_blocks), so that one before the heading is not in the prompt.
+_TOOLS_IN_TEMPLATE = re.compile(
+    r"<\|system\|>\n([^{}]+)\{% set tools = item\['tools'\] %\}\{% for tool in tools %\}"
+    r"\{% if tool\['type'\] == 'function' %\}\n(\n*)## "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _ToolsForm:
+    """How a checkpoint writes the functions that it may call: what comes first, and before each."""
+
+    opening: str = _TOOLS_OPENING
+    gap: str = "\n\n"
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> _ToolsForm:
+        """From the checkpoint's own template, where it has one of GLM-4's form."""
+        path = folder / "tokenizer_config.json"
+        template = read_json(path).get("chat_template") if path.exists() else None
+        found = _TOOLS_IN_TEMPLATE.search(template) if isinstance(template, str) else None
+        return cls(*found.groups()) if found else cls()
+
+    def text(self, functions: Sequence[Function]) -> str:
+        return self.opening + "".join(map(self._offered, functions))
+
+    def _offered(self, function: Function) -> str:
+        described = json.dumps(function.described, ensure_ascii=False, indent=4)
+        return f"{self.gap}## {function.name}\n\n{described}\n{_CALL_ADVICE}"
 
 
 class _PromptBuilder:

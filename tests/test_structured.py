@@ -17,7 +17,7 @@ from glimt.demo.noise import write_noise_model
 from glimt.errors import MissingDependency, RequestError
 from glimt.models.base import Tokenizer
 from glimt.structured import GrammarCompiler
-from glimt.types import Grammar, SamplingParams
+from glimt.types import Function, Grammar, SamplingParams
 
 SCHEMA = {
     "type": "object",
@@ -77,6 +77,22 @@ def test_an_answer_is_one_of_the_choices(llm):
     found = {d.text for s in range(4) for d in answers(llm, Grammar.of_choice(TEXTS), seed=s)}
     assert found <= set(TEXTS)
     assert len(found) > 1
+
+
+def test_a_call_is_a_name_and_its_arguments(llm):
+    """Catches a name with another function's arguments, or with blanks before them."""
+    schemas = {"f": SCHEMA, "ff": {"type": "object", "additionalProperties": False}}
+    functions = [Function(name, {}, schema) for name, schema in schemas.items()]
+    found = [
+        done.text.partition("\n")
+        for seed in (1, 2)
+        for done in answers(llm, Grammar.of_calls(functions), seed=seed)
+        if done.finish_reason == "stop"
+    ]
+    assert {name for name, _, _ in found} == {"f", "ff"}
+    for name, _, arguments in found:
+        assert arguments.startswith("{")
+        jsonschema.validate(json.loads(arguments), schemas[name])
 
 
 def test_the_end_is_forbidden_until_the_text_is_complete(llm):
@@ -147,6 +163,8 @@ BAD = [
     lambda: Grammar.of_schema([1]),
     lambda: Grammar.of_schema({"a": object()}),
     lambda: Grammar.of_schema({"const": "a" * 70000}),
+    lambda: Grammar.of_calls([Function("f", {}, {"type": "king"})]),
+    lambda: Grammar.of_calls([Function("f", {}, {"const": "a" * 70000})]),
     lambda: Grammar.of_schema(json.loads('{"not":' * 25 + "{}" + "}" * 25)),
     lambda: Grammar.of_choice([]),
     lambda: Grammar.of_choice("ab"),

@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ _LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
 # One space, or a line end and the next line's indent, as JSON is written. llguidance's own pattern
 # has no bound, and a model that likes blanks would never end.
 _BLANKS = r"( |\n[ \t]{0,24})?"
+_JSON = {"whitespace_pattern": _BLANKS, "whitespace_flexible": True}
 
 
 class GrammarCompiler:
@@ -183,14 +184,29 @@ def _text(guidance: Any, grammar: Grammar) -> str:
     """A grammar in llguidance's own form. Raises RequestError if there is none."""
     try:
         if grammar.kind == "json_schema":
-            options = {"whitespace_pattern": _BLANKS, "whitespace_flexible": True}
-            return guidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
+            return guidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON)
         if grammar.kind == "regex":
             return guidance.LLMatcher.grammar_from_regex(grammar.text)
+        if grammar.kind == "call":
+            return _calls(guidance, json.loads(grammar.text))
         texts = json.loads(grammar.text)
         return guidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(map(_quoted, texts))}")
     except ValueError as error:
         raise RequestError(grammar.field, f"cannot be used: {_first_line(str(error))}") from error
+
+
+def _calls(guidance: Any, schemas: Mapping[str, Any]) -> str:
+    """A name, a line feed and what its schema allows. Raises ValueError naming the function."""
+    calls = {
+        name: f"{_quoted(name + chr(10))} %json {json.dumps({**schema, 'x-guidance': _JSON})}"
+        for name, schema in schemas.items()
+    }
+    for name, call in calls.items():
+        lark = guidance.LLMatcher.grammar_from_lark(f"start: {call}")
+        if problem := guidance.LLMatcher.validate_grammar(lark):
+            said = _first_line(problem).partition(": ")[2]
+            raise ValueError(f"the parameters of {name}: {said}")
+    return guidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(calls.values())}")
 
 
 def _quoted(text: str) -> str:

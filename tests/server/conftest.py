@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 import glimt
 from glimt.server.config import ServerConfig
+from openai_client import connect
 from serving import Served, serving
 
 
@@ -28,3 +30,10 @@ def mindie() -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def llm() -> glimt.LLM:
     return glimt.LLM("demo")
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of the server that a test file serves."""
+    with connect(served) as found:
+        yield found

@@ -21,6 +21,7 @@ from glimt.demo.noise import write_noise_model
 from glimt.inputs.request import RequestOptions
 from glimt.server.config import ServerConfig
 from glimt.types import SamplingParams
+from openai_client import connect, said
 from serving import Served, serving
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,16 +52,6 @@ def visual(tmp_path_factory) -> Iterator[Served]:
         yield found
 
 
-@pytest.fixture
-def client(served) -> Iterator[openai.OpenAI]:
-    with connect(served) as found:
-        yield found
-
-
-def connect(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
-
-
 def data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
@@ -69,10 +60,6 @@ def picture(color: str) -> str:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), color).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def said(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
 
 
 def showing(urls: list[str], text: str) -> list[dict]:

@@ -89,6 +89,14 @@ def serve(
         str,
         option("--vllm-stream-delimiter", "newline or nul, in /generate.", SERVER, "NAME"),
     ] = "newline",
+    enable_tools: Annotated[
+        bool,
+        option(
+            "--enable-tools",
+            "Offer tools to GLM-4v too, which was not trained to call them.",
+            SERVER,
+        ),
+    ] = False,
     visualglm_api: Annotated[
         bool,
         option("--visualglm-api", "Take VisualGLM's own form at POST /.", SERVER),
@@ -189,6 +197,7 @@ def serve(
         "otlp_endpoint": otlp_endpoint,
         "raw_prompt": tgi_raw_prompt,
         "vllm_stream_delimiter": vllm_stream_delimiter,
+        "enable_tools": enable_tools,
         "visualglm_api": visualglm_api,
         "tls_cert": tls_cert,
         "tls_key": tls_key,

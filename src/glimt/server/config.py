@@ -79,6 +79,7 @@ class ServerConfig:
     raw_prompt: bool = False  # texts of TGI's and MindIE's forms go to the model as they are
     vllm_stream_delimiter: str = "newline"  # or nul, as vLLM's first releases had it
     full_text_streams: bool = False  # vLLM's form under mindie: all text so far in every piece
+    enable_tools: bool = False  # functions for models that were not trained to call any
     visualglm_api: bool = False  # POST / with text, image and history, as VisualGLM's api.py
     tls_cert: Path | None = None  # with tls_key: serve HTTPS
     tls_key: Path | None = None

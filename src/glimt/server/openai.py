@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -23,6 +24,7 @@ from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from glimt.server.openai_render import (
     ChatChunks,
     Chunks,
+    ChunksMaker,
     CompletionChunks,
     Head,
     TokenTexts,
@@ -47,7 +49,8 @@ def routes(context: Context) -> APIRouter:
         ask = chat_ask(body, request.state.request_id)
         head = Head(f"chatcmpl-{ask.request_id}", int(time.time()), context.model_name)
         if body.stream:
-            return await _streamed(context, request, body, [ask], head, ChatChunks)
+            kind = partial(ChatChunks, offer=ask.offer)
+            return await _streamed(context, request, body, [ask], head, kind)
         return await unless_left(request, _chat_whole(context, ask, head))
 
     @router.post("/completions", summary="Continue texts, without a chat template")
@@ -102,7 +105,8 @@ def _texts(context: Context) -> TokenTexts:
 async def _chat_whole(context: Context, ask: Ask, head: Head) -> Response:
     texts = _texts(context)
     async with context.service.answer(ask) as answer:
-        return json_reply(chat_reply(head, await answer.whole(), answer.request, texts))
+        whole = await answer.whole()
+        return json_reply(chat_reply(head, whole, answer.request, texts, ask.offer))
 
 
 async def _completions_whole(context: Context, asks: Sequence[Ask], head: Head) -> Response:
@@ -162,7 +166,7 @@ async def _streamed(
     body: SamplingBody,
     asks: Sequence[Ask],
     head: Head,
-    kind: type[Chunks],
+    kind: ChunksMaker,
 ) -> Response:
     """Everything that can be refused is refused before the first byte."""
     texts = _texts(context)

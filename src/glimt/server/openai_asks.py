@@ -11,6 +11,7 @@ from glimt.errors import RequestError
 from glimt.server.conversation import read_messages
 from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from glimt.server.service import Ask, checked_id
+from glimt.server.tools import Offer, read_offer
 from glimt.types import Grammar, SamplingParams
 
 log = logging.getLogger("glimt.server")
@@ -36,7 +37,10 @@ def chat_ask(body: ChatBody, request_id: str) -> Ask:
     body.check()
     _log_ignored(body)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, {}, body.max_completion_tokens or body.max_tokens, top)
+    offer = _offer(body)
+    form = _grammar(body) if offer is None else _form_of_call(offer, _grammar(body))
+    wanted = body.max_completion_tokens or body.max_tokens
+    sampling = _sampling(body, {}, wanted, top, form)
     return Ask(
         protocol="openai",
         request_id=checked_id(body.request_id or request_id),
@@ -45,7 +49,15 @@ def chat_ask(body: ChatBody, request_id: str) -> Ask:
         language=_language(body.chat_template_kwargs or {}),
         cache_salt=body.cache_salt or "",
         prompt_end=_prompt_end(body),
+        offer=offer,
     )
+
+
+def _offer(body: ChatBody) -> Offer | None:
+    offer = read_offer(body.tools, body.tool_choice)
+    if offer is not None:
+        body.check_with_tools()
+    return offer
 
 
 def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
@@ -59,7 +71,7 @@ def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
     if "" in prompts:
         raise RequestError("prompt", "is empty; there is nothing to continue")
     wanted = body.max_tokens or _COMPLETION_TOKENS
-    sampling = _sampling(body, _PLAIN, wanted, body.logprobs)
+    sampling = _sampling(body, _PLAIN, wanted, body.logprobs, _grammar(body))
     base_id = checked_id(body.request_id or request_id)
     ids = [base_id] if len(prompts) == 1 else [f"{base_id[:250]}-{i}" for i in range(len(prompts))]
     keep = body.truncate_prompt_tokens
@@ -88,7 +100,11 @@ def _log_ignored(body: SamplingBody) -> None:
 
 
 def _sampling(
-    body: SamplingBody, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
+    body: SamplingBody,
+    defaults: Mapping[str, Any],
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> SamplingParams:
     given = {name: getattr(body, name) for name in _TAKEN_OVER}
     values = {**defaults, **{name: v for name, v in given.items() if v is not None}}
@@ -100,7 +116,7 @@ def _sampling(
         stop_token_ids=ids,
         logit_bias=_logit_bias(body.logit_bias or {}),
         logprobs=logprobs,
-        grammar=_grammar(body),
+        grammar=grammar,
     )
 
 
@@ -152,6 +168,14 @@ def _grammar(body: SamplingBody) -> Grammar | None:
     if len(asked) > 1:
         raise RequestError(asked[1].field, f"cannot go with {asked[0].field}: ask for one form")
     return asked[0] if asked else None
+
+
+def _form_of_call(offer: Offer, asked: Grammar | None) -> Grammar | None:
+    """The form of a call, where one must be made. Raises RequestError for another one beside."""
+    if asked is not None:
+        said = "cannot go with tools: an answer in this form could be no call"
+        raise RequestError(asked.field, f"{said}; leave one out, or send tool_choice: none")
+    return offer.grammar
 
 
 def _of_response_format(given: Mapping[str, Any] | None) -> Grammar | None:

@@ -18,7 +18,7 @@ IGNORED = frozenset(
         "user", "metadata", "store", "service_tier", "reasoning_effort", "verbosity",
         "prompt_cache_key", "safety_identifier", "prompt_cache_retention", "modalities",
         "prediction", "web_search_options", "spaces_between_special_tokens", "add_special_tokens",
-        "parallel_tool_calls", "length_penalty",
+        "length_penalty",
     }
 )  # fmt: skip
 # What would change the answer and is not done, with the values that ask for nothing.
@@ -44,8 +44,8 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
 }
 _HINTS: Mapping[str, str] = {
-    "functions": "; this model calls none",
-    "function_call": "; this model calls none",
+    "functions": "; send the same as tools",
+    "function_call": "; send the same as tool_choice",
     "chat_template": "; the model's own is always used",
 }
 
@@ -129,6 +129,7 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: Bool | None = None  # an answer holds one call at most, whatever it says
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -147,16 +148,16 @@ class ChatBody(SamplingBody):
         modalities = (self.model_extra or {}).get("modalities")
         if isinstance(modalities, list) and "audio" in modalities:
             raise RequestError("modalities", "holds audio, but this model answers with text")
-        self._check_tools()
 
-    def _check_tools(self) -> None:
-        if self.tool_choice in (None, "none") and not self.tools:
-            return
-        if self.tools and self.tool_choice != "none":
-            said = "is not supported: this model calls none; drop it, or send tool_choice: none"
-            raise RequestError("tools", said)
-        if not self.tools and self.tool_choice != "auto":
-            raise RequestError("tool_choice", "needs tools, which this model does not call")
+    def check_with_tools(self) -> None:
+        """Raises RequestError for what cannot go with functions that the model may call."""
+        fields = ("continue_final_message", "include_stop_str_in_output")
+        wrong = [name for name in fields if getattr(self, name)]
+        if self.add_generation_prompt is False:
+            wrong.append("add_generation_prompt")
+        if wrong:
+            said = "cannot go with tools: a call is an answer of its own, from its beginning"
+            raise RequestError(wrong[0], f"{said}; leave it out, or send tool_choice: none")
 
 
 class CompletionBody(SamplingBody):

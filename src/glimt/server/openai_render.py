@@ -6,7 +6,7 @@ Log-probabilities are of the model's own distribution, before penalties and temp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -15,6 +15,7 @@ from glimt import __version__
 from glimt.models.base import Tokenizer
 from glimt.server.ending import usage_before
 from glimt.server.tokens import LEAST_LOGPROB, is_end_of_text
+from glimt.server.tools import CallReader, Delta, Offer, whole_message
 from glimt.types import (
     Completion,
     FinishReason,
@@ -176,21 +177,36 @@ def stop_reason(stop: str | int | None, request: Request) -> str | int | None:
     return None if is_end_of_text(request, stop) else stop
 
 
-def chat_reply(head: Head, output: RequestOutput, request: Request, texts: TokenTexts) -> Any:
-    """The body of a whole chat answer."""
-    choices = [_chat_choice(each, request, texts) for each in output.completions]
+def chat_reply(
+    head: Head,
+    output: RequestOutput,
+    request: Request,
+    texts: TokenTexts,
+    offer: Offer | None = None,
+) -> Any:
+    """The body of a whole chat answer; offer: functions that it may call."""
+    choices = [_chat_choice(each, request, texts, offer) for each in output.completions]
     return head.body("chat.completion", choices) | {"usage": usage_body([output.usage])}
 
 
-def _chat_choice(done: Completion, request: Request, texts: TokenTexts) -> dict[str, Any]:
+def _chat_choice(
+    done: Completion, request: Request, texts: TokenTexts, offer: Offer | None
+) -> dict[str, Any]:
     tokens = _tokens_of(done, request)
+    reader = offer.reader() if offer else None
+    text = {"role": "assistant", "content": done.text}
     return {
         "index": done.index,
-        "message": {"role": "assistant", "content": done.text},
+        "message": text if reader is None else whole_message(done.text, reader),
         "logprobs": None if tokens is None else chat_logprobs(tokens, texts),
-        "finish_reason": finish_word(done.finish_reason),
+        "finish_reason": _word_of_chat(done.finish_reason, reader),
         "stop_reason": stop_reason(done.stop_reason, request),
     }
+
+
+def _word_of_chat(reason: FinishReason, reader: CallReader | None) -> str:
+    """A call that was cut off has ended as any text has."""
+    return "tool_calls" if reader is not None and reader.is_call else finish_word(reason)
 
 
 def completion_reply(
@@ -226,11 +242,15 @@ def _tokens_of(done: Completion, request: Request) -> list[SampledToken] | None:
 
 @dataclass(slots=True)
 class _Held:
-    """One choice of a stream: log-probabilities whose text has not come yet."""
+    """One choice of a stream: log-probabilities whose text has not come yet.
+
+    reader: of the choice's text, where it may be a call
+    """
 
     has_begun: bool = False
     offset: int = 0
     tokens: list[SampledToken] = field(default_factory=list)
+    reader: CallReader | None = None
 
 
 class Chunks(ABC):
@@ -275,8 +295,24 @@ class Chunks(ABC):
         return None if request.sampling.logprobs is None or not taken else taken
 
 
+ChunksMaker = Callable[[Head, Sequence[Request], TokenTexts], Chunks]
+
+
 class ChatChunks(Chunks):
-    """Chunks of a chat: the role, then text, then the reason for the end."""
+    """Chunks of a chat: the role, then text or a call, then the reason for the end.
+
+    offer: functions that the answer may call
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        requests: Sequence[Request],
+        texts: TokenTexts,
+        offer: Offer | None = None,
+    ) -> None:
+        super().__init__(head, requests, texts)
+        self._offer = offer
 
     def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head.body("chat.completion.chunk", choices)
@@ -284,18 +320,27 @@ class ChatChunks(Chunks):
     def _choices(
         self, index: int, held: _Held, output: StepOutput, request: Request
     ) -> list[dict[str, Any]]:
+        deltas = self._deltas(held, output)
         choices = []
-        if not held.has_begun:
+        if not held.has_begun and (deltas or output.finish_reason or self._offer is None):
             held.has_begun = True
-            choices.append(self._choice(index, {"role": "assistant", "content": ""}, None))
-        if output.text:
-            tokens = self._take_logprobs(held, request)
-            choices.append(self._choice(index, {"content": output.text}, tokens))
+            is_call = bool(deltas) and "tool_calls" in deltas[0]
+            role = {"role": "assistant", "content": None if is_call else ""}
+            choices.append(self._choice(index, role, None))
+        for delta in deltas:
+            choices.append(self._choice(index, delta, self._take_logprobs(held, request)))
         if output.finish_reason:
             last = self._choice(index, {}, self._take_logprobs(held, request))
-            last["finish_reason"] = finish_word(output.finish_reason)
+            last["finish_reason"] = _word_of_chat(output.finish_reason, held.reader)
             choices.append(last | {"stop_reason": stop_reason(output.stop_reason, request)})
         return choices
+
+    def _deltas(self, held: _Held, output: StepOutput) -> list[Delta]:
+        """What an output adds to the message; nothing while it is not known what that is."""
+        if self._offer is None:
+            return [{"content": output.text}] if output.text else []
+        held.reader = held.reader or self._offer.reader()
+        return held.reader.feed(output.text, output.finish_reason is not None)
 
     def _choice(
         self, index: int, delta: dict[str, Any], tokens: list[SampledToken] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from glimt.config import ImageLimits
@@ -45,7 +46,7 @@ class PictureReader:
         parts = (
             self._part(part, f"messages[{m}].content[{p}]") for p, part in enumerate(message.parts)
         )
-        return Message(message.role, tuple(await asyncio.gather(*parts)))
+        return replace(message, parts=tuple(await asyncio.gather(*parts)))
 
     async def _part(self, part: TextPart | ImagePart, field: str) -> TextPart | ImagePart:
         if isinstance(part, TextPart):

@@ -15,6 +15,7 @@ from glimt.inputs.request import RequestOptions
 from glimt.server.config import ServerConfig
 from glimt.server.markers import marked_ids
 from glimt.server.pictures import PictureReader
+from glimt.server.tools import Offer, check_is_enabled
 from glimt.types import EncodedPrompt, Message, Request, SamplingParams
 
 
@@ -32,6 +33,7 @@ class Ask:
     takes_room: a max_tokens beyond the context is cut to what fits, as MindIE does, not refused
     keep_last:  tokens of the prompt, the last ones; None: all
     total_tokens: least and most tokens of prompt and answer, in place of the sampling's own
+    offer:      functions that the model may call, in a conversation
     """
 
     protocol: str
@@ -49,6 +51,7 @@ class Ask:
     takes_room: bool = False
     keep_last: int | None = None
     total_tokens: tuple[int, int] | None = None
+    offer: Offer | None = None
 
 
 class Preparation:
@@ -105,8 +108,11 @@ class Preparation:
             allow_files=False,
             prompt_end=ask.prompt_end,
             is_exact=ask.is_exact,
+            tools=ask.offer.tools if ask.offer else (),
         )
         if ask.messages is not None:
+            processor, is_enabled = engine.engine.inputs.processor, self._config.enable_tools
+            check_is_enabled(ask.offer, ask.messages, processor, is_enabled)
             num_images = sum(message.num_images for message in ask.messages)
             if num_images > self._config.limit_images:
                 most = f"at most {self._config.limit_images} are taken (--limit-images)"

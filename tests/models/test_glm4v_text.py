@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from glimt.models.base import find_family
 from glimt.models.glm4v_9b import TOKENIZER
-from glimt.types import ImagePart, Message, TextPart
+from glimt.types import Function, ImagePart, Message, TextPart, ToolCall
 
 SPEC = Path(__file__).parents[1] / "golden" / "glm-4v-wide.spec.json"
 FIRST = 990  # of the special ids; the line feed is 10, as every other character is its own id
@@ -54,6 +55,34 @@ def test_a_prompt_by_hand(processor: Any) -> None:
     assert prompt.positions[0].tolist() == [*range(8), *patches, *range(9, 10 + len(rest))]
     assert (prompt.decode_start, prompt.decode_step) == ((10 + len(rest),), (1,))
     assert prompt.bidirectional_len == 0
+
+
+def test_calls_by_hand(processor: Any) -> None:
+    """Catches a name that is not on the role's line, and a call that stands before the text."""
+    messages = [
+        Message("user", (TextPart("q"),)),
+        Message("assistant", (TextPart("a"),), (ToolCall("f", "{}"), ToolCall("g", "[]"))),
+        Message("observation", (TextPart("o"),)),
+        Message("assistant", (), (ToolCall("h", "{}"),)),
+    ]
+    n = NAMES
+    turns = [("user", "\nq"), ("assistant", "\na"), ("assistant", "f\n{}"), ("assistant", "g\n[]")]
+    turns += [("observation", "\no"), ("assistant", "h\n{}")]
+    written = [(n[f"<|{role}|>"], *map(ord, text)) for role, text in turns]
+    ids = [n["[gMASK]"], n["<sop>"], *chain(*written), n["<|assistant|>"]]
+    assert list(processor.encode_chat(messages, [], "auto").token_ids) == ids
+
+
+def test_functions_are_offered_in_the_form_of_the_first_release(processor: Any) -> None:
+    """Catches an indent or an escape that the model was not trained on."""
+    functions = [Function("f", {"name": "f", "x": "猫"}, {}), Function("g", {"name": "g"}, {})]
+    opening, *offered = processor.tools_text(functions).split("\n\n## ")
+    assert opening.startswith("你是一个名为 GLM-4 的人工智能助手。")
+    advice = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    assert offered == [
+        f'f\n\n{{\n    "name": "f",\n    "x": "猫"\n}}\n{advice}',
+        f'g\n\n{{\n    "name": "g"\n}}\n{advice}',
+    ]
 
 
 def test_a_message_that_says_nothing_is_not_there(processor: Any) -> None:

@@ -49,12 +49,16 @@ def examples(page: Path, title: str) -> Iterator[Example]:
             yield Example(f"{page.name}-{number}-{language}", language, code, expected)
 
 
-EXAMPLES = [*examples(README, "Serve"), *examples(SERVE, "Clients")]
+EXAMPLES = [
+    *examples(README, "Serve"),
+    *examples(SERVE, "Clients"),
+    *examples(SERVE, "Function calling"),
+]
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving("demo", ServerConfig(num_decoders=0)) as found:
+    with serving("demo", ServerConfig(num_decoders=0, enable_tools=True)) as found:
         yield found
 
 
@@ -83,7 +87,8 @@ def _skip_without(code: str) -> None:
     for words, protocol in {"tritonclient": "triton", "text_generation(": "tgi"}.items():
         if words in code and protocol not in served:
             pytest.skip(f"not served here: {protocol}")
-    if "response_format" in code and importlib.util.find_spec("llguidance") is None:
+    has_grammar = "response_format" in code or "tool_choice" in code
+    if has_grammar and importlib.util.find_spec("llguidance") is None:
         pytest.skip('llguidance is not installed: pip install ".[structured]"')
 
 

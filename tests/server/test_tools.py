@@ -596,6 +596,10 @@ def test_python_callers_get_the_same_prompt_and_the_models_text(tmp_path):
     name, _, arguments = answer.text.partition("\n")
     check_call(name, arguments)
     assert len(answer.prompt_token_ids) > 2 * len(llm.chat(HISTORY, sampling).prompt_token_ids)
+    options = RequestOptions(tools=TOOLS)
+    for prepare, prompt in ((llm.engine.prepare_text, "x"), (llm.engine.prepare_tokens, [1])):
+        with pytest.raises(RequestError, match="conversation alone"):
+            prepare(prompt, sampling, options)
 
 
 def test_a_raw_reply_has_the_wire_form(served, replay):

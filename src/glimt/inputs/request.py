@@ -74,8 +74,8 @@ class RequestOptions:
     allow_files: whether text may name a file on this machine
     prompt_end:  "answer": the assistant is to speak; "continue": it goes on with the last
         message, which is its own; "none": nobody's turn is begun
-    tools:       functions that the model may call, as OpenAI's requests describe them
-        (`inputs.tools.parse_tools`); the call is the answer's text, to be taken apart by the caller
+    tools:       functions that the model may call in a conversation, as OpenAI's requests describe
+        them (`inputs.tools.parse_tools`); a call is the answer's text, for the caller to read
     is_exact:    the text comes as the tokens have it, not stripped or mended as the original does;
         always so for an answer that goes on or has a grammar
     Raises RequestError, naming the field, for a value of the wrong kind.
@@ -186,6 +186,7 @@ class RequestFactory:
         options = _or_defaults(options, RequestOptions, "options")
         if not isinstance(text, str):
             raise RequestError("prompt", f"must be a text, not a {type(text).__name__}")
+        _refuse_tools(options)
         prompt = self.processor.encode_text(text)
         max_tokens = self._check_fit(prompt, sampling)
         return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
@@ -204,6 +205,7 @@ class RequestFactory:
         sampling = _or_defaults(sampling, SamplingParams, "sampling")
         options = _or_defaults(options, RequestOptions, "options")
         self._check_ids("prompt", token_ids)
+        _refuse_tools(options)
         prompt = self.processor.encode_tokens(token_ids)
         max_tokens = self._check_fit(prompt, sampling)
         return self._request(prompt, (), sampling, max_tokens, arrival_s, options)
@@ -312,6 +314,11 @@ class RequestFactory:
             if not 0 <= token_id < self.limits.vocab_size:
                 last = self.limits.vocab_size - 1
                 raise RequestError(field, f"token id {token_id!r} is not between 0 and {last}")
+
+
+def _refuse_tools(options: RequestOptions) -> None:
+    if options.tools:
+        raise RequestError("tools", "are offered in a conversation alone; ask with messages")
 
 
 T = TypeVar("T", SamplingParams, RequestOptions)

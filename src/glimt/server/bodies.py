@@ -1,8 +1,7 @@
-"""What bodies are read as: strict JSON, and field types that take no word for a number."""
+"""How bodies are read: field types that take no word for a number; what OpenAPI is told of them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import reprlib
@@ -28,10 +27,9 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from glimt.server.failures import Failure, HttpFailure
+from glimt.server.strict_json import parse_json
 
 log = logging.getLogger("glimt.server")
-
-MAX_DEPTH = 32  # of a JSON body; a schema in response_format takes about 20
 
 
 class Body(BaseModel):
@@ -65,50 +63,13 @@ Text = StrictStr
 
 
 class StrictRequest(Request):
-    """A request whose JSON holds no NaN, no endless nesting and no second value of a key."""
+    """A request whose JSON is read as `strict_json` does."""
 
     async def json(self) -> Any:
         """The body. Raises HttpFailure if it is no such JSON."""
         if not hasattr(self, "_strict_json"):
             self._strict_json = parse_json(await self.body())
         return self._strict_json
-
-
-def parse_json(content: bytes) -> Any:
-    """Strict JSON. Raises HttpFailure saying what is wrong."""
-    try:
-        value = json.loads(content, parse_constant=_refuse_constant, parse_int=_parse_int)
-    except (ValueError, RecursionError) as error:
-        said = str(error) if not isinstance(error, UnicodeDecodeError) else "it is not UTF-8"
-        raise HttpFailure(Failure("malformed", f"the body is not JSON: {said}")) from error
-    if _depth(value) > MAX_DEPTH:
-        raise HttpFailure(Failure("invalid", f"the body is nested deeper than {MAX_DEPTH} levels"))
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _parse_int(text: str) -> int:
-    if len(text) > 40:
-        raise ValueError("a number has more than 40 digits")
-    return int(text)
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists and objects; read without recursion."""
-    depth, level = 0, [value]
-    while level := [
-        inner
-        for each in level
-        if isinstance(each, (list, dict))
-        for inner in (each.values() if isinstance(each, dict) else each)
-    ]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            break
-    return depth
 
 
 B = TypeVar("B", bound=Body)

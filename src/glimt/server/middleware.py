@@ -223,6 +223,8 @@ def unpacked(body: bytes, coding: str, max_bytes: int) -> bytes | None:
         return None
     if not unpacker.eof:
         raise ValueError(f"the body's {coding} ends too early")
+    if unpacker.unused_data:
+        raise ValueError(f"the body goes on behind the end of its {coding}; send one piece")
     return content
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glimt.errors import RequestError
-from glimt.server.bodies import parse_json
 from glimt.server.replying import one_line
+from glimt.server.strict_json import parse_json
 
 HEADER = "Inference-Header-Content-Length"
 _PACKED = {

@@ -135,6 +135,16 @@ def serve(
             "KEY",
         ),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        option(
+            "--allow-origin",
+            "A site whose pages may use the server, such as https://chat.example.org; * for any; "
+            "may be repeated. Default: only the server's own page.",
+            ACCESS,
+            "ORIGIN",
+        ),
+    ] = None,
     limit_images: Annotated[
         int, option("--limit-images", "Pictures of one request.", PICTURES, "N")
     ] = 8,
@@ -183,6 +193,7 @@ def serve(
         "management_port": management_port,
         "served_model_names": tuple(served_model_name or ()),
         "api_keys": (*(api_key or ()), *([of_environment] if of_environment else [])),
+        "allowed_origins": tuple(allow_origin or ()),
         "profile": profile,
         "metrics_compat": metrics_compat,
         "limit_images": limit_images,
@@ -224,6 +235,7 @@ def serve(
 
 
 _FIELDS = {
+    "allow_origin": "allowed_origins",
     "served_model_name": "served_model_names",
     "request_timeout": "request_timeout_s",
     "decoders": "num_decoders",

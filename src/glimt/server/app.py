@@ -40,6 +40,7 @@ from glimt.server.failures import (
 from glimt.server.host import EngineHost
 from glimt.server.metrics import Metrics
 from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds, RequestLog
+from glimt.server.origins import Guard, Origins, Sharing
 from glimt.server.service import Service
 from glimt.server.streaming import ClientLeft
 from glimt.server.tracing import Traces
@@ -152,15 +153,19 @@ def create_management_app(context: Context) -> Any:
             app.include_router(protocol.routes(context))
     app.include_router(_operation(context))
     _handle_errors(app, context)
-    return RequestIds(LastResort(app, context.config.profile), context.config.profile)
+    profile = context.config.profile
+    guarded = Guard(LastResort(app, profile), Origins(), profile, is_management=True)
+    return RequestIds(guarded, profile)
 
 
 def _wrapped(app: Any, config: ServerConfig) -> Any:
-    """Outermost first: an id for every reply, then the key, then the body."""
+    """Outermost last: the body, the key, whose page asks, an id for the reply, who may read it."""
+    origins = Origins(config.allowed_origins)
     app = LastResort(app, config.profile)
     app = BodyLimit(app, config.max_body_bytes, config.profile)
     app = Keys(app, config.api_keys, config.profile)
-    return RequestIds(RequestLog(app), config.profile)
+    app = Guard(app, origins, config.profile, has_keys=bool(config.api_keys))
+    return Sharing(RequestIds(RequestLog(app), config.profile), origins)
 
 
 def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -> Any:

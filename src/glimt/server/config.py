@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _LEAST = {
     "max_choices": 1,
 }
 _OPTIONAL = ("max_prompt_tokens", "max_output_tokens", "token_timeout_s")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.IGNORECASE)
 _POSITIVE_S = (
     "request_timeout_s",
     "drain_timeout_s",
@@ -54,6 +56,7 @@ class ServerConfig:
     management_port: int | None = None  # on loopback only; None: no management routes
     served_model_names: tuple[str, ...] = ()  # the first is told; empty: the model folder's name
     api_keys: tuple[str, ...] = ()  # empty: nobody is asked for one
+    allowed_origins: tuple[str, ...] = ()  # of pages elsewhere; "*": of any. Empty: only our own
     profile: str = "upstream"  # or mindie: its habits that public clients do not take
     metrics_compat: str = "none"  # tgi: its names beside vLLM's
     limit_images: int = 8  # of one request
@@ -105,6 +108,12 @@ class ServerConfig:
             f"allowed_media_networks: {network!r} is no network such as 10.0.0.0/8"
             for network in self.allowed_media_networks
             if not _is_network(network)
+        ]
+        problems += [
+            f"allowed_origins: {origin!r} is no origin such as https://chat.example.org (nothing "
+            "behind host and port), null or *"
+            for origin in self.allowed_origins
+            if not _ORIGIN.fullmatch(origin)
         ]
         if "" in self.api_keys:
             problems.append("api_keys: a key is empty")

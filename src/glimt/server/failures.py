@@ -23,7 +23,7 @@ from glimt.server.service import DeadlinePassed, HalfAnswer
 
 Family = Literal["openai", "tgi", "triton", "vllm", "mindie"]
 Kind = Literal[
-    "invalid", "too_long", "unknown_model", "unknown_route", "method", "key", "too_large",
+    "invalid", "too_long", "unknown_model", "unknown_route", "method", "key", "origin", "too_large",
     "overloaded", "unavailable", "timeout", "engine", "malformed", "incomplete",
 ]  # fmt: skip
 
@@ -79,6 +79,7 @@ _OPENAI: Mapping[Kind, tuple[int, str]] = {
     "unknown_route": (404, "NotFoundError"),
     "method": (405, "BadRequestError"),
     "key": (401, "AuthenticationError"),
+    "origin": (403, "PermissionDeniedError"),
     "too_large": (413, "BadRequestError"),
     "overloaded": (429, "RateLimitError"),
     "unavailable": (503, "ServiceUnavailableError"),
@@ -94,6 +95,7 @@ _TGI: Mapping[Kind, tuple[int, str]] = {
     "unknown_route": (404, "not_found"),
     "method": (405, "validation"),
     "key": (401, "authentication"),
+    "origin": (403, "forbidden"),
     "too_large": (413, "validation"),
     "overloaded": (429, "overloaded"),
     "unavailable": (503, "healthcheck"),
@@ -104,8 +106,8 @@ _TGI: Mapping[Kind, tuple[int, str]] = {
 }
 _TRITON: Mapping[Kind, int] = {
     "invalid": 400, "too_long": 400, "unknown_model": 404, "unknown_route": 404, "method": 405,
-    "key": 401, "too_large": 413, "overloaded": 503, "unavailable": 503, "timeout": 504,
-    "engine": 500, "malformed": 400, "incomplete": 500,
+    "key": 401, "origin": 403, "too_large": 413, "overloaded": 503, "unavailable": 503,
+    "timeout": 504, "engine": 500, "malformed": 400, "incomplete": 500,
 }  # fmt: skip
 _MINDIE: Mapping[Kind, tuple[int, str]] = {
     "invalid": (422, "Input Validation Error"),
@@ -114,6 +116,7 @@ _MINDIE: Mapping[Kind, tuple[int, str]] = {
     "unknown_route": (404, "NotFoundError"),
     "method": (405, "Bad Request"),
     "key": (401, "Bad Request"),
+    "origin": (403, "Bad Request"),
     "too_large": (413, "Bad Request"),
     "overloaded": (503, "Service Unavailable"),
     "unavailable": (503, "Service Unavailable"),

@@ -7,13 +7,12 @@ import re
 import reprlib
 from collections.abc import Callable, Coroutine
 from itertools import takewhile
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     StrictBool,
     StrictFloat,
@@ -51,13 +50,8 @@ class Body(BaseModel):
         return sorted(self.model_extra or {})
 
 
-def _as_float(value: Any) -> Any:
-    """A whole number is a float too; true and "1" are not."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 Int = StrictInt
-Float = Annotated[StrictFloat, BeforeValidator(_as_float)]
+Float = StrictFloat  # a whole number is one too; true and "1" are not
 Bool = StrictBool
 Text = StrictStr
 

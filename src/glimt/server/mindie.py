@@ -43,6 +43,7 @@ from glimt.server.parts import prompt_parts
 from glimt.server.prompts import with_prompt
 from glimt.server.replies import Finished, streamed, whole
 from glimt.server.replying import data_event, json_reply
+from glimt.server.schemas import Parts
 from glimt.server.service import Answer, Ask
 from glimt.server.streaming import EventStream
 from glimt.server.tokens import StepTimes, TokenTexts, finish_word, seed_of
@@ -65,7 +66,7 @@ class InferParameters(TextParameters):
 class InferBody(Body):
     """A whole request: one of inputs and input_id."""
 
-    inputs: Text | list[dict[str, Any]] | None = None
+    inputs: Text | Parts | None = None
     input_id: list[Int] | None = None
     stream: Bool = False
     parameters: InferParameters = Field(default_factory=InferParameters)

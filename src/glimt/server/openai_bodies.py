@@ -9,6 +9,7 @@ from pydantic import Field
 
 from glimt.errors import RequestError
 from glimt.server.bodies import Body, Bool, Float, Int, Text
+from glimt.server.schemas import Messages
 
 Penalty = Annotated[Float, Field(ge=-2, le=2)]
 
@@ -123,7 +124,7 @@ class SamplingBody(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Any] = Field(min_length=1)
+    messages: Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: Bool | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None

@@ -22,6 +22,7 @@ _PACKED = {
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP32": "f", "FP64": "d", "FP16": "e",
 }  # fmt: skip
 _WHOLE = tuple(name for name in _PACKED if "INT" in name)
+DATATYPES = (*_PACKED, "BYTES")
 _MOST_TENSORS, _MOST_DIMS = 64, 8
 
 
@@ -115,7 +116,7 @@ def _head(raw: Mapping[str, Any], where: str) -> tuple[str, str, tuple[int, ...]
     name, datatype, shape = raw.get("name"), raw.get("datatype"), raw.get("shape")
     if not isinstance(name, str) or not 1 <= len(name) <= 256:
         raise RequestError(f"{where}.name", "must be a text of 1 to 256 characters")
-    if not isinstance(datatype, str) or datatype not in (*_PACKED, "BYTES"):
+    if not isinstance(datatype, str) or datatype not in DATATYPES:
         raise RequestError(f"{where}.datatype", f"must be BYTES or one of {', '.join(_PACKED)}")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMS or not all(map(_is_count, shape)):
         raise RequestError(f"{where}.shape", "must be a list of whole numbers from 0")

@@ -35,6 +35,7 @@ from glimt.server.parts import (
     text_of,
 )
 from glimt.server.prompts import with_prompt
+from glimt.server.schemas import Parts
 from glimt.server.service import Ask
 from glimt.types import (
     Grammar,
@@ -82,7 +83,7 @@ class TgiParameters(TextParameters):
 class TgiBody(Body):
     """A whole request."""
 
-    inputs: Text | list[dict[str, Any]]
+    inputs: Text | Parts
     parameters: TgiParameters | None = None
     stream: Bool = False
 

@@ -23,6 +23,7 @@ from glimt.server.failures import Failure, HttpFailure
 from glimt.server.health import live_status, ready_status
 from glimt.server.replies import streamed, whole
 from glimt.server.replying import json_reply
+from glimt.server.schemas import INFER
 from glimt.server.service import checked_id
 from glimt.server.streaming import EventStream
 from glimt.server.tensors import HEADER, read_infer, write_infer
@@ -214,7 +215,7 @@ def _add_queries(router: APIRouter, prefix: str, context: Context, triton: Trito
 
 
 def _add_inference(router: APIRouter, prefix: str, triton: Triton) -> None:
-    @router.post(f"{prefix}/infer", summary="Triton: tensors in, tensors out")
+    @router.post(f"{prefix}/infer", summary="Triton: tensors in, tensors out", openapi_extra=INFER)
     async def infer(request: Request, model: str, version: str = _VERSION) -> Response:
         triton.check(model, version)
         return await triton.infer(request, model)

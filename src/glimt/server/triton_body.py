@@ -30,6 +30,7 @@ from glimt.server.parameters import (
 )
 from glimt.server.parts import TRITON, Part, image_source, prompt_parts, text_of
 from glimt.server.prompts import with_prompt
+from glimt.server.schemas import TextsOrParts
 from glimt.server.service import Ask
 from glimt.server.strict_json import parse_json
 from glimt.server.tensors import InferRequest, Tensor
@@ -81,7 +82,7 @@ FLAGS = ("stream", "exclude_input_in_output", *_RETURNS)
 class GenerateBody(TritonParameters):
     """A request of the generate extension: parameters may stand beside the text or inside."""
 
-    text_input: Text | list[Any]
+    text_input: Text | TextsOrParts
     image: Text | list[Text] | None = None
     id: Text | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)

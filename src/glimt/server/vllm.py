@@ -24,6 +24,7 @@ from glimt.server.parameters import VllmParameters, fixed_sampling
 from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
 from glimt.server.replies import Finished, streamed, whole
 from glimt.server.replying import json_reply, one_line
+from glimt.server.schemas import Messages, Parts
 from glimt.server.service import Ask
 from glimt.server.streaming import EventStream
 from glimt.types import Completion, Request, StepOutput, TextPart
@@ -36,7 +37,7 @@ _DELIMITERS = {"newline": b"\n", "nul": b"\0"}
 class VllmBody(VllmParameters):
     """A whole request."""
 
-    prompt: Text | list[dict[str, Any]]
+    prompt: Text | Parts
     model: Text | None = None
     stream: Bool = False
 
@@ -196,6 +197,6 @@ class TokenizeBody(Body):
     """What vLLM's clients send to /tokenize: one of prompt and messages."""
 
     prompt: Text | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: Bool = True
     model: Text | None = None

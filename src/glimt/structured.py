@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,11 @@ class GrammarCompiler:
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return compiled
+
+    def warm_up(self) -> None:
+        """Make the vocabulary's form now, where there is one: no thread runs for half a second."""
+        with suppress(MissingDependency, RequestError):
+            self.compile(Grammar.of_choice(["a"]))
 
     def _build_vocabulary(self, guidance: Any, grammar: Grammar) -> Any:
         """Raises RequestError for a tokenizer that cannot write every text."""

@@ -15,7 +15,8 @@ from glimt.demo.noise import write_noise_model
 from glimt.errors import ConfigError, EngineError
 from glimt.server import host as hosting
 from glimt.server.host import EngineHost, EngineUnavailable
-from glimt.types import SamplingParams
+from glimt.structured import GrammarCompiler
+from glimt.types import Grammar, SamplingParams
 
 ASKED = [{"role": "user", "content": "你好"}]
 
@@ -64,6 +65,21 @@ def test_nothing_is_taken_before_the_model_answers(folder):
         await host.start()
         assert host.is_ready
         assert (await host.engine.chat(ASKED, SamplingParams(max_tokens=2))).completions
+        await host.stop()
+
+    asyncio.run(scene())
+
+
+def test_the_first_grammar_finds_the_vocabulary_made(folder, monkeypatch):
+    """Catches half a second in which the first schema holds up all that is being answered."""
+
+    async def scene() -> None:
+        host = EngineHost(loader(folder), 3, 60)
+        await host.start()
+        monkeypatch.delattr(GrammarCompiler, "_build_vocabulary")
+        sampling = SamplingParams(max_tokens=8, grammar=Grammar.of_choice(["yes", "no"]))
+        said = await host.engine.chat(ASKED, sampling)
+        assert said.text in ("yes", "no")
         await host.stop()
 
     asyncio.run(scene())

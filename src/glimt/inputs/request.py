@@ -119,6 +119,10 @@ class RequestFactory:
         stops = processor.stop_token_ids
         self._grammars = GrammarCompiler(processor.tokenizer, limits.vocab_size, stops)
 
+    def warm_up(self) -> None:
+        """Do now what the first request with a grammar would hold the others up for."""
+        self._grammars.warm_up()
+
     def from_chat(
         self,
         messages: Messages,

@@ -102,6 +102,7 @@ class EngineHost:
 
     async def _open(self) -> None:
         engine = await asyncio.to_thread(self._load)
+        await asyncio.to_thread(engine.engine.inputs.warm_up)
         await engine.chat([{"role": "user", "content": "1"}], SamplingParams(max_tokens=1))
         self._engine = engine
         if self.state != "draining":

@@ -115,6 +115,7 @@ def test_wrong_methods(upstream, path, status):
     """Catches a 404 where the path is right."""
     reply = call(upstream.url, path)
     assert reply.status == status
+    assert reply.headers["allow"] == "POST"
     assert isinstance(reply.json["error"], str)
 
 

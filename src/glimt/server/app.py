@@ -221,9 +221,10 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
         assert isinstance(error, HTTPException)
         kinds = {404: "unknown_route", 405: "method"}
         kind: Any = kinds.get(error.status_code, "invalid")
-        return respond(
-            request, Failure(kind, f"{request.method} {request.url.path}: {error.detail}")
-        )
+        said = f"{request.method} {request.url.path}: {error.detail}"
+        response = respond(request, Failure(kind, said))
+        response.headers.update(error.headers or {})  # Allow, which RFC 9110 wants with a 405
+        return response
 
     async def left(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it

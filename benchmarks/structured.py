@@ -85,6 +85,11 @@ def spread(samples: list[float], digits: int = 3) -> dict[str, float]:
     return {name: round(value, digits) for name, value in figures.items()}
 
 
+def bar(scores: np.ndarray, mask: np.ndarray) -> None:
+    """Forbid what the mask does not allow, as the sampler does."""
+    scores[~mask] = -np.inf
+
+
 def masks(compiled: Any, ids: list[int], vocab_size: int, most: int) -> dict[str, Any]:
     """Milliseconds of each mask along a text, by itself and with the edit of the logits."""
     alone, edited, allowed = [], [], []
@@ -93,13 +98,25 @@ def masks(compiled: Any, ids: list[int], vocab_size: int, most: int) -> dict[str
     for end in range(min(most, len(ids)) + 1):
         took, mask = timed(lambda end=end: state.allowed(ids[:end]))
         alone.append(took)
-        edited.append(took + timed(lambda mask=mask: np.putmask(scores, ~mask, -np.inf))[0])
+        edited.append(took + timed(lambda mask=mask: bar(scores, mask))[0])
         allowed.append(int(mask.sum()))
     return {
         "mask_ms": spread(alone),
         "mask_and_edit_ms": spread(edited),
         "allowed_ids": [min(allowed), int(statistics.median(allowed)), max(allowed)],
     }
+
+
+def crowds(compiled: Any, ids: list[int], rows: int, most: int) -> dict[str, float]:
+    """Milliseconds of the masks of one step, of so many answers at different places of a text."""
+    states = [compiled.start() for _ in range(rows)]
+    starts = [7 * row % len(ids) for row in range(rows)]
+    found = []
+    for step in range(most):
+        ends = [min(len(ids), start + step) for start in starts]
+        work = zip(states, ends, strict=True)
+        found.append(timed(lambda work=work: [state.allowed(ids[:end]) for state, end in work])[0])
+    return spread(found[1:])  # the first step takes each text up to its place
 
 
 def stalls(compiler: GrammarCompiler, wanted: list[Grammar]) -> dict[str, float]:
@@ -129,6 +146,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=151552)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=64)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer, TOKENIZER)
     stops = frozenset(tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|user|>"))
@@ -146,6 +164,7 @@ def main() -> None:
         "first_compile_ms": round(first_ms, 1),
         "compile_ms": spread(took),
         **masks(compiled, ids, args.vocab_size, args.tokens),
+        f"masks_of_{args.rows}_ms": crowds(compiled, ids, args.rows, 60),
         "first_stall_ms": first_stall,
         "stall_ms": stalls(compiler, others[args.repeats :]),
     }

@@ -211,6 +211,26 @@ def test_sampling_parameters_in_a_tensor_are_as_strict(upstream):
         assert reply.json["error"].startswith("sampling_parameters: is not JSON")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {"prompt": "hi", "guided_json": "SCHEMA"}, "guided_json"),
+        (
+            "/generate",
+            {"inputs": "hi", "parameters": {"grammar": {"type": "json", "value": "SCHEMA"}}},
+            "parameters.grammar.value",
+        ),
+    ],
+)
+def test_a_schema_as_text_is_as_strict(upstream, path, body, field):
+    """Catches a schema of which the last of two types counts, unnoticed."""
+    inner = {"type": "object", "SECOND": "array"}
+    schema = json.dumps(json.dumps(inner).replace("SECOND", "type"))
+    reply = call(upstream.url, path, json.dumps(body).replace('"SCHEMA"', schema).encode())
+    assert reply.status in (400, 422)
+    assert f"{field}: is not JSON: the key 'type' stands twice" in message(reply)
+
+
 BODY = b'{"prompt": "hi", "max_tokens": 1, "temperature": 0}'
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from glimt.errors import RequestError
 from glimt.server.conversation import read_messages
 from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
+from glimt.server.parameters import schema_grammar
 from glimt.server.service import Ask, checked_id
 from glimt.server.tools import Offer, read_offer
 from glimt.types import Grammar, SamplingParams
@@ -153,9 +154,7 @@ def _grammar(body: SamplingBody) -> Grammar | None:
         for found in (
             _of_response_format(body.response_format),
             *_of_structured(body.structured_outputs or {}),
-            None
-            if body.guided_json is None
-            else Grammar.of_schema(body.guided_json, "guided_json"),
+            None if body.guided_json is None else schema_grammar(body.guided_json, "guided_json"),
             None
             if body.guided_regex is None
             else Grammar.of_regex(body.guided_regex, "guided_regex"),
@@ -184,7 +183,7 @@ def _of_response_format(given: Mapping[str, Any] | None) -> Grammar | None:
         return None
     if kind == "json_object":  # huggingface_hub puts a schema beside it
         schema = given.get("value") or given.get("schema") or {"type": "object"}
-        return Grammar.of_schema(schema, "response_format")
+        return schema_grammar(schema, "response_format")
     if kind == "json_schema":
         return _of_json_schema(given)
     if kind == "regex":  # huggingface's
@@ -195,7 +194,7 @@ def _of_response_format(given: Mapping[str, Any] | None) -> Grammar | None:
 
 def _of_json_schema(given: Mapping[str, Any]) -> Grammar:
     if "json_schema" not in given and "value" in given:  # TGI's form of the same
-        return Grammar.of_schema(given["value"], "response_format.value")
+        return schema_grammar(given["value"], "response_format.value")
     inner = given.get("json_schema")
     field = "response_format.json_schema"
     if not isinstance(inner, Mapping):
@@ -206,7 +205,7 @@ def _of_json_schema(given: Mapping[str, Any]) -> Grammar:
     schema = inner.get("schema")
     if not isinstance(schema, Mapping):
         raise RequestError(f"{field}.schema", "is missing; a JSON schema is needed")
-    return Grammar.of_schema(schema, f"{field}.schema")
+    return schema_grammar(schema, f"{field}.schema")
 
 
 def _of_structured(given: Mapping[str, Any]) -> Sequence[Grammar]:
@@ -217,9 +216,9 @@ def _of_structured(given: Mapping[str, Any]) -> Sequence[Grammar]:
         if value is None or (name == "json_object" and value is False):
             continue
         if name == "json":
-            found.append(Grammar.of_schema(value, field))
+            found.append(schema_grammar(value, field))
         elif name == "json_object":
-            found.append(Grammar.of_schema({"type": "object"}, field))
+            found.append(schema_grammar({"type": "object"}, field))
         elif name == "regex":
             found.append(Grammar.of_regex(value, field))
         elif name == "choice":

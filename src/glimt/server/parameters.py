@@ -14,7 +14,8 @@ from pydantic import Field
 
 from glimt.errors import RequestError
 from glimt.server.bodies import Body, Bool, Float, Int, Text
-from glimt.types import SamplingParams
+from glimt.server.strict_json import parse_field
+from glimt.types import Grammar, SamplingParams
 
 Seed = Annotated[Int, Field(ge=-(2**63), le=2**64 - 1)]
 Count = Annotated[Int, Field(ge=1, le=2**31 - 1)]
@@ -85,6 +86,12 @@ def is_sampled_in_mindie(
         return False
     is_any_given = any(each is not None for each in (temperature, top_k, top_p))
     return best_of > 1 or (is_any_given if do_sample is None else do_sample)
+
+
+def schema_grammar(schema: Any, field: str) -> Grammar:
+    """JSON that a schema allows, which may come as text. Raises RequestError naming the field."""
+    read = parse_field(schema, field) if isinstance(schema, str) else schema
+    return Grammar.of_schema(read, field)
 
 
 def refuse_typical_p(value: float | None, off: Sequence[float] = ()) -> None:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from glimt.errors import RequestError
 from glimt.server.failures import Failure, HttpFailure
 
 MAX_DEPTH = 32  # a schema in response_format takes about 20
@@ -110,6 +111,16 @@ def _depth(value: Any) -> int:
         if depth > MAX_DEPTH:
             break
     return depth
+
+
+def parse_field(content: bytes | str, field: str) -> Any:
+    """JSON that stands as text in a field. Raises RequestError naming the field."""
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    try:
+        return parse_json(raw)
+    except HttpFailure as error:
+        said = error.failure.message.removeprefix("the body is not JSON: ")
+        raise RequestError(field, f"is not JSON: {said}") from error
 
 
 def _comes_too_often(byte: bytes, content: bytes) -> bool:

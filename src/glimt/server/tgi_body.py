@@ -25,6 +25,7 @@ from glimt.server.parameters import (
     is_sampled_in_mindie,
     is_sampled_in_tgi,
     refuse_typical_p,
+    schema_grammar,
 )
 from glimt.server.parts import (
     Part,
@@ -204,4 +205,4 @@ def _grammar(given: TgiGrammar | None) -> Grammar | None:
     schema = given.value
     if given.type == "json_schema" and isinstance(schema, dict) and "schema" in schema:
         schema = schema["schema"]
-    return Grammar.of_schema(schema, where)
+    return schema_grammar(schema, where)

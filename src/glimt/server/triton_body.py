@@ -17,7 +17,6 @@ from glimt.errors import RequestError
 from glimt.inputs.image_formats import format_of
 from glimt.server.bodies import Bool, Float, Int, Text, parsed
 from glimt.server.config import ServerConfig
-from glimt.server.failures import HttpFailure
 from glimt.server.parameters import (
     Count,
     Penalty,
@@ -32,7 +31,7 @@ from glimt.server.parts import TRITON, Part, image_source, prompt_parts, text_of
 from glimt.server.prompts import with_prompt
 from glimt.server.schemas import TextsOrParts
 from glimt.server.service import Ask
-from glimt.server.strict_json import parse_json
+from glimt.server.strict_json import parse_field
 from glimt.server.tensors import InferRequest, Tensor
 from glimt.types import ImagePart, SamplingParams, TextPart
 
@@ -208,11 +207,7 @@ def _sampling_parameters(content: bytes | None) -> dict[str, Any]:
     """JSON in a tensor; its numbers may be texts, as the backend's own client writes them."""
     if not content:
         return {}
-    try:
-        value = parse_json(content)
-    except HttpFailure as error:
-        said = error.failure.message.removeprefix("the body is not JSON: ")
-        raise RequestError("sampling_parameters", f"is not JSON: {said}") from error
+    value = parse_field(content, "sampling_parameters")
     if not isinstance(value, dict):
         raise RequestError("sampling_parameters", "must be a JSON object")
     return {key: _number(each) if key != "stop" else each for key, each in value.items()}

@@ -651,8 +651,8 @@ def test_a_row_where_every_token_is_banned_names_min_tokens() -> None:
 
 def test_penalties_that_overflow_are_an_error_of_that_row() -> None:
     """Catches infinity made by ourselves: it would draw NaN probabilities."""
-    extreme = _row(prompt=[0], repetition_penalty=1e-30)
-    tokens = _sample([[1e20, 0.0], [1e20, 0.0]], [extreme, _row()])
+    extreme = _row(prompt=[0], repetition_penalty=1e-6)
+    tokens = _sample([[1e35, 0.0], [1e35, 0.0]], [extreme, _row()])
     assert "beyond float32" in str(tokens[0].error)
     assert tokens[1].token_id == 0
 

@@ -215,7 +215,8 @@ class SamplingParams:
         _check_range("top_k", self.top_k, -1, 2**31 - 1, integer=True)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        # Scores are divided by it: a smaller one makes them infinite.
+        _check_range("repetition_penalty", self.repetition_penalty, 1e-6, 100.0)
         _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _check_range("seed", self.seed, -(2**63), 2**64 - 1, integer=True)

@@ -275,3 +275,14 @@ def test_huge_integers_are_taken_or_refused(upstream, path, body, field, number)
     value = [number] if field == "stop_token_ids" else number
     reply = call(upstream.url, path, {**body, field: value})
     assert reply.status in (200, 400, 422)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-30, 1e-7, 0.0, -1.0, 101.0])
+def test_a_penalty_that_would_make_scores_infinite_is_refused(upstream, penalty):
+    """Catches a caller's number that ends as the server's own failure."""
+    body = {"prompt": "hi", "max_tokens": 2, "repetition_penalty": penalty}
+    reply = call(upstream.url, "/v1/completions", body)
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == "repetition_penalty"
+    least = {**body, "repetition_penalty": 1e-6}
+    assert call(upstream.url, "/v1/completions", least).status == 200

@@ -160,7 +160,7 @@ def create_management_app(context: Context) -> Any:
 
 def _wrapped(app: Any, config: ServerConfig) -> Any:
     """Outermost last: the body, the key, whose page asks, an id for the reply, who may read it."""
-    origins = Origins(config.allowed_origins)
+    origins = Origins(config.allowed_origins, config.host)
     app = LastResort(app, config.profile)
     app = BodyLimit(app, config.max_body_bytes, config.profile)
     app = Keys(app, config.api_keys, config.profile)

@@ -29,12 +29,16 @@ _PREFLIGHT_S = "600"
 
 
 class Origins:
-    """Origins that are allowed besides the server's own, as `ServerConfig` has them."""
+    """Origins that are allowed besides the server's own, as `ServerConfig` has them.
 
-    def __init__(self, allowed: Sequence[str] = ()) -> None:
+    own_name: where the server listens, which may be a name
+    """
+
+    def __init__(self, allowed: Sequence[str] = (), own_name: str = "") -> None:
         self.takes_any = ANY in allowed
         self._allowed = frozenset(map(_as_written, allowed))
-        self._hosts = frozenset(_place(each.partition("://")[2])[0] for each in allowed)
+        places = (_place(each.partition("://")[2]) for each in allowed)
+        self._hosts = frozenset({own_name.lower(), *(name for name, _ in places)})
 
     def allows(self, origin: str) -> bool:
         """Whether this one was named, or any is."""

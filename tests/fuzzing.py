@@ -93,9 +93,10 @@ def _mend(case: Any) -> None:
         return
     if "model" in body:
         body["model"] = "demo"
-    if isinstance(body.get("parameters"), dict):
-        body["parameters"].pop("adapter_id", None)
-        body["parameters"].pop("typical_p", None)
+    inner = body["parameters"] if isinstance(body.get("parameters"), dict) else {}
+    for name in ("adapter_id", "typical_p", "timeout"):  # the last may be over before it begins
+        inner.pop(name, None)
+        body.pop(name, None)
     if path == "/infer":
         body.pop("input_id", None)
         body["inputs"] = body.get("inputs") or "hi"

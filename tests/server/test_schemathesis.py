@@ -68,17 +68,17 @@ def all_blocks_come_back(engine):
 
 def test_good_requests_reach_the_engine_and_leave_nothing_behind(served):
     """Catches a body that OpenAPI allows and that brings a step, or the server, down."""
-    seen = attacked(served, served.url, 10, is_good=True)
-    assert sum(seen.values()) > 150
+    seen = attacked(served, served.url, 7, is_good=True)
+    assert sum(seen.values()) > 120
     # OpenAPI says enough of bodies for many to be answered.
     assert sum(seen[f"{path} 200"] for path in ANSWERING) > len(ANSWERING)
 
 
 def test_bad_requests_are_refused_and_leave_nothing_behind(served):
     """Catches a 500 where a type, a range or a name is wrong."""
-    seen = attacked(served, served.url, 4, is_good=False)
+    seen = attacked(served, served.url, 3, is_good=False)
     statuses = Counter(path.split()[1] for path in seen.elements())
-    assert sum(statuses.values()) > 80
+    assert sum(statuses.values()) > 50
     assert statuses["400"] + statuses["404"] + statuses["422"] > 0.9 * sum(statuses.values())
 
 

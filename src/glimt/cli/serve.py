@@ -48,6 +48,16 @@ def serve(
         int,
         option("--max-waiting", "Answers that may wait; beyond, requests get 429.", SERVER, "N"),
     ] = 256,
+    max_connections: Annotated[
+        int | None,
+        option(
+            "--max-connections",
+            "Open connections of a port; beyond, each gets 429. Default: 1024, or twice the "
+            "answers that run or wait.",
+            SERVER,
+            "N",
+        ),
+    ] = None,
     max_stretch: Annotated[
         float,
         option(
@@ -198,6 +208,7 @@ def serve(
         "metrics_compat": metrics_compat,
         "limit_images": limit_images,
         "max_waiting": max_waiting,
+        "max_connections": max_connections,
         "request_timeout_s": request_timeout,
         "drain_timeout_s": drain_timeout,
         "max_image_bytes": max_image_bytes,

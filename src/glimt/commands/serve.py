@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from glimt.errors import ConfigError, GlimtError
 from glimt.loader import open_model
 from glimt.server.app import Context, create_app, create_management_app
 from glimt.server.config import ServerConfig
+from glimt.server.connections import Bound, Entrance
 
 _BACKLOG = 2048
 
@@ -138,7 +140,12 @@ class _Server:
             loop.add_signal_handler(number, self._is_ending.set)
         servers = [
             _Uvicorn(
-                uvicorn.Config(each, **self._options(), **(self._tls() if each is app else {}))
+                uvicorn.Config(
+                    each,
+                    http=partial(Entrance, self._bound(context)),  # type: ignore[arg-type]
+                    **self._options(),
+                    **(self._tls() if each is app else {}),
+                )
             )
             for each, _ in ports
         ]
@@ -173,6 +180,16 @@ class _Server:
         say_error(error)
         self._status = 1
         self._is_ending.set()
+
+    def _bound(self, context: Context) -> Bound:
+        """Of one port: strangers who take all connections of one leave the other alone."""
+        server = self._job.server
+        return Bound(
+            max_connections=server.connections_for(self._config.max_num_seqs),
+            silent_s=server.idle_timeout_s,
+            profile=server.profile,
+            on_refused=lambda: context.metrics.failed("overloaded"),
+        )
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -42,6 +42,7 @@ from glimt.server.metrics import Metrics
 from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds, RequestLog
 from glimt.server.origins import Guard, Origins, Sharing
 from glimt.server.service import Service
+from glimt.server.shedding import Shedding
 from glimt.server.streaming import ClientLeft
 from glimt.server.tracing import Traces
 
@@ -95,10 +96,15 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """One file's routes. is_management: on the management port only."""
+    """One file's routes.
+
+    answers: paths of these whose POST makes answers: refused unread while every place is taken
+    is_management: on the management port only
+    """
 
     name: str
     routes: Callable[[Context], APIRouter]
+    answers: tuple[str, ...] = ()
     is_management: bool = False
 
 
@@ -142,7 +148,7 @@ def create_app(
             app.include_router(protocol.routes(context))
     app.include_router(_operation(context))
     _handle_errors(app, context)
-    return _wrapped(app, config), context
+    return _wrapped(app, context), context
 
 
 def create_management_app(context: Context) -> Any:
@@ -158,11 +164,14 @@ def create_management_app(context: Context) -> Any:
     return RequestIds(guarded, profile)
 
 
-def _wrapped(app: Any, config: ServerConfig) -> Any:
-    """Outermost last: the body, the key, whose page asks, an id for the reply, who may read it."""
+def _wrapped(app: Any, context: Context) -> Any:
+    """Outermost last: the body, a place, the key, whose page, the reply's id, who may read it."""
+    config = context.config
+    answers = [path for protocol in all_protocols() for path in protocol.answers]
     origins = Origins(config.allowed_origins, config.host)
     app = LastResort(app, config.profile)
     app = BodyLimit(app, config.max_body_bytes, config.profile)
+    app = Shedding(app, context.service, answers)
     app = Keys(app, config.api_keys, config.profile)
     app = Guard(app, origins, config.profile, has_keys=bool(config.api_keys))
     return Sharing(RequestIds(RequestLog(app), config.profile), origins)

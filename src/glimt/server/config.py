@@ -23,6 +23,7 @@ _LEAST = {
     "port": 0,
     "limit_images": 1,
     "max_waiting": 0,
+    "max_connections": 1,
     "max_body_bytes": 1024,
     "max_stream_bytes": 1024,
     "max_image_bytes": 1024,
@@ -33,7 +34,8 @@ _LEAST = {
     "max_output_tokens": 1,
     "max_choices": 1,
 }
-_OPTIONAL = ("max_prompt_tokens", "max_output_tokens", "token_timeout_s")
+_USUAL_CONNECTIONS = 1024
+_OPTIONAL = ("max_connections", "max_prompt_tokens", "max_output_tokens", "token_timeout_s")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.IGNORECASE)
 _POSITIVE_S = (
     "request_timeout_s",
@@ -61,6 +63,7 @@ class ServerConfig:
     metrics_compat: str = "none"  # tgi: its names beside vLLM's
     limit_images: int = 8  # of one request
     max_waiting: int = 256  # requests beyond those that run; more are refused with 429
+    max_connections: int | None = None  # of each port, 429 beyond; None: `connections_for`
     request_timeout_s: float = 600.0  # from arrival to the last token, waiting included
     drain_timeout_s: float = 90.0  # how long running requests may go on after SIGTERM
     stall_timeout_s: float = 60.0  # without a step while work waits: no longer live
@@ -128,6 +131,12 @@ class ServerConfig:
             problems.append("tls_cert and tls_key are needed together")
         if problems:
             raise ConfigError("server options", problems)
+
+    def connections_for(self, max_num_seqs: int) -> int:
+        """How many may be open: if not said, twice the answers that run or wait, or 1024."""
+        if self.max_connections is not None:
+            return self.max_connections
+        return max(_USUAL_CONNECTIONS, 2 * (max_num_seqs + self.max_waiting))
 
 
 def _is_count(value: object, least: int) -> bool:

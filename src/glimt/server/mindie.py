@@ -243,4 +243,4 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-PROTOCOL = Protocol("mindie", routes)
+PROTOCOL = Protocol("mindie", routes, answers=("/infer", "/infer_token"))

@@ -77,7 +77,8 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-PROTOCOL = Protocol("openai", routes)
+_ANSWERS = ("/v1/chat/completions", "/v1/completions")
+PROTOCOL = Protocol("openai", routes, answers=_ANSWERS)
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:

@@ -161,12 +161,29 @@ class Service:
 
     def _admitted(self, engine: AsyncEngine, ask: Ask) -> _Place:
         """A place for the request. Raises CapacityError if there is none."""
-        most = engine.max_num_seqs + self.config.max_waiting
+        most = self._num_places(engine)
         if self._num_open and self._num_open + ask.sampling.n > most:
-            self.metrics.failed("overloaded")
-            said = f"{self._num_open} answers are running or waiting, at most {most} may"
-            raise CapacityError(f"{said}; try again in a second")
+            raise self._full(most)
         return _Place(self, ask)
+
+    def check_room(self, num_reading: int) -> None:
+        """Raise CapacityError if a request that is not read yet can find no place.
+
+        num_reading: others that are not either; each will want a place
+        """
+        if not self.host.is_ready:
+            return  # the route says why
+        most = self._num_places(self.host.engine)
+        if self._num_open >= most or self._num_open + num_reading >= most + _PREPARING:
+            raise self._full(most)
+
+    def _num_places(self, engine: AsyncEngine) -> int:
+        return engine.max_num_seqs + self.config.max_waiting
+
+    def _full(self, most: int) -> CapacityError:
+        self.metrics.failed("overloaded")
+        said = f"{self._num_open} answers are running or waiting, at most {most} may"
+        return CapacityError(f"{said}; try again in a second")
 
     async def wait_idle(self) -> None:
         """Return once no request is open."""

@@ -86,4 +86,4 @@ def _missing(what: str) -> HttpFailure:
     return HttpFailure(Failure("invalid", f"the body must be a JSON object with {what}"))
 
 
-PROTOCOL = Protocol("shared", routes)
+PROTOCOL = Protocol("shared", routes, answers=("/", "/generate"))

@@ -175,4 +175,4 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-PROTOCOL = Protocol("tgi", routes)
+PROTOCOL = Protocol("tgi", routes, answers=("/generate_stream",))

@@ -244,4 +244,9 @@ def _add_inference(router: APIRouter, prefix: str, triton: Triton) -> None:
         return await triton.stop(request)
 
 
-PROTOCOL = Protocol("triton", routes)
+_ANSWERS = ("infer", "generate", "generate_stream")
+PROTOCOL = Protocol(
+    "triton",
+    routes,
+    answers=tuple(f"{prefix}/{each}" for prefix in _PREFIXES for each in _ANSWERS),
+)

@@ -1,0 +1,112 @@
+"""How many connections one port holds open. Beyond, each gets a ready-made 429 and is closed.
+
+`Entrance` stands before uvicorn's own protocol: a connection that is let in becomes uvicorn's with
+its first bytes, and one that never sends any is closed. Knows no request but its first line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from glimt.server.failures import Failure, content_of, family_of, headers_of, status_of
+from glimt.server.shedding import LINGER_S
+
+
+@dataclass(slots=True, eq=False)
+class Bound:
+    """What one port allows.
+
+    max_connections: that are served; as many more may be told at one time that they are not
+    silent_s:   how long one may send nothing at first
+    profile:    of the error form
+    on_refused: called for each connection that gets no place
+    """
+
+    max_connections: int
+    silent_s: float
+    profile: str
+    on_refused: Callable[[], None]
+    refused: set[Entrance] = field(default_factory=set)
+
+    def reply(self, head: bytes) -> bytes:
+        """A refusal in the form of the path that a request begins with."""
+        line = head.split(b" ", 2)
+        path = line[1].partition(b"?")[0].decode("latin-1") if len(line) == 3 else ""
+        said = f"{self.max_connections} connections are open, which is all that there may be"
+        failure = Failure("overloaded", f"{said}; try again in a second")
+        family = family_of(path)
+        status = HTTPStatus(status_of(failure, family, self.profile))
+        body = content_of(failure, family, self.profile)
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            **headers_of(failure),
+        }
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+class Entrance(asyncio.Protocol):
+    """A connection that has not sent anything yet, and one that is turned away.
+
+    Made in place of uvicorn's protocol, with its arguments, behind the port's `Bound`.
+    """
+
+    def __init__(self, bound: Bound, **uvicorn: Any) -> None:
+        self._bound, self._uvicorn = bound, uvicorn
+        # uvicorn's own set: what is in it counts, and is closed with the server.
+        self._connections: set[Any] = uvicorn["server_state"].connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let it in or not; it hears of it when it asks, as HTTP has it."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport, bound = transport, self._bound
+        self._is_answered = False
+        if len(self._connections) - len(bound.refused) >= bound.max_connections:
+            bound.on_refused()
+            bound.refused.add(self)
+        self._connections.add(self)
+        limit_s = LINGER_S if self in bound.refused else bound.silent_s
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(limit_s, transport.abort)
+        if len(bound.refused) > bound.max_connections:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """The first bytes: uvicorn gets them, or the client is told; later ones are dropped."""
+        if self not in self._bound.refused:
+            self._hand_over(data)
+        elif not self._is_answered:
+            self._is_answered = True
+            self._transport.write(self._bound.reply(data))
+            # The client may still be sending: closed now, it would see a reset and no reply.
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+
+    def _hand_over(self, data: bytes) -> None:
+        self._forget()
+        protocol = AutoHTTPProtocol(**self._uvicorn)
+        self._transport.set_protocol(protocol)
+        protocol.connection_made(self._transport)
+        protocol.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Its place is free again."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._timer.cancel()
+        self._connections.discard(self)
+        self._bound.refused.discard(self)
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when the server ends: nothing has been asked here."""
+        self._transport.close()

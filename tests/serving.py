@@ -46,10 +46,10 @@ def serving(
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Any ASGI application on a free port; gives its address."""
-    options = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "on"}
-    server = uvicorn.Server(uvicorn.Config(app, **options))
+def running(app: Any, **options: Any) -> Iterator[str]:
+    """Any ASGI application on a free port; gives its address. options: more of uvicorn's."""
+    usual = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "on"}
+    server = uvicorn.Server(uvicorn.Config(app, **{**usual, **options}))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:

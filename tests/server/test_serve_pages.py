@@ -129,6 +129,7 @@ def test_every_limit_of_the_table_is_the_default():
     table = section(SERVE, "Limits")
     for option, value in {
         "`--max-waiting`": f"{config.max_waiting}",
+        "`--max-connections`": f"{config.connections_for(64)}",
         "`--request-timeout`": f"{config.request_timeout_s:g}",
         "`--limit-images`": f"{config.limit_images}",
         "`--max-image-bytes`": f"{config.max_image_bytes // 2**20} MiB",

@@ -12,13 +12,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.server.test_middleware import served_routes
 
 from glimt.errors import CapacityError
 from glimt.server.app import create_app
 from glimt.server.config import ServerConfig
 from glimt.server.shedding import Shedding
 from serving import Served, serving
-from tests.server.test_middleware import served_routes
 
 KEY = {"Authorization": "Bearer one"}
 FORMS = [
@@ -158,7 +158,7 @@ def test_a_client_that_sends_on_reads_its_refusal(server):
 
 def test_every_route_that_takes_a_body_says_whether_it_makes_answers():
     """Catches a route, of now or of later, whose bodies a full server goes on reading."""
-    app, context = create_app(lambda: None, ServerConfig(num_decoders=0), "demo", 0)  # type: ignore
+    app, _ = create_app(lambda: None, ServerConfig(num_decoders=0), "demo", 0)  # type: ignore
     layer = app
     while not isinstance(layer, Shedding):
         layer = layer._app

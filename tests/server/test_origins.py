@@ -146,7 +146,10 @@ def test_a_strange_page_without_an_origin_is_known_by_its_site(upstream, site):
     assert call(upstream.url, "/", None, headers).status == 200  # a link to the chat page
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/ping", "/live", "/ready", "/"])
+PROBES = ["/health", "/metrics", "/ping", "/live", "/ready", "/v2/health/live", "/"]
+
+
+@pytest.mark.parametrize("path", PROBES)
 def test_probes_are_harmless(upstream, path):
     """Catches a dashboard in a browser that no longer sees whether the server lives."""
     reply = call(upstream.url, path, None, {"Origin": STRANGE})

@@ -20,7 +20,8 @@ from glimt.server.middleware import OPEN_PATHS, send_failure
 
 ANY = "*"
 _PORTS = {"http": 80, "https": 443}
-_HARMLESS = OPEN_PATHS | {"/metrics"}
+# To be read by links and dashboards of any page, with a key where there is one.
+_HARMLESS = OPEN_PATHS | {"/", "/live", "/ready", "/metrics"}
 # Names that no stranger can have: none of them is in the public DNS.
 _OWN_NAMES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
 _METHODS = "GET, HEAD, POST"

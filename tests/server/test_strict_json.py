@@ -8,8 +8,9 @@ import json
 import pytest
 
 from forms import call
+from glimt.errors import RequestError
 from glimt.server.failures import HttpFailure
-from glimt.server.strict_json import parse_json
+from glimt.server.strict_json import parse_field, parse_json
 
 
 def refused(content):
@@ -67,6 +68,9 @@ def test_a_long_key_is_cut():
     key = "k" * 10_000
     failure = refused(f'{{"{key}":1,"{key}":2}}'.encode())
     assert failure.field == "k" * 80
+    failure = refused(f'{{"{key}":{{"{key}":["a","\\ud800"]}}}}'.encode())
+    assert failure.field == "k" * 80
+    assert len(failure.message) < 200
 
 
 MALFORMED = {
@@ -136,6 +140,28 @@ def test_half_a_surrogate_pair_is_refused_by_its_place(content, field):
     assert (failure.kind, failure.field) == ("invalid", field)
     assert "half a surrogate pair" in failure.message
     failure.message.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON: Expecting property name"),
+        ('{"a":1,"a":2}', "is not JSON: the key 'a' stands twice"),
+        ("\ud800", "is not JSON: it is not UTF-8"),
+        ("[" * 33 + "1" + "]" * 33, "is nested deeper than 32 levels"),
+        ("[" + "[]," * 500_001 + "[]]", "holds more than 500,000 values"),
+        (r'"\ud800"', "holds half a surrogate pair"),
+        (r'{"a": ["\ud800"]}', "a.0: holds half a surrogate pair"),
+    ],
+    ids=range(7),
+)
+def test_json_in_a_field_is_told_of_by_the_field(content, said):
+    """Catches a schema that is called no JSON because it is deep, and a body that is blamed."""
+    with pytest.raises(RequestError) as caught:
+        parse_field(content, "guided_json")
+    assert caught.value.field == "guided_json"
+    assert str(caught.value).startswith(f"guided_json: {said}")
+    assert "body" not in str(caught.value)
 
 
 # --- over HTTP -------------------------------------------------------------------------------

@@ -119,8 +119,14 @@ def parse_field(content: bytes | str, field: str) -> Any:
     try:
         return parse_json(raw)
     except HttpFailure as error:
-        said = error.failure.message.removeprefix("the body is not JSON: ")
-        raise RequestError(field, f"is not JSON: {said}") from error
+        raise RequestError(field, _of_field(error.failure)) from error
+
+
+def _of_field(failure: Failure) -> str:
+    """What is wrong with a body, said of a field."""
+    if failure.kind == "malformed":
+        return failure.message.removeprefix("the body ")
+    return failure.message.removeprefix("the body").lstrip(" :")
 
 
 def _comes_too_often(byte: bytes, content: bytes) -> bool:
@@ -151,12 +157,15 @@ def _refuse_half_pairs(value: Any) -> None:
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every text and where it stands, keys too; as deep as MAX_DEPTH at most."""
+    """Every text and where it stands, keys too; as deep as MAX_DEPTH at most.
+
+    A place is cut to _MAX_SHOWN: one of a long key would be written again for each value under it.
+    """
     if isinstance(value, str):
         yield place or "the body", value
     inner = enumerate(value) if isinstance(value, list) else ()
     for key, each in value.items() if isinstance(value, dict) else inner:
-        where = f"{place}.{key}" if place else str(key)
+        where = (f"{place}.{key}" if place else str(key))[:_MAX_SHOWN]
         if isinstance(key, str):
             yield where, key
         yield from _texts(each, where)

@@ -104,9 +104,14 @@ def test_a_name_of_the_public_dns_may_lead_anywhere(host, may_be):
     assert Origins((CHAT,), "gpu7.example.org").may_be_called(host) is may_be
 
 
-@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.b/", "https://a.b/c", "", "a b"])
+NO_ORIGINS = [
+    "chat.example.org", "https://a.b/", "https://a.b/c", "", "a b", "https://*.a.b", "https://聊天.cn",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", NO_ORIGINS)
 def test_an_origin_that_is_none_is_refused_at_the_start(origin):
-    """Catches a setting that never matches, since browsers write no path."""
+    """Catches a setting that never matches: browsers write no path, no star and ASCII alone."""
     with pytest.raises(ConfigError, match=r"allowed_origins: .* is no origin such as"):
         ServerConfig(allowed_origins=(origin,))
 

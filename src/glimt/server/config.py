@@ -36,7 +36,7 @@ _LEAST = {
 }
 _USUAL_CONNECTIONS = 1024
 _OPTIONAL = ("max_connections", "max_prompt_tokens", "max_output_tokens", "token_timeout_s")
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.IGNORECASE)
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", re.ASCII | re.IGNORECASE)
 _POSITIVE_S = (
     "request_timeout_s",
     "drain_timeout_s",
@@ -114,7 +114,7 @@ class ServerConfig:
         ]
         problems += [
             f"allowed_origins: {origin!r} is no origin such as https://chat.example.org (nothing "
-            "behind host and port), null or *"
+            "behind host and port, no part left open, a name as browsers send it: xn--…), null or *"
             for origin in self.allowed_origins
             if not _ORIGIN.fullmatch(origin)
         ]

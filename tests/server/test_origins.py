@@ -97,6 +97,8 @@ def test_a_page_is_ours_by_host_and_port(origin, host, is_same):
         ("evil.example.:8000", False),
         ("127.0.0.1.evil.example", False),
         ("local.evil.example", False),
+        ("evil.example:port", False),
+        ("[evil.example", False),
     ],
 )
 def test_a_name_of_the_public_dns_may_lead_anywhere(host, may_be):
@@ -270,6 +272,7 @@ def test_a_star_lets_every_page_in():
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
         {"Host": "evil.example:1026"},
+        {"Host": "evil.example:port"},
         {"Host": "evil.example:1026", "Origin": "http://evil.example:1026"},
     ],
 )

@@ -39,7 +39,7 @@ class Origins:
         self.takes_any = ANY in allowed
         self._allowed = frozenset(map(_as_written, allowed))
         places = (_place(each.partition("://")[2]) for each in allowed)
-        self._hosts = frozenset({own_name.lower(), *(name for name, _ in places)})
+        self._hosts = frozenset({own_name.lower(), *(name for name, _ in places)} - {""})
 
     def allows(self, origin: str) -> bool:
         """Whether this one was named, or any is."""
@@ -51,7 +51,8 @@ class Origins:
         An address cannot be made to lead elsewhere, a name of the public DNS can.
         """
         name = _place(host)[0].rstrip(".")
-        is_own = "." not in name or name.endswith(_OWN_NAMES) or _is_address(name)
+        is_single = bool(name) and "." not in name
+        is_own = is_single or name.endswith(_OWN_NAMES) or _is_address(name)
         return is_own or self.takes_any or name in self._hosts
 
 

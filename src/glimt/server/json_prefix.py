@@ -1,6 +1,7 @@
 """Whether a text that comes in pieces can still become one JSON object.
 
-The same texts as json.loads takes, NaN and Infinity aside, and each character is read once.
+The same texts as json.loads takes, NaN and Infinity aside. Each character is read once, but for a
+number, a literal or an escape that is not whole: what there is of it is read with each piece.
 """
 
 from __future__ import annotations

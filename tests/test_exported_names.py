@@ -38,6 +38,7 @@ PUBLIC = [
     "TextPart",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
 ]
 

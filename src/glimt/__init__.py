@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TextPart,
         Timings,
         TokenLogprob,
+        ToolCall,
         Usage,
     )
 
@@ -77,6 +78,7 @@ _HOMES = {
         "TextPart",
         "Timings",
         "TokenLogprob",
+        "ToolCall",
         "Usage",
     ),
 }
@@ -111,6 +113,7 @@ __all__ = [
     "TextPart",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
 ]
 

@@ -406,6 +406,19 @@ def test_running_counts_go_on_while_text_waits(client, replay):
     assert len({chunk.usage.completion_tokens for chunk in chunks}) == 1
 
 
+def test_tokenize_counts_the_functions_too(served):
+    """Catches a client that is told of more room than a request with functions leaves it."""
+    messages = [*HISTORY, *said("hi")]
+    for tools in (TOOLS, [], None):
+        told = http_call(served.url, "/tokenize", {"messages": messages, "tools": tools}).json
+        options = RequestOptions(tools=tools or ())
+        prompt = served.engine.engine.prepare_chat(messages, None, options).prompt
+        assert told["tokens"] == list(prompt.token_ids)
+    for bare in ({"prompt": "hi"}, {"prompt": "hi", "add_special_tokens": False}):
+        reply = http_call(served.url, "/tokenize", {**bare, "tools": TOOLS})
+        assert (reply.status, reply.json["error"]["param"]) == (400, "tools")
+
+
 class GetWeather(pydantic.BaseModel):
     """A function as the client's own helper describes one."""
 
@@ -495,6 +508,17 @@ def test_a_schema_that_cannot_be_used_names_its_function(client):
     with pytest.raises(openai.BadRequestError, match=r"parameters of wrong.*king") as refused:
         create(client, tools=tools, tool_choice="required")
     assert refused.value.param == "tool_choice"
+
+
+def test_openapi_describes_a_conversation_with_calls(served):
+    """Catches a generated client that cannot send a function's result."""
+    told = http_call(served.url, "/openapi.json").json
+    schema = {**told, "$ref": "#/components/schemas/ChatBody"}
+    body = {"messages": HISTORY, "tools": TOOLS}
+    jsonschema.validate(body, schema)
+    for wrong in ({"messages": [{"role": "tool"}]}, {"tools": [{}]}, {"tools": [{"type": "x"}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(body | wrong, schema)
 
 
 # --- who may ---------------------------------------------------------------------------------

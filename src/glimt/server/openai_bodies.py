@@ -9,7 +9,7 @@ from pydantic import Field
 
 from glimt.errors import RequestError
 from glimt.server.bodies import Body, Bool, Float, Int, Text
-from glimt.server.schemas import Messages
+from glimt.server.schemas import Messages, Tools
 
 Penalty = Annotated[Float, Field(ge=-2, le=2)]
 
@@ -128,7 +128,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: Bool | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     tool_choice: Any = None
     parallel_tool_calls: Bool | None = None  # an answer holds one call at most, whatever it says
     add_generation_prompt: Bool | None = None

@@ -1,6 +1,6 @@
-"""What OpenAPI is told of the fields that are read by hand: messages, parts, tensors.
+"""What OpenAPI is told of the fields that are read by hand: messages, parts, functions, tensors.
 
-`parts`, `conversation` and `tensors` read them; what is said here only describes that.
+`parts`, `conversation`, `tools` and `tensors` read them; what is said here only describes that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ _PARTS = _list_of({"anyOf": [_TEXT_PART, _IMAGE_PART]})
 _CONTENT = {"anyOf": [_TEXT, _PARTS]}
 _SAID = _object({"role": {"enum": ["system", "assistant"]}, "content": _TEXT})
 _ASKED = _object({"role": {"enum": ["user"]}, "content": _CONTENT})
+_NAME = {"type": "string", "minLength": 1, "maxLength": 64}
+_CALL = _object({"function": _object({"name": _NAME, "arguments": _TEXT})}, id=_TEXT)
+_CALLED = _object({"role": {"enum": ["assistant"]}, "tool_calls": _list_of(_CALL)})
+_TOLD = _object({"role": {"enum": ["tool"]}, "content": _TEXT}, tool_call_id=_TEXT)
 
 Parts = Annotated[list[dict[str, Any]], WithJsonSchema(_PARTS)]
 """Texts and pictures, read by `parts`."""
@@ -43,10 +47,18 @@ Parts = Annotated[list[dict[str, Any]], WithJsonSchema(_PARTS)]
 TextsOrParts = Annotated[list[Any], WithJsonSchema({"anyOf": [_list_of(_TEXT), _PARTS]})]
 """Triton's: texts that are one, or parts."""
 
-Messages = Annotated[list[Any], WithJsonSchema(_list_of({"anyOf": [_ASKED, _SAID]}))]
+_MESSAGE = {"anyOf": [_ASKED, _SAID, _CALLED, _TOLD]}
+Messages = Annotated[list[Any], WithJsonSchema(_list_of(_MESSAGE))]
 """A conversation, read by `conversation`."""
 
 _PARAMETERS = {"type": "object"}
+_FUNCTION = _object({"name": _NAME}, description=_TEXT, parameters=_PARAMETERS)
+_TOOL = _object({"type": {"enum": ["function"]}, "function": _FUNCTION})
+_TOOLS = {"type": "array", "maxItems": 128, "items": _TOOL}
+
+Tools = Annotated[list[Any], WithJsonSchema(_TOOLS)]
+"""Functions that may be called, read by `tools`."""
+
 _TENSOR = _object(
     {
         "name": {"type": "string", "minLength": 1, "maxLength": 256},

@@ -24,9 +24,10 @@ from glimt.server.parameters import VllmParameters, fixed_sampling
 from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
 from glimt.server.replies import Finished, streamed, whole
 from glimt.server.replying import json_reply, one_line
-from glimt.server.schemas import Messages, Parts
+from glimt.server.schemas import Messages, Parts, Tools
 from glimt.server.service import Ask
 from glimt.server.streaming import EventStream
+from glimt.server.tools import read_offer
 from glimt.types import Completion, Request, StepOutput, TextPart
 
 _UPSTREAM_MAX_TOKENS, _MINDIE_MAX_TOKENS = 16, 512
@@ -179,17 +180,18 @@ class Vllm:
 
     async def _ids(self, body: TokenizeBody, request_id: str) -> list[int]:
         service = self._context.service
-        sampling = fixed_sampling(False)
-        if body.messages is not None:
-            messages = read_messages(body.messages)
-            ask = Ask(protocol="vllm", request_id=request_id, sampling=sampling, messages=messages)
-        elif body.prompt and not body.add_special_tokens:
+        offer = read_offer(body.tools, None)
+        if body.messages is None and body.prompt and not body.add_special_tokens and not offer:
             tokenizer = service.host.engine.engine.opened.processor.tokenizer
             return await asyncio.to_thread(tokenizer.encode, body.prompt)
-        else:
-            ask = Ask(
-                protocol="vllm", request_id=request_id, sampling=sampling, prompt=body.prompt or ""
-            )
+        ask = Ask(
+            protocol="vllm",
+            request_id=request_id,
+            sampling=fixed_sampling(False),
+            messages=None if body.messages is None else read_messages(body.messages),
+            prompt=body.prompt or "",
+            offer=offer,
+        )
         return list((await service.encode(ask)).prompt.token_ids)
 
 
@@ -198,5 +200,6 @@ class TokenizeBody(Body):
 
     prompt: Text | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: Bool = True
     model: Text | None = None

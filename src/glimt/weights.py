@@ -29,7 +29,8 @@ from glimt.errors import CheckpointError
 from glimt.layers.linear import Product
 from glimt.models.base import Model, Weight, WeightTable
 from glimt.models.config_reader import either
-from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised
+from glimt.parallel import Shard
+from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised, part_of
 
 Formats = Mapping[str, QuantFormat]  # by parameter name
 
@@ -86,7 +87,7 @@ def plan_weights(
 
     The plan's problems are those of the files, then those of the tensors.
     """
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    shapes = full_shapes(model)
     steps = [
         _as_stored(step, shapes, formats.stored) for step in _expand(model.weight_table, shapes)
     ]
@@ -99,9 +100,27 @@ def plan_weights(
     return LoadPlan(tuple(steps), tuple(problems), nbytes)
 
 
+def full_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Each parameter's shape before it was divided among ranks."""
+    shards = shards_of(model)
+    return {
+        name: shards[name].full_shape(tuple(value.shape)) if name in shards else tuple(value.shape)
+        for name, value in model.named_parameters()
+    }
+
+
+def shards_of(model: nn.Module) -> dict[str, Shard]:
+    """What of the checkpoint's tensor is here, by parameter; not those that are here whole."""
+    return {
+        f"{name}.{parameter}": shard
+        for name, module in model.named_modules()
+        for parameter, shard in getattr(module, "shards", {}).items()
+    }
+
+
 def checkpoint_shapes(model: Model) -> dict[str, Shape]:
     """Every tensor that a checkpoint of this model must hold, by its name there."""
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    shapes = full_shapes(model)
     return {
         name: tuple(shape)
         for step in _expand(model.weight_table, shapes)
@@ -114,7 +133,7 @@ def checkpoint_names(model: Model) -> dict[str, str]:
 
     Only for tables that rename: a line that converts cannot be turned round.
     """
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    shapes = full_shapes(model)
     steps = _expand(model.weight_table, shapes)
     assert all(step.line.convert is None for step in steps), "this family's layout is converted"
     return {step.targets[0]: step.sources[0] for step in steps}
@@ -227,7 +246,7 @@ def load_weights(
     if plan.problems:
         raise CheckpointError(str(checkpoint.folder), plan.problems)
     steps = _largest_first(plan.steps, checkpoint.tensors)
-    fill = _Filler(_places(model), formats.wanted, dtype, torch_device)
+    fill = _Filler(_places(model), formats.wanted, shards_of(model), dtype, torch_device)
     held: dict[tuple[str, ...], dict[str, Tensor]] = {}  # by targets: sources that wait for others
     for file in _largest_files_first(checkpoint):
         for step, sources in _read_steps(file, steps, checkpoint, held):
@@ -288,10 +307,14 @@ Places: TypeAlias = Mapping[str, Sequence[tuple[nn.Module, str]]]
 
 @dataclass(frozen=True, slots=True)
 class _Filler:
-    """Makes parameters of a step's sources."""
+    """Makes parameters of a step's sources: of those that are divided, this rank's part.
+
+    Mapped files are read where they are touched, so a part costs no more than itself.
+    """
 
     places: Places
     wanted: Formats
+    shards: Mapping[str, Shard]
     dtype: torch.dtype
     torch_device: torch.device
 
@@ -309,11 +332,16 @@ class _Filler:
     def _restore(self, step: LoadStep, stored: QuantFormat, sources: list[Tensor]) -> None:
         (target,) = step.targets
         module, attribute = self.places[target][0]
-        n, k = getattr(module, attribute).shape
+        shard, shape = self.shards.get(target), getattr(module, attribute).shape
+        n, k = shard.full_shape(shape) if shard else shape
         parts = dict(zip(stored.stored(n, k), sources, strict=True))
-        _place_quantised(stored.restore(parts, n, k).to(self.torch_device), self.places[target])
+        weight = stored.restore(parts, n, k)
+        part = part_of(weight, shard) if shard else weight
+        _place_quantised(part.to(self.torch_device), self.places[target])
 
     def _make(self, target: str, tensor: Tensor) -> None:
+        if target in self.shards:
+            tensor = self.shards[target].of(tensor)
         if target in self.wanted:
             # Of the checkpoint's own values: float16 has three bits more than bfloat16.
             quantised = self.wanted[target].quantise(tensor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glimt.devices.base import Activation, AttentionBatch, Device, KVCache
 from glimt.layers.linear import Linear, mlp
 from glimt.layers.tower import Stages, by_rows, run_through
+from glimt.parallel import ALONE, Group, Part, divided, share
 
 
 def cached_attention(
@@ -34,22 +35,30 @@ def cached_attention(
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """Sizes of one tower block."""
+    """Sizes of one tower block, and who divides it."""
 
     hidden_size: int
     num_heads: int
     intermediate_size: int
+    group: Group = ALONE
 
 
 class TowerAttention(nn.Module):
-    """Full attention inside each picture; fused rows are [Q | K | V], each split into heads."""
+    """Full attention inside each picture; fused rows are [Q | K | V], each split into heads.
+
+    Heads are divided among the ranks, if they can be.
+    """
 
     def __init__(self, shape: BlockShape, device: Device, dtype: torch.dtype) -> None:
         super().__init__()
+        size = shape.hidden_size
+        group = shape.group.for_units(shape.num_heads)
+        heads = Part(shape.num_heads, size // shape.num_heads)
+        rows, columns = divided(group, 0, heads, heads, heads), divided(group, 1, heads)
         self.device = device
-        self.num_heads = shape.num_heads
-        self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size, True, device, dtype)
-        self.dense = Linear(shape.hidden_size, shape.hidden_size, True, device, dtype)
+        self.num_heads = share(group, shape.num_heads)
+        self.qkv = Linear(size, 3 * size, True, device, dtype, shard=rows)
+        self.dense = Linear(size, size, True, device, dtype, shard=columns)
 
     def forward(
         self, x: Tensor, cu_seqlens: Sequence[int], residual: Tensor | None = None
@@ -125,10 +134,13 @@ class GeluMlp(nn.Module):
         device: Device,
         dtype: torch.dtype,
         tanh: bool = False,
+        group: Group = ALONE,
     ) -> None:
         super().__init__()
-        self.up = Linear(hidden_size, intermediate_size, True, device, dtype)
-        self.down = Linear(intermediate_size, hidden_size, True, device, dtype)
+        group, inner = group.for_units(intermediate_size), Part(intermediate_size)
+        rows, columns = divided(group, 0, inner), divided(group, 1, inner)
+        self.up = Linear(hidden_size, intermediate_size, True, device, dtype, shard=rows)
+        self.down = Linear(intermediate_size, hidden_size, True, device, dtype, shard=columns)
         self.activation: Activation = "gelu_tanh" if tanh else "gelu_erf"
 
     def forward(

@@ -7,19 +7,39 @@ from torch import Tensor, nn
 
 from glimt.devices.base import Device
 from glimt.layers.linear import PatchLinear, empty_parameter
+from glimt.parallel import Shard
 
 
 class Embedding(nn.Module):
-    """Rows of a table [num_rows, size]."""
+    """Rows of a table [num_rows, size].
 
-    def __init__(self, num_rows: int, size: int, device: Device, dtype: torch.dtype) -> None:
+    shard: of `divided_vocabulary`; every rank gives the rows that it has, and they are summed
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        size: int,
+        device: Device,
+        dtype: torch.dtype,
+        shard: Shard | None = None,
+    ) -> None:
         super().__init__()
         self.device = device
-        self.weight = empty_parameter(num_rows, size, dtype=dtype)
+        self.shards = {"weight": shard} if shard else {}
+        shape = (num_rows, size)
+        self.weight = empty_parameter(*(shard.shape(shape) if shard else shape), dtype=dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[n] int64 -> [n, size]."""
-        return self.device.embedding(ids, self.weight)
+        shard = self.shards.get("weight")
+        if shard is None:
+            return self.device.embedding(ids, self.weight)
+        ((first, _),) = shard.ranges
+        own = ids - first
+        is_here = (own >= 0) & (own < len(self.weight))
+        rows = self.device.embedding(own.where(is_here, 0), self.weight)
+        return shard.group.all_reduce(rows.where(is_here[:, None], 0))
 
 
 class PatchEmbedding(nn.Module):

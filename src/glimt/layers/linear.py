@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glimt.devices.base import Activation, Device, LowBitWeight, MatrixWeight
+from glimt.devices.base import Activation, Device, LowBitWeight, MatrixWeight, add_residual
+from glimt.parallel import Shard
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -15,6 +16,8 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 class Product(nn.Module):
     """What is multiplied with: a weight whose first axis is the outputs, and perhaps a bias.
+
+    shards: by parameter, what of the checkpoint's tensor is here; not those that are here whole
 
     The matrix is the parameter `weight` where the device takes it as it is. Else the device's own
     form of it is held beside, and the parameter stays on the meta device.
@@ -34,6 +37,7 @@ class Product(nn.Module):
         self.weight = empty_parameter(*shape, dtype=dtype)
         self.bias = empty_parameter(shape[0], dtype=dtype) if bias else None
         self.held: MatrixWeight | None = None
+        self.shards: dict[str, Shard] = {}
 
     def hold(self, weight: Tensor | LowBitWeight) -> None:
         """Take the weight, plain or in few bits, in the form that the device wants.
@@ -54,9 +58,12 @@ class Product(nn.Module):
 
 
 class Linear(Product):
-    """y = x Wᵀ + b with W [out_features, in_features].
+    """y = x Wᵀ + b with W [out_features, in_features], or this rank's part of it.
 
     is_paired: "silu_mul" follows every product
+    shard:     of the weight. Along axis 0 the outputs are divided, and so is what comes out; along
+               axis 1 the inputs are, x is this rank's part of them and the ranks' products are
+               summed. None: the whole is here
     """
 
     def __init__(
@@ -67,8 +74,15 @@ class Linear(Product):
         device: Device,
         dtype: torch.dtype,
         is_paired: bool = False,
+        shard: Shard | None = None,
     ) -> None:
-        super().__init__((out_features, in_features), bias, device, dtype, is_paired)
+        shape = out_features, in_features
+        super().__init__(shard.shape(shape) if shard else shape, bias, device, dtype, is_paired)
+        if shard:
+            self.shards["weight"] = shard
+            if bias and shard.axis == 0:
+                self.shards["bias"] = shard
+        self._summed = shard.group if shard and shard.axis == 1 else None
 
     def set_weight(self, weight: LowBitWeight) -> None:
         """Take the matrix in few bits."""
@@ -82,7 +96,55 @@ class Linear(Product):
         residual_scale: float = 1.0,
     ) -> Tensor:
         """[…, in_features] -> […, out_features]; see Device.linear."""
-        return self.device.linear(x, self.matrix, self.bias, activation, residual, residual_scale)
+        if self._summed is None:
+            return self.device.linear(
+                x, self.matrix, self.bias, activation, residual, residual_scale
+            )
+        y = self.summed(self.device.linear(x, self.matrix, None))
+        return add_residual(self.device.activate(y, activation), residual, residual_scale)
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether every rank has only a part of each sum."""
+        return self._summed is not None
+
+    def summed(self, partial: Tensor) -> Tensor:
+        """This rank's x Wᵀ without the bias -> the whole product with it; partial is changed."""
+        assert self._summed is not None
+        y = self._summed.all_reduce(partial)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Head(Linear):
+    """The output head: [n, hidden_size] -> [n, vocab_size], whole on every rank.
+
+    shard: of `divided_vocabulary`
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        device: Device,
+        dtype: torch.dtype,
+        shard: Shard | None = None,
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, False, device, dtype, shard=shard)
+        self._vocab_size = vocab_size
+        self._gathered = shard.group if shard else None
+
+    def forward(
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        residual_scale: float = 1.0,
+    ) -> Tensor:
+        """[…, hidden_size] -> […, vocab_size]; the rest is as in Linear, on the rank's own part."""
+        logits = super().forward(x, activation, residual, residual_scale)
+        if self._gathered is None:
+            return logits
+        return self._gathered.all_gather(logits)[..., : self._vocab_size]
 
 
 class PatchLinear(Product):
@@ -121,8 +183,11 @@ def mlp(
 ) -> Tensor:
     """[n, in] -> [n, out]: two linears with an activation between, as one call of their device.
 
-    The rest is as in Device.linear.
+    The rest is as in Device.linear. up is divided by its outputs if down is by its inputs.
     """
-    return up.device.mlp(
-        x, up.matrix, down.matrix, up.bias, down.bias, activation, residual, residual_scale
-    )
+    if not down.is_summed:
+        return up.device.mlp(
+            x, up.matrix, down.matrix, up.bias, down.bias, activation, residual, residual_scale
+        )
+    partial = up.device.mlp(x, up.matrix, down.matrix, up.bias, None, activation)
+    return add_residual(down.summed(partial), residual, residual_scale)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glimt.errors import ConfigError
+from glimt.parallel import ALONE, Group
 from glimt.types import EncodedPrompt, Function, ImageInput, Message, SamplingDefaults
 
 if TYPE_CHECKING:
@@ -265,12 +266,14 @@ class BuildContext:
 
     rotary_table: "auto", "hub_fp16" or "fp32_product" (VisualGLM)
     max_positions: rows of rotary tables to build
+    group: the ranks that hold the model together; parameters are this one's parts
     """
 
     device: Device
     dtype: torch.dtype
     max_positions: int
     rotary_table: str = "auto"
+    group: Group = ALONE
 
 
 C = TypeVar("C", bound=FamilyConfig)

@@ -28,7 +28,7 @@ from glimt.layers.attention import (
     cached_attention,
 )
 from glimt.layers.embedding import Embedding, PatchEmbedding
-from glimt.layers.linear import Linear, PatchLinear, empty_parameter, mlp
+from glimt.layers.linear import Head, Linear, PatchLinear, empty_parameter, mlp
 from glimt.layers.norm import LayerNorm, RMSNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.layers.tower import (
@@ -53,6 +53,7 @@ from glimt.models.base import (
 )
 from glimt.models.config_reader import ConfigReader, read_json
 from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
+from glimt.parallel import ALONE, Group, Part, divided, divided_vocabulary, share
 from glimt.types import (
     EncodedPrompt,
     Function,
@@ -437,7 +438,7 @@ class VisionBlock(TowerBlock):
         size = shape.hidden_size
         self.attention = TowerAttention(shape, device, dtype)
         self.attention_norm = LayerNorm(size, eps, device, dtype)
-        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype, group=shape.group)
         self.mlp_norm = LayerNorm(size, eps, device, dtype)
 
     def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
@@ -455,9 +456,9 @@ class VisionBlock(TowerBlock):
 class VisionTower(PatchTower):
     """EVA2-CLIP-E: a class token and all patches, full attention, no final norm."""
 
-    def __init__(self, config: VisionConfig, device: Device, dtype: torch.dtype) -> None:
-        size = config.hidden_size
-        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+    def __init__(self, config: VisionConfig, context: BuildContext) -> None:
+        device, dtype, size = context.device, context.dtype, config.hidden_size
+        shape = BlockShape(size, config.num_heads, config.intermediate_size, context.group)
         super().__init__(
             PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype),
             (
@@ -470,19 +471,20 @@ class VisionTower(PatchTower):
 class Adapter(nn.Module):
     """2x2 convolution, projection, GLU; then begin and end vectors, all divided by a constant."""
 
-    def __init__(
-        self, config: Glm4vConfig, vision: VisionConfig, device: Device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: Glm4vConfig, vision: VisionConfig, context: BuildContext) -> None:
         super().__init__()
+        device, dtype = context.device, context.dtype
         size, inner = config.hidden_size, config.ffn_hidden_size
+        group, columns = context.group.for_units(inner), Part(inner)
+        rows = divided(group, 0, columns)
         self.device = device
         self.scaling_factor = vision.scaling_factor
         self.merge = PatchLinear(vision.hidden_size, size, 2, device, dtype)
         self.project = Linear(size, size, False, device, dtype)
         self.norm = LayerNorm(size, 1e-5, device, dtype)  # torch's default, not layer_norm_eps
-        self.gate = Linear(size, inner, False, device, dtype)
-        self.up = Linear(size, inner, False, device, dtype)
-        self.down = Linear(inner, size, False, device, dtype)
+        self.gate = Linear(size, inner, False, device, dtype, shard=rows)
+        self.up = Linear(size, inner, False, device, dtype, shard=rows)
+        self.down = Linear(inner, size, False, device, dtype, shard=divided(group, 1, columns))
         self.begin = empty_parameter(1, 1, size, dtype=dtype)
         self.end = empty_parameter(1, 1, size, dtype=dtype)
 
@@ -511,19 +513,30 @@ class Adapter(nn.Module):
 # --- language model --------------------------------------------------------------------------
 
 
+def attention_group(config: Glm4vConfig, group: Group) -> Group:
+    """Who divides the heads: each rank must find the KV heads of its query heads with itself."""
+    kv_heads = config.num_kv_heads
+    fits = kv_heads % group.size == 0 or group.size % kv_heads == 0
+    return group.for_units(config.num_heads) if fits else ALONE
+
+
 class Attention(nn.Module):
-    """Grouped-query attention; only the first half of each head is rotated."""
+    """Grouped-query attention; only the first half of each head is rotated.
+
+    Query heads are divided among the ranks; so are KV heads, or each is held by several of them.
+    """
 
     def __init__(self, config: Glm4vConfig, rotary: Rotary, context: BuildContext) -> None:
         super().__init__()
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.device = context.device
+        device, dtype, group = context.device, context.dtype, attention_group(config, context.group)
+        q, kv = (Part(heads, config.head_dim) for heads in (config.num_heads, config.num_kv_heads))
+        self.device = device
         self.rotary = rotary
-        self.split = (heads, kv_heads, kv_heads)
-        bias = config.qkv_bias or config.linear_bias
-        size, width = config.hidden_size, (heads + 2 * kv_heads) * dim
-        self.qkv = Linear(size, width, bias, context.device, context.dtype)
-        self.dense = Linear(heads * dim, size, config.linear_bias, context.device, context.dtype)
+        self.split = tuple(share(group, heads.count) for heads in (q, kv, kv))
+        bias, size = config.qkv_bias or config.linear_bias, config.hidden_size
+        rows, columns = divided(group, 0, q, kv, kv), divided(group, 1, q)
+        self.qkv = Linear(size, q.length + 2 * kv.length, bias, device, dtype, shard=rows)
+        self.dense = Linear(q.length, size, config.linear_bias, device, dtype, shard=columns)
 
     def forward(
         self,
@@ -546,8 +559,11 @@ class Mlp(nn.Module):
     def __init__(self, config: Glm4vConfig, context: BuildContext) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.ffn_hidden_size, config.linear_bias
-        self.gate_up = Linear(size, 2 * inner, bias, context.device, context.dtype, is_paired=True)
-        self.down = Linear(inner, size, bias, context.device, context.dtype)
+        device, dtype = context.device, context.dtype
+        group, columns = context.group.for_units(inner), Part(inner)
+        rows = divided(group, 0, columns, columns)
+        self.gate_up = Linear(size, 2 * inner, bias, device, dtype, is_paired=True, shard=rows)
+        self.down = Linear(inner, size, bias, device, dtype, shard=divided(group, 1, columns))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> the same, plus the residual."""
@@ -583,21 +599,21 @@ class Glm4vModel(Model):
             said = f"is {context.rotary_table!r}, a table of VisualGLM; this model has only one"
             raise ConfigError("rotary_table", [f"{said}: leave it at auto"])
         self.num_layers = config.num_layers
-        self.num_kv_heads = config.num_kv_heads
+        self.num_kv_heads = share(attention_group(config, context.group), config.num_kv_heads)
         self.head_dim = config.head_dim
         self.device, self.dtype, self.vision = device, dtype, config.vision
         self.weight_table = WEIGHTS
         self.rotary = Rotary(_rotary_spec(config), context.max_positions, device, dtype)
         if config.vision:
-            self.tower = VisionTower(config.vision, device, dtype)
-            self.adapter = Adapter(config, config.vision, device, dtype)
-        size = config.hidden_size
-        self.embedding = Embedding(config.vocab_size, size, device, dtype)
+            self.tower = VisionTower(config.vision, context)
+            self.adapter = Adapter(config, config.vision, context)
+        size, rows = config.hidden_size, divided_vocabulary(context.group, config.vocab_size)
+        self.embedding = Embedding(config.vocab_size, size, device, dtype, rows)
         self.blocks = nn.ModuleList(
             Block(config, self.rotary, context) for _ in range(config.num_layers)
         )
         self.final_norm = RMSNorm(size, config.layernorm_epsilon, device, dtype)
-        self.head = Linear(size, config.vocab_size, False, device, dtype)
+        self.head = Head(size, config.vocab_size, device, dtype, rows)
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [num_image_tokens, hidden_size] per picture."""

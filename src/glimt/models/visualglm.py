@@ -27,7 +27,7 @@ from glimt.layers.attention import (
     cached_attention,
 )
 from glimt.layers.embedding import Embedding, PatchEmbedding
-from glimt.layers.linear import Linear, empty_parameter
+from glimt.layers.linear import Head, Linear, empty_parameter
 from glimt.layers.norm import LayerNorm
 from glimt.layers.rotary import Rotary, RotarySpec, inverse_frequencies, repeated
 from glimt.layers.tower import PatchTower, Stages, TowerBlock, by_rows, part_rows_for
@@ -43,6 +43,7 @@ from glimt.models.base import (
 )
 from glimt.models.config_reader import ConfigReader
 from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
+from glimt.parallel import Part, divided, divided_vocabulary, share
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
 
 if TYPE_CHECKING:
@@ -439,7 +440,7 @@ class EvaBlock(TowerBlock):
         self.attention_norm = LayerNorm(size, eps, device, dtype)
         self.attention = TowerAttention(shape, device, dtype)
         self.mlp_norm = LayerNorm(size, eps, device, dtype)
-        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype, group=shape.group)
 
     def stages(self, x: Tensor, cu_seqlens: Sequence[int]) -> Stages[Tensor]:
         """[num_tokens, hidden_size] -> the same, part by part."""
@@ -456,9 +457,9 @@ class EvaBlock(TowerBlock):
 class EvaTower(PatchTower):
     """EVA ViT-G: a class token and all patches, full attention, one last norm over all."""
 
-    def __init__(self, config: EvaConfig, device: Device, dtype: torch.dtype) -> None:
-        size = config.hidden_size
-        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+    def __init__(self, config: EvaConfig, context: BuildContext) -> None:
+        device, dtype, size = context.device, context.dtype, config.hidden_size
+        shape = BlockShape(size, config.num_heads, config.intermediate_size, context.group)
         super().__init__(
             PatchEmbedding(config.patch_size, config.num_positions, size, device, dtype),
             (
@@ -476,14 +477,17 @@ class EvaTower(PatchTower):
 class CrossAttention(nn.Module):
     """Queries read a picture's states; fused rows are [K | V]."""
 
-    def __init__(self, config: QformerConfig, device: Device, dtype: torch.dtype) -> None:
+    def __init__(self, config: QformerConfig, context: BuildContext) -> None:
         super().__init__()
-        size = config.hidden_size
+        device, dtype, size = context.device, context.dtype, config.hidden_size
+        group = context.group.for_units(config.num_heads)
+        heads = Part(config.num_heads, size // config.num_heads)
+        rows, both = divided(group, 0, heads), divided(group, 0, heads, heads)
         self.device = device
-        self.num_heads = config.num_heads
-        self.query = Linear(size, size, True, device, dtype)
-        self.kv = Linear(config.vision_size, 2 * size, True, device, dtype)
-        self.dense = Linear(size, size, True, device, dtype)
+        self.num_heads = share(group, config.num_heads)
+        self.query = Linear(size, size, True, device, dtype, shard=rows)
+        self.kv = Linear(config.vision_size, 2 * size, True, device, dtype, shard=both)
+        self.dense = Linear(size, size, True, device, dtype, shard=divided(group, 1, heads))
 
     def forward(
         self, x: Tensor, states: Tensor, x_starts: Sequence[int], starts: Sequence[int]
@@ -498,18 +502,17 @@ class CrossAttention(nn.Module):
 class QformerBlock(nn.Module):
     """Post-norm block in SAT's order: its first norm is BERT's last norm of the block before."""
 
-    def __init__(
-        self, config: QformerConfig, crosses: bool, device: Device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: QformerConfig, crosses: bool, context: BuildContext) -> None:
         super().__init__()
+        device, dtype = context.device, context.dtype
         size, eps = config.hidden_size, config.layernorm_epsilon
-        shape = BlockShape(size, config.num_heads, config.intermediate_size)
+        shape = BlockShape(size, config.num_heads, config.intermediate_size, context.group)
         self.input_norm = LayerNorm(size, eps, device, dtype)
         self.attention = TowerAttention(shape, device, dtype)
         self.attention_norm = LayerNorm(size, eps, device, dtype)
-        self.cross = CrossAttention(config, device, dtype) if crosses else None
+        self.cross = CrossAttention(config, context) if crosses else None
         self.cross_norm = LayerNorm(size, eps, device, dtype) if crosses else None
-        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype)
+        self.mlp = GeluMlp(size, shape.intermediate_size, device, dtype, group=shape.group)
 
     def forward(
         self, h: Tensor, states: Tensor, h_starts: Sequence[int], starts: Sequence[int]
@@ -525,13 +528,14 @@ class QformerBlock(nn.Module):
 class Qformer(nn.Module):
     """Learned queries, no positions, no mask."""
 
-    def __init__(self, config: QformerConfig, device: Device, dtype: torch.dtype) -> None:
+    def __init__(self, config: QformerConfig, context: BuildContext) -> None:
         super().__init__()
-        self.queries = empty_parameter(config.num_queries, config.hidden_size, dtype=dtype)
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        self.queries = empty_parameter(config.num_queries, size, dtype=context.dtype)
         self.blocks = nn.ModuleList(
-            QformerBlock(config, crosses, device, dtype) for crosses in config.crosses
+            QformerBlock(config, crosses, context) for crosses in config.crosses
         )
-        self.norm = LayerNorm(config.hidden_size, config.layernorm_epsilon, device, dtype)
+        self.norm = LayerNorm(size, eps, context.device, context.dtype)
 
     def forward(self, states: Tensor, num_images: int) -> Tensor:
         """Packed states [num_states, vision_size] of equal-sized pictures -> packed
@@ -554,12 +558,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: VisualGlmConfig, rotary: Rotary, context: BuildContext) -> None:
         super().__init__()
-        size = config.hidden_size
-        self.device = context.device
+        device, dtype, size = context.device, context.dtype, config.hidden_size
+        group = context.group.for_units(config.num_heads)
+        dim = size // config.num_heads
+        rows = divided(group, 0, Part(config.num_heads, 3 * dim))
+        columns = divided(group, 1, Part(config.num_heads, dim))
+        self.device = device
         self.rotary = rotary
-        self.num_heads = config.num_heads
-        self.qkv = Linear(size, 3 * size, True, context.device, context.dtype)
-        self.dense = Linear(size, size, True, context.device, context.dtype)
+        self.num_heads = share(group, config.num_heads)
+        self.qkv = Linear(size, 3 * size, True, device, dtype, shard=rows)
+        self.dense = Linear(size, size, True, device, dtype, shard=columns)
 
     def forward(
         self,
@@ -587,7 +595,8 @@ class Block(nn.Module):
         self.attention_norm = LayerNorm(size, eps, device, dtype)
         self.attention = Attention(config, rotary, context)
         self.mlp_norm = LayerNorm(size, eps, device, dtype)
-        self.mlp = GeluMlp(size, config.inner_hidden_size, device, dtype, tanh=True)
+        inner, group = config.inner_hidden_size, context.group
+        self.mlp = GeluMlp(size, inner, device, dtype, tanh=True, group=group)
 
     def forward(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
@@ -606,20 +615,22 @@ class VisualGlmModel(Model):
         super().__init__()
         device, dtype, size = context.device, context.dtype, config.hidden_size
         self.num_layers = config.num_layers
-        self.num_kv_heads = config.num_heads
+        group = context.group.for_units(config.num_heads)
+        self.num_kv_heads = share(group, config.num_heads)
         self.head_dim = size // config.num_heads
         self.device, self.dtype, self.eva = device, dtype, config.eva
         self.weight_table = WEIGHTS
         self.rotary = Rotary(_rotary_spec(config, context), context.max_positions, device, dtype)
-        self.tower = EvaTower(config.eva, device, dtype)
-        self.qformer = Qformer(config.qformer, device, dtype)
+        self.tower = EvaTower(config.eva, context)
+        self.qformer = Qformer(config.qformer, context)
         self.project = Linear(config.qformer.hidden_size, size, True, device, dtype)
-        self.embedding = Embedding(config.vocab_size, size, device, dtype)
+        rows = divided_vocabulary(context.group, config.vocab_size)
+        self.embedding = Embedding(config.vocab_size, size, device, dtype, rows)
         self.blocks = nn.ModuleList(
             Block(config, self.rotary, context) for _ in range(config.num_layers)
         )
         self.final_norm = LayerNorm(size, config.layernorm_epsilon, device, dtype)
-        self.head = Linear(size, config.vocab_size, False, device, dtype)
+        self.head = Head(size, config.vocab_size, device, dtype, rows)
 
     def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """One [image_length, hidden_size] per picture."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glimt.errors import ConfigError
+from glimt.parallel import Shard
 
 NONE = "none"  # what stands for no format
 BitFormat = Literal["int8", "int4"]
@@ -87,6 +88,38 @@ class QuantisedWeight:
         steps = unpack_nibbles(self.values).float().view(self.n, -1, self.group)
         whole = steps * self.scales[..., None] + self.offsets[..., None]
         return whole.flatten(1)[:, : self.k]
+
+
+def part_of(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
+    """A rank's part of a matrix, of the same steps and scales.
+
+    Where columns are divided inside a group, each rank would need a scale of its own: raises
+    ConfigError.
+    """
+    if shard.axis == 0:
+        rows = (weight.values, weight.scales, weight.offsets)
+        values, scales, offsets = (None if t is None else shard.of(t) for t in rows)
+        assert values is not None and scales is not None
+        return replace(weight, values=values, scales=scales, offsets=offsets, n=shard.length)
+    return _columns_of(weight, shard)
+
+
+def _columns_of(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
+    ((start, stop),) = shard.ranges
+    if weight.offsets is None:
+        return replace(weight, values=weight.values[:, start:stop].contiguous(), k=stop - start)
+    if start % weight.group or (stop % weight.group and stop != weight.k):
+        said = f"of {weight.k} columns in groups of {weight.group} cannot be divided among"
+        advice = "use fewer ranks, or the checkpoint in floats"
+        raise ConfigError("tp", [f"a stored matrix {said} {shard.group.size} ranks: {advice}"])
+    first, last = start // weight.group, padded(stop, weight.group) // weight.group
+    return replace(
+        weight,
+        values=weight.values[:, start // 2 : last * weight.group // 2].contiguous(),
+        scales=weight.scales[:, first:last].contiguous(),
+        offsets=weight.offsets[:, first:last].contiguous(),
+        k=stop - start,
+    )
 
 
 @runtime_checkable

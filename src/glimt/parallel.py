@@ -1,0 +1,171 @@
+"""The ranks that hold one model together: who they are, what is whose, how partial results meet.
+
+Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): a block's first product is
+divided by its outputs, its second by its inputs, and one sum makes the whole of the parts. Knows
+tensors, no model and no request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Group:
+    """A rank among `size`, all of which make the same calls in the same order. Alone by default."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, on each of them; x may be changed."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[…, n] of each rank -> […, size * n], in the order of the ranks, on each of them."""
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's values, on each rank; x is changed in place where it is not rank 0's."""
+        return x
+
+    def for_units(self, count: int) -> Group:
+        """Who divides so many heads or columns: this group, or nobody if they do not divide."""
+        return self if count % self.size == 0 else ALONE
+
+
+ALONE = Group()
+
+
+class TorchGroup(Group):
+    """Ranks joined by torch.distributed, over gloo, nccl or hccl."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())
+        self._group = group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; x is changed if it is contiguous."""
+        x = x.contiguous()
+        torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[…, n] of each rank -> […, size * n]."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, x, group=self._group)
+        return torch.cat(parts, dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's values; x must be contiguous."""
+        assert x.is_contiguous(), "the others would get another order"
+        torch.distributed.broadcast(x, src=0, group=self._group)
+        return x
+
+
+# --- what is whose ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the neighbouring stretches of an axis: `count` units of `width` rows or columns.
+
+    Units are what cannot be divided: a head, or a single column. Where there are fewer units than
+    ranks, neighbours hold the same one.
+    """
+
+    count: int
+    width: int = 1
+
+    @property
+    def length(self) -> int:
+        """Of the whole stretch, in rows or columns."""
+        return self.count * self.width
+
+    def share_of(self, group: Group) -> tuple[int, int]:
+        """First and one past the last row of a rank, within the stretch."""
+        each = max(1, self.count // group.size)
+        first = group.rank * self.count // group.size if each == 1 else group.rank * each
+        return first * self.width, (first + each) * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a checkpoint's tensor is this rank's, along one axis.
+
+    group:  the ranks that hold the parts
+    full:   the axis' length in the checkpoint
+    ranges: first and one past the last of what is taken, in order; what lies beyond `full` is zeros
+    """
+
+    group: Group
+    axis: int
+    full: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Of the axis, here."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    def shape(self, full: tuple[int, ...]) -> tuple[int, ...]:
+        """What is here of a tensor of this shape in the checkpoint."""
+        assert full[self.axis] == self.full, f"axis {self.axis} of {full} is not {self.full}"
+        return (*full[: self.axis], self.length, *full[self.axis + 1 :])
+
+    def full_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The checkpoint's shape of what has this one here."""
+        return (*shape[: self.axis], self.full, *shape[self.axis + 1 :])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor of the full shape; a view if that is possible."""
+        parts = [self._range(tensor, start, stop) for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axis)
+
+    def _range(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        first, last = min(start, self.full), min(stop, self.full)
+        part = tensor.narrow(self.axis, first, last - first)
+        missing = (stop - start) - (last - first)
+        if not missing:
+            return part
+        shape = (*tensor.shape[: self.axis], missing, *tensor.shape[self.axis + 1 :])
+        return torch.cat((part, tensor.new_zeros(shape)), dim=self.axis)
+
+
+def divided(group: Group, axis: int, *parts: Part) -> Shard | None:
+    """A rank's share of each of the neighbouring parts of an axis; None for who is alone.
+
+    Each part's count must be a multiple of the group's size, or divide it.
+    """
+    if group.size == 1:
+        return None
+    ranges, start = [], 0
+    for part in parts:
+        assert part.count % group.size == 0 or group.size % part.count == 0, f"{part} over {group}"
+        first, last = part.share_of(group)
+        ranges.append((start + first, start + last))
+        start += part.length
+    return Shard(group, axis, start, tuple(ranges))
+
+
+def divided_vocabulary(group: Group, num_rows: int) -> Shard | None:
+    """A rank's rows of a table of any length, the last ranks' padded with zeros."""
+    if group.size == 1:
+        return None
+    each = -(-num_rows // group.size)
+    return Shard(group, 0, num_rows, ((group.rank * each, (group.rank + 1) * each),))
+
+
+def share(group: Group, count: int) -> int:
+    """How many of so many units a rank holds: at least one."""
+    return max(1, count // group.size)
+
+

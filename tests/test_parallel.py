@@ -1,0 +1,125 @@
+"""What is whose, and models that are divided among ranks against the originals' outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Oracle, run_greedy
+from glimt.checkpoint import open_checkpoint
+from glimt.config import EngineConfig
+from glimt.devices.base import Device
+from glimt.engine import Engine
+from glimt.loader import OpenedModel
+from glimt.models.base import BuildContext
+from glimt.parallel import Group, Part, Shard, divided, divided_vocabulary
+from ranks import on_ranks
+
+VALUES = 5e-5  # of logits in float32, whose sums are taken in another order
+
+
+def ranks_of(size: int) -> list[Group]:
+    return [Group(rank, size) for rank in range(size)]
+
+
+def test_neighbouring_parts_are_divided_each_by_itself():
+    """Catches a fused matrix that is cut through the middle, so that queries become keys."""
+    shards = [divided(group, 0, Part(4, 2), Part(2, 2)) for group in ranks_of(2)]
+    assert [shard and shard.ranges for shard in shards] == [((0, 4), (8, 10)), ((4, 8), (10, 12))]
+    assert [shard and shard.full for shard in shards] == [12, 12]
+
+
+def test_ranks_beyond_the_units_hold_the_same_ones():
+    """Catches KV heads that are not beside the query heads that read them."""
+    shards = [divided(group, 0, Part(2, 3)) for group in ranks_of(8)]
+    first = [shard.ranges[0] if shard else None for shard in shards]
+    assert first == [(0, 3)] * 4 + [(3, 6)] * 4
+
+
+def test_a_vocabulary_is_padded_with_zeros():
+    """Catches rows of a neighbour, or of nobody, in the last rank's part."""
+    table = torch.arange(1.0, 8.0)[:, None]
+    shards = [divided_vocabulary(group, 7) for group in ranks_of(4)]
+    parts = [shard.of(table)[:, 0].tolist() for shard in shards if shard]
+    assert parts == [[1, 2], [3, 4], [5, 6], [7, 0]]
+
+
+def test_a_rank_without_any_row_has_zeros():
+    """Catches a negative length where the vocabulary ends before the rank's part."""
+    shard = Shard(Group(3, 4), 0, 5, ((6, 8),))
+    assert shard.of(torch.ones(5, 2)).tolist() == [[0, 0], [0, 0]]
+
+
+def divided_engine(oracle: Oracle, group: Group, **options: Any) -> Engine:
+    """The engine of one rank; all of them take the same requests in the same order."""
+    device = Device()
+    context = BuildContext(device, torch.float32, oracle.config.max_positions, group=group)
+    opened = OpenedModel(
+        family=oracle.family,
+        config=oracle.config,
+        processor=oracle.family.processor(oracle.folder, oracle.config, oracle.tokenizer()),
+        model=oracle.family.build(oracle.config, context),
+        checkpoint=open_checkpoint(oracle.folder),
+        device=device,
+        dtype=torch.float32,
+        max_model_len=oracle.config.context_tokens,
+    )
+    opened.load()
+    settings = {"kv_bytes": 16 * 2**20, "num_blocks": 64} | options
+    return Engine(opened, EngineConfig(model=str(oracle.folder), **settings))
+
+
+def sizes(oracle: Oracle) -> list[int]:
+    return [2, 4, 8] if oracle.name.endswith("wide") else [2]
+
+
+def test_divided_models_give_the_originals_tokens(oracle: Oracle) -> None:
+    """Catches every error of division: heads, halves of a fused matrix, sums, biases, padding."""
+    for size in sizes(oracle):
+
+        def run(group: Group) -> list[list[int]]:
+            engine = divided_engine(oracle, group)
+            return [run_greedy(engine, oracle.request(c, max_tokens=24)) for c in oracle.cases]
+
+        for found in on_ranks(size, run):
+            assert found == [oracle.arrays[f"{c}.greedy_24"].tolist() for c in oracle.cases]
+
+
+def test_divided_models_give_the_originals_values(oracle: Oracle) -> None:
+    """Catches a bias that every rank adds, which seldom changes a token."""
+    picked = oracle.arrays["picked_token_ids"]
+    for size in sizes(oracle):
+
+        def run(group: Group) -> tuple[np.ndarray, np.ndarray]:
+            engine = divided_engine(oracle, group)
+            hidden: list[torch.Tensor] = []
+            engine.runner.model.register_forward_hook(lambda m, args, out: hidden.append(out))
+            engine.add_request(oracle.request(oracle.cases[0], max_tokens=1))
+            engine.step()
+            with torch.inference_mode():
+                features = engine.runner.model.image_features([oracle.image()])[0]
+                logits = engine.runner.model.logits(hidden[0])
+            return features.numpy(), logits[-1, picked].numpy()
+
+        for features, logits in on_ranks(size, run):
+            expected = oracle.arrays[f"{oracle.cases[0]}.logits_last_picked"]
+            np.testing.assert_allclose(logits, expected, atol=VALUES, rtol=0)
+            np.testing.assert_allclose(
+                features, oracle.arrays["image_features"], atol=VALUES, rtol=0
+            )
+
+
+@pytest.mark.parametrize("name", ["glm4v_wide_oracle", "visualglm_wide_oracle"])
+def test_each_rank_holds_its_part_only(name: str, request: pytest.FixtureRequest) -> None:
+    """Catches a matrix that every rank loads whole, so that nothing is saved."""
+    oracle: Oracle = request.getfixturevalue(name)
+    whole = divided_engine(oracle, Group()).runner.model
+    size = {name: value.numel() for name, value in whole.named_parameters()}
+    for model in on_ranks(4, lambda group: divided_engine(oracle, group).runner.model):
+        names = [n for n, v in model.named_parameters() if v.ndim > 1 and v.numel() == size[n]]
+        kept = {name.rpartition(".")[0] for name in names}
+        assert kept <= {"tower.embed", "tower.embed.patch", "adapter", "adapter.merge",
+                        "adapter.project", "qformer", "project"}, kept  # fmt: skip

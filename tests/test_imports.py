@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("bench", "cluster", "commands", "demo", "evaluate", "export", "reports", "server"),
     ("async_engine", "llm"),
     ("engine",),
+    ("ranks",),
     ("loader", "memory_plan", "pace", "synthetic"),
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
     ("weights",),

@@ -176,13 +176,15 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """The engine thread runs and has not failed."""
-        return self._thread.is_alive() and self._failure is None
+        """The engine thread runs and has not failed, nor has another rank."""
+        return self._thread.is_alive() and self._failure is None and not self._engine.failure
 
     @property
     def failure(self) -> str:
         """Why the engine stopped; "" if it did not fail."""
-        return "" if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
+        if self._failure is None:
+            return self._engine.failure
+        return f"{type(self._failure).__name__}: {self._failure}"
 
     @property
     def stalled_s(self) -> float:
@@ -195,6 +197,7 @@ class AsyncEngine:
             self._is_closed = True
         self._commands.put(None)
         self._thread.join()
+        self._engine.close()
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._gate:

@@ -9,6 +9,7 @@ from glimt.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
+TP_SIZES = (1, 2, 4, 8)
 ROTARY_TABLES = ("auto", "hub_fp16", "fp32_product")
 
 
@@ -68,6 +69,7 @@ class EngineConfig:
 
     model: str  # folder with config.json, weights and tokenizer
     device: str = "cpu"  # a file in devices/
+    tp_size: int = 1  # ranks that divide the model: 1, 2, 4 or 8; each a process with a card
     num_threads: int | None = None  # of the processor; None: as many as this process may run on
     dtype: str = (
         "auto"  # of weights and activations; auto: the checkpoint's, if the device likes it
@@ -110,6 +112,8 @@ class EngineConfig:
             for name in ("quant", "quant_head", "quant_tower")
             if not isinstance(value := getattr(self, name), str)
         ]
+        if self.tp_size not in TP_SIZES:
+            problems.append(f"tp_size is {self.tp_size!r}; one of 1, 2, 4 and 8 is needed")
         if self.max_stretch is not None and not _is_stretch(self.max_stretch):
             problems.append(f"max_stretch is {self.max_stretch!r}; a number above 1 is needed")
         for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):

@@ -16,14 +16,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from glimt.config import EngineConfig
-from glimt.errors import RequestError
+from glimt.devices.base import Device
+from glimt.errors import RankError, RequestError
 from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
 from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
+from glimt.models.base import Model
 from glimt.outputs.collector import OutputCollector
 from glimt.pace import Pace
+from glimt.ranks import Ranks, start_ranks
 from glimt.runner.feature_cache import FeatureCache
-from glimt.runner.kv_cache import allocate_kv, cache_dtype
+from glimt.runner.kv_cache import KVCaches, allocate_kv, cache_dtype
+from glimt.runner.lead import LeadingModel, LedCaches
 from glimt.runner.model_runner import ModelRunner
 from glimt.runner.vision import VisionRunner
 from glimt.sampling import Sampler, verify
@@ -69,9 +73,12 @@ class EngineStats:
 class Engine:
     """Runs requests on one loaded model."""
 
-    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
+    def __init__(
+        self, opened: OpenedModel, config: EngineConfig, ranks: Ranks | None = None
+    ) -> None:
         """Build every stage around a model whose weights are loaded.
 
+        ranks: the others, where this process has only a part of the model
         Raises ConfigError if the KV cache that is asked for does not fit.
         """
         self.config = _fitted_config(config, opened)
@@ -79,11 +86,17 @@ class Engine:
         num_blocks, self.memory = plan_memory(
             self.config, opened.model, opened.device, opened.dtype, opened.max_model_len
         )
+        self.ranks = ranks
+        num_blocks = ranks.agree(num_blocks) if ranks else num_blocks
         limits = _request_limits(opened, num_blocks * config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
-        self.vision = _build_vision(self.config, opened)
-        self.runner = _build_runner(self.config, opened, num_blocks, self.vision)
+        model = LeadingModel(opened.model, ranks.group, ranks) if ranks else opened.model
+        self.vision = _build_vision(self.config, model, opened.device)
+        caches = _build_caches(self.config, opened, num_blocks)
+        self.runner = ModelRunner(
+            model, LedCaches(caches, ranks) if ranks else caches, self.vision, opened.device
+        )
         self.sampler = Sampler(opened.config.vocab_size)
         self.outputs = OutputCollector(opened.processor, time.monotonic)
         # A bidirectional prompt runs whole or not at all: no step may have less room than one.
@@ -96,11 +109,35 @@ class Engine:
         """Open a model folder, load it and build the engine.
 
         on_tensor: called with the bytes of each tensor loaded
-        Raises ConfigError or CheckpointError, each listing everything that is wrong.
+        Raises ConfigError or CheckpointError, each listing everything that is wrong; EngineError
+        where one of several ranks does not come.
         """
+        if config.tp_size > 1:
+            return cls._load_divided(config, on_tensor)
         opened = open_model(config)
         opened.load(on_tensor)
         return cls(opened, config)
+
+    @classmethod
+    def _load_divided(cls, config: EngineConfig, on_tensor: Callable[[int], None] | None) -> Engine:
+        ranks = start_ranks(config)
+        try:
+            opened = open_model(config, ranks.group, ranks.seat)
+            opened.load(on_tensor)
+            return cls(opened, config, ranks)
+        except BaseException:
+            ranks.stop()
+            raise
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; no step can follow."""
+        if self.ranks is not None:
+            self.ranks.stop()
+
+    @property
+    def failure(self) -> str:
+        """Why no step can follow; "" while the engine is sound."""
+        return self.ranks.failure if self.ranks else ""
 
     # --- requests ---
 
@@ -198,6 +235,8 @@ class Engine:
         try:
             logits = self.runner.run(plan)
             tokens = verify(self.sampler.sample(logits.logits, plan), plan)
+        except RankError:
+            raise  # there is no other request that could go on
         except Exception as error:  # whatever it is, the other requests must go on
             self._failed_steps += 1
             return self._isolate(plan, error)
@@ -289,17 +328,14 @@ def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
     )
 
 
-def _build_vision(config: EngineConfig, opened: OpenedModel) -> VisionRunner:
-    token = torch.zeros(1, dtype=torch.int64, device=opened.device.torch_device)
-    features = FeatureCache(config.feature_cache_bytes // opened.model.embed(token).nbytes)
+def _build_vision(config: EngineConfig, model: Model, device: Device) -> VisionRunner:
+    token = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+    features = FeatureCache(config.feature_cache_bytes // model.embed(token).nbytes)
     sizes = config.tower_patches, config.tower_slice_patches
-    return VisionRunner(opened.model, features, *sizes)
+    return VisionRunner(model, features, *sizes)
 
 
-def _build_runner(
-    config: EngineConfig, opened: OpenedModel, num_blocks: int, vision: VisionRunner
-) -> ModelRunner:
+def _build_caches(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> KVCaches:
     stored = cache_dtype(config.kv_dtype, opened.dtype)
     where = opened.device.torch_device
-    caches = allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
-    return ModelRunner(opened.model, caches, vision, opened.device)
+    return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)

@@ -6,6 +6,7 @@ GlimtError
 │   └── ImageError          a picture that cannot or may not be read
 ├── CapacityError           try again later (HTTP 429, 503)
 ├── EngineError             our own failure (HTTP 500, with the request id)
+│   └── RankError           a rank of a divided model is gone: the whole engine stops
 └── SetupError              nothing can be served: wrong option, file or package
     ├── ConfigError         a configuration value, ours or the checkpoint's
     ├── CheckpointError     weight files: lists everything that is wrong with them
@@ -47,6 +48,10 @@ class CapacityError(GlimtError):
 
 class EngineError(GlimtError):
     """The engine failed; the request was not at fault."""
+
+
+class RankError(EngineError):
+    """A rank of a divided model has failed or is gone; no request can go on without it."""
 
 
 class SetupError(GlimtError):

@@ -37,6 +37,10 @@ class LLM:
         self.engine = Engine.load(EngineConfig(model=model, **options), on_tensor)
         self._inboxes: dict[str, deque[StepOutput]] = {}
 
+    def close(self) -> None:
+        """End the other ranks of a divided model; nothing can be asked afterwards."""
+        self.engine.close()
+
     @classmethod
     def around(cls, engine: Engine) -> LLM:
         """The same of an engine that is loaded already."""

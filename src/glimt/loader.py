@@ -11,7 +11,7 @@ import torch
 
 from glimt.checkpoint import Checkpoint, scan_checkpoint
 from glimt.config import EngineConfig
-from glimt.devices.base import Device, open_device
+from glimt.devices.base import ONLY_SEAT, Device, Seat, open_device
 from glimt.errors import CheckpointError, ConfigError
 from glimt.inputs.tokenizer import load_tokenizer
 from glimt.memory_plan import check_weights_fit
@@ -25,6 +25,7 @@ from glimt.models.base import (
     find_family,
 )
 from glimt.models.config_reader import read_model_config
+from glimt.parallel import ALONE, Group
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.synthetic import (
@@ -74,18 +75,20 @@ class OpenedModel:
         self.device.keep_freed_memory()
 
 
-def open_model(engine: EngineConfig) -> OpenedModel:
+def open_model(engine: EngineConfig, group: Group = ALONE, seat: Seat = ONLY_SEAT) -> OpenedModel:
     """Read a model folder without reading its weights, or prepare a synthetic model.
+
+    group: the ranks that divide it; seat: this process among those on this machine
 
     Raises one ConfigError or CheckpointError with all that is wrong in the folder: config.json,
     tokenizer, weight files and the tensors in them; a ConfigError if the weights alone are beyond
     engine.memory_limit_bytes.
     """
-    device = open_device(engine.device, engine.num_threads)
+    device = open_device(engine.device, engine.num_threads, seat)
     name = parse_name(engine.model) if is_synthetic(engine.model) else None
     found = read_synthetic(name) if name else read_folder(model_folder(engine.model))
     dtype = _choose_dtype(engine.dtype, found.config, device)
-    context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table)
+    context = BuildContext(device, dtype, found.config.max_positions, engine.rotary_table, group)
     model = build_model(found, context)
     if name:
         found = replace(found, checkpoint=synthetic_checkpoint(name, model, dtype))

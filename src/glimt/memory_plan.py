@@ -115,7 +115,8 @@ def _kv_room(config: EngineConfig, bare: MemoryPlan, device: Device) -> int:
         return config.kv_bytes
     if bare.limit is not None:
         return bare.limit - bare.total
-    return min(device.free_bytes() // 4, _MAX_DEFAULT_KV_BYTES)
+    sharers = config.tp_size if device.peak_bytes() is None else 1  # of the host's memory
+    return min(device.free_bytes() // 4, _MAX_DEFAULT_KV_BYTES) // sharers
 
 
 def _bare_plan(config: EngineConfig, model: Model, dtype: torch.dtype) -> MemoryPlan:

@@ -167,5 +167,3 @@ def divided_vocabulary(group: Group, num_rows: int) -> Shard | None:
 def share(group: Group, count: int) -> int:
     """How many of so many units a rank holds: at least one."""
     return max(1, count // group.size)
-
-

@@ -88,6 +88,16 @@ Dtype = Annotated[
 DeviceName = Annotated[
     str, option("--device", "What to compute on; glimt doctor lists them.", MODEL, "NAME")
 ]
+TpSize = Annotated[
+    int,
+    option(
+        "--tp",
+        "Divide the model among N processes, each with a card of its own or its share of the "
+        "cores: 1, 2, 4 or 8.",
+        MODEL,
+        "N",
+    ),
+]
 Threads = Annotated[
     int | None,
     option(
@@ -287,6 +297,7 @@ ENGINE: Group = {  # fields of EngineConfig
     "model": (Model, "demo"),
     "dtype": (Dtype, "auto"),
     "device": (DeviceName, "cpu"),
+    "tp_size": (TpSize, 1),
     "num_threads": (Threads, None),
     "max_model_len": (MaxModelLen, None),
     "kv_bytes": (KvBytes, None),

@@ -157,10 +157,28 @@ class AttentionBatch:
         return self.masks[row]
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """This process among those of one model on this machine: which of how many.
+
+    They share the processor's cores, and each takes a card of its own.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+ONLY_SEAT = Seat()
+
+
 class Device:
-    """The operations in plain torch, on any torch device."""
+    """The operations in plain torch, on any torch device.
+
+    collectives: torch's backend for sums over ranks that compute on such devices
+    """
 
     name = "base"
+    collectives = "gloo"
 
     def __init__(self, torch_device: str = "cpu") -> None:
         self.torch_device = torch.device(torch_device)
@@ -168,7 +186,7 @@ class Device:
     # --- the machine ---
 
     @classmethod
-    def open(cls, num_threads: int | None = None) -> Device:
+    def open(cls, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
         """The device to use here, which may be of a class that suits this machine better.
 
         num_threads: of the host; None: what torch and the device take by themselves
@@ -488,8 +506,8 @@ def all_devices() -> dict[str, type[Device]]:
     return found
 
 
-def open_device(name: str, num_threads: int | None = None) -> Device:
-    """The device of that name; num_threads as of Device.open.
+def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
+    """The device of that name; num_threads and seat as of Device.open.
 
     Raises ConfigError if it is unknown or not usable here.
     """
@@ -500,4 +518,4 @@ def open_device(name: str, num_threads: int | None = None) -> Device:
     reason = devices[name].unavailable_reason()
     if reason:
         raise ConfigError("device", [f"{name} cannot be used here: {reason}"])
-    return devices[name].open(num_threads)
+    return devices[name].open(num_threads, seat)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glimt.devices.base import (
+    ONLY_SEAT,
     Activation,
     AttentionBatch,
     Device,
@@ -16,6 +17,7 @@ from glimt.devices.base import (
     LowBitWeight,
     MatrixWeight,
     RotaryStyle,
+    Seat,
     add_residual,
 )
 from glimt.devices.host import plan_threads
@@ -34,14 +36,14 @@ class CpuDevice(Device):
     name = "cpu"
 
     @classmethod
-    def open(cls, num_threads: int | None = None) -> Device:
+    def open(cls, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
         """With native kernels, unless there are none or GLIMT_ISA is "none".
 
         num_threads: None: one for each core of this process, as far as its container's share of
-            time goes; torch may take fewer by itself
+            time goes; torch may take fewer by itself. Each seat has its part of the cores
         Raises ConfigError if the instruction set that GLIMT_ISA names cannot be used.
         """
-        threads = plan_threads(num_threads)
+        threads = plan_threads(num_threads, (seat.index, seat.count))
         too_many = torch.get_num_threads() > threads.count
         plain = super().open(threads.count if too_many else num_threads)
         native = open_native(os.environ.get("GLIMT_ISA"), threads.count, threads.places)

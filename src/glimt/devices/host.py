@@ -36,6 +36,7 @@ class Threads:
 
 def plan_threads(
     wanted: int | None = None,
+    part: tuple[int, int] = (0, 1),
     proc: Path = PROC,
     cgroup: Path = CGROUP,
     processors: Path = PROCESSORS,
@@ -43,18 +44,21 @@ def plan_threads(
 ) -> Threads:
     """Threads for this process; wanted: as many, whatever the cores.
 
+    part: this process' index and the count of those that divide the cores among themselves
+
     The second thread of a core adds nothing where all threads wait for the same multipliers.
     """
     allowed = sorted(os.sched_getaffinity(0))
     cores = _one_of_each_core(allowed, processors)
     quota = read_cpu_quota(proc, cgroup)
-    count = wanted or max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+    usable = len(cores) if quota is None else min(len(cores), int(quota))
+    count = wanted or max(1, usable // part[1])
     by_node = _by_node(cores, nodes)
+    cores = _part_of(sorted(cores, key=lambda number: (by_node[number], number)), *part)
     if len(set(by_node.values())) < 2 or count > len(cores):
         return Threads(count)
-    ordered = sorted(cores, key=lambda number: (by_node[number], number))
-    step = len(ordered) / count  # fewer threads than cores: as many on every node
-    return Threads(count, tuple(ordered[int(i * step)] for i in range(count)))
+    step = len(cores) / count  # fewer threads than cores: as many on every node
+    return Threads(count, tuple(cores[int(i * step)] for i in range(count)))
 
 
 def _one_of_each_core(allowed: Collection[int], processors: Path) -> list[int]:
@@ -64,6 +68,13 @@ def _one_of_each_core(allowed: Collection[int], processors: Path) -> list[int]:
         siblings = read_text(processors / f"cpu{number}" / "topology" / "thread_siblings_list")
         first.setdefault(siblings.strip() or str(number), number)
     return sorted(first.values())
+
+
+def _part_of(cores: Sequence[int], index: int, count: int) -> list[int]:
+    """Neighbouring cores of one process of several; some are shared if there are fewer."""
+    each = max(1, len(cores) // count)
+    first = (index * each) % len(cores)
+    return list(cores[first : first + each])
 
 
 def _by_node(cores: Collection[int], nodes: Path) -> dict[int, int]:

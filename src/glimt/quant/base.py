@@ -99,7 +99,8 @@ def part_of(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
     if shard.axis == 0:
         rows = (weight.values, weight.scales, weight.offsets)
         values, scales, offsets = (None if t is None else shard.of(t) for t in rows)
-        assert values is not None and scales is not None
+        assert values is not None
+        assert scales is not None
         return replace(weight, values=values, scales=scales, offsets=offsets, n=shard.length)
     return _columns_of(weight, shard)
 

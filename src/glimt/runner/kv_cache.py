@@ -26,9 +26,21 @@ def kv_bytes_per_token(model: Model, dtype: torch.dtype) -> int:
     return 2 * model.num_layers * model.num_kv_heads * per_head
 
 
+class KVCaches(list[KVCache]):
+    """One cache per layer."""
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zero blocks, so that reads beyond what is written find nothing that is not finite."""
+        clear_blocks(self, blocks)
+
+    def clear_slots(self, slots: Tensor) -> None:
+        """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
+        clear_slots(self, slots)
+
+
 def allocate_kv(
     model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, torch_device: torch.device
-) -> list[KVCache]:
+) -> KVCaches:
     """One cache per layer, with scales where dtype is int8.
 
     Zeroed, because padded reads touch slots that nobody has written: garbage there could be NaN,
@@ -44,10 +56,10 @@ def allocate_kv(
     def scales() -> Tensor | None:
         return zeros(shape[:-1], _SCALE) if dtype == torch.int8 else None
 
-    return [
+    return KVCaches(
         KVCache(zeros(shape, dtype), zeros(shape, dtype), scales(), scales())
         for _ in range(model.num_layers)
-    ]
+    )
 
 
 def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from glimt.devices.base import Device, KVCache
+from glimt.devices.base import Device
 from glimt.models.base import Model
 from glimt.runner.batch import Batch, flatten
-from glimt.runner.kv_cache import clear_blocks, clear_slots
+from glimt.runner.kv_cache import KVCaches
 from glimt.runner.vision import VisionRunner
 from glimt.types import ImageSlice, StepPlan
 
@@ -28,7 +28,7 @@ class ModelRunner:
     """Runs one step at a time. What its pictures look like to the model comes from `vision`."""
 
     def __init__(
-        self, model: Model, caches: Sequence[KVCache], vision: VisionRunner, device: Device
+        self, model: Model, caches: KVCaches, vision: VisionRunner, device: Device
     ) -> None:
         self.model = model
         self.caches = caches
@@ -44,7 +44,7 @@ class ModelRunner:
         """
         batch = flatten(plan, self.caches[0].block_size, self.device.torch_device)
         # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
-        clear_blocks(self.caches, batch.opened_blocks)
+        self.caches.clear_blocks(batch.opened_blocks)
         image_s = self.vision.complete(plan)
         hidden = self.model.embed(batch.token_ids)
         for offset, part in _placed_slices(plan):
@@ -64,7 +64,7 @@ class ModelRunner:
             return
         is_broken = ~hidden[batch.drafted].isfinite().all(-1)
         if is_broken.any():
-            clear_slots(self.caches, batch.attention.slots[batch.drafted[is_broken]])
+            self.caches.clear_slots(batch.attention.slots[batch.drafted[is_broken]])
 
 
 def _placed_slices(plan: StepPlan) -> Iterator[tuple[int, ImageSlice]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from glimt.errors import RankError
 from glimt.models.base import Model
 from glimt.runner.allowance import Allowance
 from glimt.runner.feature_cache import FeatureCache
@@ -154,6 +155,8 @@ class VisionRunner:
         began = time.perf_counter()
         try:
             self._advance(job, patience_s)
+        except RankError:
+            raise
         except Exception as error:  # whatever it is, those without these pictures must go on
             return TowerProgress({}, error, self._given_up(job))
         finally:

@@ -128,6 +128,8 @@ class EngineHost:
         self.state = "loading"
         log.error("the engine failed (%s) and is started again", self.failure)
         try:
+            if self._engine is not None:
+                await asyncio.to_thread(self._engine.close)  # its memory is needed again
             await self._open()
         except GlimtError as error:
             self.failure, self.state = str(error), "failed"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import Oracle, run_greedy
-from glimt.checkpoint import open_checkpoint
-from glimt.config import EngineConfig
-from glimt.devices.base import Device
-from glimt.engine import Engine
-from glimt.loader import OpenedModel
-from glimt.models.base import BuildContext
+from conftest import GOLDEN, Oracle, run_greedy
+from divided import divided_engine
 from glimt.parallel import Group, Part, Shard, divided, divided_vocabulary
 from ranks import on_ranks
 
@@ -51,25 +50,6 @@ def test_a_rank_without_any_row_has_zeros():
     """Catches a negative length where the vocabulary ends before the rank's part."""
     shard = Shard(Group(3, 4), 0, 5, ((6, 8),))
     assert shard.of(torch.ones(5, 2)).tolist() == [[0, 0], [0, 0]]
-
-
-def divided_engine(oracle: Oracle, group: Group, **options: Any) -> Engine:
-    """The engine of one rank; all of them take the same requests in the same order."""
-    device = Device()
-    context = BuildContext(device, torch.float32, oracle.config.max_positions, group=group)
-    opened = OpenedModel(
-        family=oracle.family,
-        config=oracle.config,
-        processor=oracle.family.processor(oracle.folder, oracle.config, oracle.tokenizer()),
-        model=oracle.family.build(oracle.config, context),
-        checkpoint=open_checkpoint(oracle.folder),
-        device=device,
-        dtype=torch.float32,
-        max_model_len=oracle.config.context_tokens,
-    )
-    opened.load()
-    settings = {"kv_bytes": 16 * 2**20, "num_blocks": 64} | options
-    return Engine(opened, EngineConfig(model=str(oracle.folder), **settings))
 
 
 def sizes(oracle: Oracle) -> list[int]:
@@ -123,3 +103,29 @@ def test_each_rank_holds_its_part_only(name: str, request: pytest.FixtureRequest
         kept = {name.rpartition(".")[0] for name in names}
         assert kept <= {"tower.embed", "tower.embed.patch", "adapter", "adapter.merge",
                         "adapter.project", "qformer", "project"}, kept  # fmt: skip
+
+
+def test_processes_over_gloo_give_the_originals_answers(oracle: Oracle, tmp_path: Path) -> None:
+    """Catches what threads of one process cannot show: another order or dtype on the wire."""
+    golden = GOLDEN / f"{oracle.name}.golden.npz"
+    program = "import sys; from rank_program import main; main(*sys.argv[1:])"
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for size in sizes(oracle):
+        store = tmp_path / f"store-{size}"
+        given = oracle.name, str(oracle.folder), str(golden)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, *given, str(rank), str(size), str(store)],
+                stdout=subprocess.PIPE,
+                env=os.environ | environment,
+            )
+            for rank in range(size)
+        ]
+        for rank in ranks:
+            said, _ = rank.communicate(timeout=280)
+            assert rank.returncode == 0
+            found = json.loads(said)
+            wanted = {c: oracle.arrays[f"{c}.greedy_24"].tolist() for c in oracle.cases}
+            assert found["tokens"] == wanted
+            expected = oracle.arrays[f"{oracle.cases[0]}.logits_last_picked"]
+            np.testing.assert_allclose(found["logits"], expected, atol=VALUES, rtol=0)

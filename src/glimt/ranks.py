@@ -24,7 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, TCPStore
+from torch.distributed.distributed_c10d import Store
 
 from glimt.config import EngineConfig, ImageLimits
 from glimt.devices.base import Seat, all_devices
@@ -37,6 +37,8 @@ from glimt.runner.messages import Channel, Message
 from glimt.runner.worker import Worker
 
 log = logging.getLogger(__name__)
+
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch forgot to say that it is public
 
 _MEET_S = 120.0  # until every rank has come; a loaded machine takes its time to import torch
 _SUM_S = 300.0  # a sum that takes longer is one whose rank stands still
@@ -244,7 +246,7 @@ class _Start:
             raise
         return Ranks(group, seat, channels, processes)
 
-    def _store(self) -> TCPStore:
+    def _store(self) -> Any:
         size, patience = self.config.tp_size, timedelta(seconds=_MEET_S)
         if self.place is not None:
             return TCPStore(self.place.host, self.place.port, size, False, patience)

@@ -112,7 +112,7 @@ class EngineConfig:
             for name in ("quant", "quant_head", "quant_tower")
             if not isinstance(value := getattr(self, name), str)
         ]
-        if self.tp_size not in TP_SIZES:
+        if type(self.tp_size) is not int or self.tp_size not in TP_SIZES:
             problems.append(f"tp_size is {self.tp_size!r}; one of 1, 2, 4 and 8 is needed")
         if self.max_stretch is not None and not _is_stretch(self.max_stretch):
             problems.append(f"max_stretch is {self.max_stretch!r}; a number above 1 is needed")

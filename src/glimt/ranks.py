@@ -8,6 +8,7 @@ them is gone, all are ended: what is left of a divided model is of no use.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -106,6 +107,7 @@ class Ranks:
         self._is_broken = threading.Event()
         self._is_stopping = False
         self._watcher: threading.Thread | None = None
+        atexit.register(self.stop)  # of a program that forgets it
 
     @property
     def failure(self) -> str:
@@ -179,8 +181,11 @@ class Ranks:
             process.kill()
 
     def stop(self) -> None:
-        """End the others, and forget the group."""
+        """End the others, and forget the group. Does nothing the second time."""
+        if self._is_stopping:
+            return
         self._is_stopping = True
+        atexit.unregister(self.stop)
         for channel in self._channels.values():
             with contextlib.suppress(RankError):
                 channel.send(Message("stop"))
@@ -359,6 +364,9 @@ def serve_rank(place: Place) -> int:
         with contextlib.suppress(RankError):
             channel.send(Message("failed", {"why": why}))
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
@@ -398,8 +406,8 @@ def _end_with(parent: str | None) -> None:
     threading.Thread(target=watch, name="glimt-parent", daemon=True).start()
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """`python -m glimt.ranks`, as rank 0 starts it."""
+def main() -> int:
+    """`python -m glimt.ranks`, as rank 0 starts it; returns the exit status."""
     place = Place.read(os.environ)
     if place is None or place.rank == 0:
         print("this is started by glimt with --tp, or by torchrun", file=sys.stderr)

@@ -53,6 +53,11 @@ def main() -> None:
         # Where the terminal is not UTF-8, an answer with question marks beats a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+        # torchrun starts one command for all ranks; those but the first are told by it what to do.
+        from glimt.ranks import main as serve_rank
+
+        sys.exit(serve_rank())
     app(prog_name="glimt")
 
 

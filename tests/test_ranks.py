@@ -1,0 +1,201 @@
+"""The ranks of a divided model as real processes: the same answers, and no hang when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import glimt
+from glimt import EngineConfig, SamplingParams
+from glimt.commands.quantize import plan_quantize, quantize
+from glimt.errors import ConfigError, EngineError
+from glimt.quant.plan import QuantOptions
+from glimt.ranks import Place, start_ranks
+
+PICTURE = Path(__file__).parents[1] / "examples" / "house.png"
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+
+
+def chats() -> list[list[dict[str, object]]]:
+    """With a picture and without one."""
+    shown = [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "What is this?"}]
+    return [[{"role": "user", "content": shown}], [{"role": "user", "content": "Hello"}]]
+
+
+def answers(folder: Path, **options: object) -> list[tuple[int, ...]]:
+    llm = glimt.LLM(str(folder), dtype="float32", kv_bytes=2**24, **options)
+    try:
+        return [output.token_ids for output in llm.chat(chats(), GREEDY)]
+    finally:
+        llm.close()
+
+
+@pytest.fixture
+def divided(folders: dict[str, Path]) -> Iterator[glimt.AsyncEngine]:
+    config = EngineConfig(
+        model=str(folders["glm4v_9b"]), dtype="float32", tp_size=2, kv_bytes=2**26
+    )
+    engine = glimt.AsyncEngine.load(config)
+    yield engine
+    engine.close()
+
+
+def pids(engine: glimt.AsyncEngine) -> list[int]:
+    assert engine.engine.ranks is not None
+    return [process.pid for process in engine.engine.ranks._processes.values()]
+
+
+def test_two_processes_answer_as_one(folder: Path) -> None:
+    """Catches what only the real way can lose: pictures, positions, cleared blocks, padding."""
+    assert answers(folder, tp_size=2) == answers(folder)
+
+
+def test_drafts_chunks_and_slices_are_led_too(folder: Path) -> None:
+    """Catches calls that rank 0 makes alone: chunks, drafts, a picture in slices, a small pool."""
+    options = {"max_num_batched_tokens": 24, "num_draft_tokens": 3, "num_blocks": 24}
+    assert answers(folder, tp_size=2, tower_slice_patches=1, **options) == answers(folder)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32"])
+def test_quantised_checkpoints_are_divided_too(folder: Path, tmp_path: Path, name: str) -> None:
+    """Catches a matrix whose scales stay behind when its rows go to another rank."""
+    options = QuantOptions(blocks=name, tower="int8")
+    quantize(plan_quantize(folder, tmp_path / "q", options, force=False))
+    assert answers(tmp_path / "q", tp_size=2) == answers(tmp_path / "q")
+
+
+def test_a_killed_rank_ends_every_request_and_every_rank(divided: glimt.AsyncEngine) -> None:
+    """Catches a hang in a sum, a request without an end, an orphan."""
+    (other,) = pids(divided)
+
+    async def ask() -> Exception:
+        request = await divided.prepare_chat(chats()[1], LONG)
+        try:
+            async for output in divided.stream(request):
+                if output.token_ids:
+                    os.kill(other, signal.SIGKILL)
+        except EngineError as error:
+            return error
+        raise AssertionError("it ended as if nothing had happened")
+
+    async def ask_all() -> list[Exception]:
+        return await asyncio.wait_for(asyncio.gather(*(ask() for _ in range(3))), 60)
+
+    for error in asyncio.run(ask_all()):
+        assert "rank 1 is gone: killed by signal 9" in str(error)
+    assert not divided.is_alive
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_noticed(divided: glimt.AsyncEngine) -> None:
+    """Catches a server that says that it is well, and fails its next request."""
+    os.kill(pids(divided)[0], signal.SIGKILL)
+
+    async def wait() -> None:
+        while divided.is_alive:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(wait(), 60))
+    assert "rank 1 is gone" in divided.failure
+
+
+def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
+    """Catches orphans of a program that is killed and can end nothing itself."""
+    program = (
+        "import sys, time, glimt\n"
+        "llm = glimt.LLM(sys.argv[1], tp_size=2, kv_bytes=2**24)\n"
+        "print(*[p.pid for p in llm.engine.ranks._processes.values()], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folders["glm4v_9b"])], stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        (other,) = map(int, first.stdout.readline().split())
+        first.kill()
+    while is_running(other):
+        pass
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
+    """Catches ranks that each answer the command for themselves, or that never end."""
+    told = ["generate", "--model", str(folders["glm4v_9b"]), "--prompt", "Hello", "--tp", "2"]
+    settings = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12", "--ignore-eos"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    started = subprocess.run(
+        [*torchrun, "--master-port", str(free_port()), "-m", "glimt", *told, *settings],
+        capture_output=True,
+        timeout=280,
+        check=True,
+    )
+    alone = subprocess.run(
+        [sys.executable, "-m", "glimt", *told[:-1], "1", *settings],
+        capture_output=True,
+        timeout=280,
+        check=True,
+    )
+    assert started.stdout == alone.stdout
+    assert alone.stdout.strip()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_port_in_use_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of a socket where a setting is wrong."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=f"MASTER_PORT.*127.0.0.1:{port}"):
+            start_ranks(EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2))
+
+
+@pytest.mark.parametrize("size", [0, 3, 16, True, "2", None])
+def test_only_sizes_that_divide_the_models_are_taken(size: object) -> None:
+    """Catches a size that would fail later, in the midst of loading."""
+    with pytest.raises(ConfigError, match="tp_size"):
+        EngineConfig(model="demo", tp_size=size)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_cannot_start_is_named(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two minutes of waiting for a process that ended at once."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EngineError, match="rank 1 ended with status 1 before it was ready"):
+        glimt.LLM(str(folders["glm4v_9b"]), tp_size=2)
+
+
+def test_torchruns_ranks_must_be_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that wait for others who never come."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="torchrun started 4 ranks"):
+        start_ranks(EngineConfig(model="demo", tp_size=2))
+
+
+def test_wrong_words_of_torchrun_are_named() -> None:
+    """Catches a traceback of int()."""
+    with pytest.raises(ConfigError, match=r"MASTER_PORT.*'x'"):
+        Place.read({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "x"})
+    assert Place.read({"RANK": "1"}) is None

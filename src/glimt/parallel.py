@@ -92,9 +92,21 @@ class Part:
 
     def share_of(self, group: Group) -> tuple[int, int]:
         """First and one past the last row of a rank, within the stretch."""
-        each = max(1, self.count // group.size)
-        first = group.rank * self.count // group.size if each == 1 else group.rank * each
-        return first * self.width, (first + each) * self.width
+        first = group.rank * self.count // group.size
+        last = max(first + 1, (group.rank + 1) * self.count // group.size)
+        return first * self.width, last * self.width
+
+
+def in_blocks(length: int, group: Group) -> Part:
+    """Rows that are divided in blocks: where a matrix is in groups of 4 bits, none is cut.
+
+    64 where there are enough of them for all ranks, else the largest power of two that gives each
+    rank one.
+    """
+    assert length >= group.size, f"{length} rows for {group.size} ranks"
+    fits = (w for w in (64, 32, 16, 8, 4, 2, 1) if length % w == 0 and length // w >= group.size)
+    width = next(fits, 1)
+    return Part(length // width, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +155,13 @@ class Shard:
 def divided(group: Group, axis: int, *parts: Part) -> Shard | None:
     """A rank's share of each of the neighbouring parts of an axis; None for who is alone.
 
-    Each part's count must be a multiple of the group's size, or divide it.
+    A rank may have a unit more than another. Fewer units than ranks must divide their number.
     """
     if group.size == 1:
         return None
     ranges, start = [], 0
     for part in parts:
-        assert part.count % group.size == 0 or group.size % part.count == 0, f"{part} over {group}"
+        assert part.count >= group.size or group.size % part.count == 0, f"{part} over {group.size}"
         first, last = part.share_of(group)
         ranges.append((start + first, start + last))
         start += part.length

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glimt.devices.base import Activation, AttentionBatch, Device, KVCache
 from glimt.layers.linear import Linear, mlp
 from glimt.layers.tower import Stages, by_rows, run_through
-from glimt.parallel import ALONE, Group, Part, divided, share
+from glimt.parallel import ALONE, Group, Part, divided, in_blocks, share
 
 
 def cached_attention(
@@ -137,7 +137,7 @@ class GeluMlp(nn.Module):
         group: Group = ALONE,
     ) -> None:
         super().__init__()
-        group, inner = group.for_units(intermediate_size), Part(intermediate_size)
+        inner = in_blocks(intermediate_size, group)
         rows, columns = divided(group, 0, inner), divided(group, 1, inner)
         self.up = Linear(hidden_size, intermediate_size, True, device, dtype, shard=rows)
         self.down = Linear(intermediate_size, hidden_size, True, device, dtype, shard=columns)

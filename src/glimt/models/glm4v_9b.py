@@ -53,7 +53,7 @@ from glimt.models.base import (
 )
 from glimt.models.config_reader import ConfigReader, read_json
 from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
-from glimt.parallel import ALONE, Group, Part, divided, divided_vocabulary, share
+from glimt.parallel import ALONE, Group, Part, divided, divided_vocabulary, in_blocks, share
 from glimt.types import (
     EncodedPrompt,
     Function,
@@ -475,7 +475,7 @@ class Adapter(nn.Module):
         super().__init__()
         device, dtype = context.device, context.dtype
         size, inner = config.hidden_size, config.ffn_hidden_size
-        group, columns = context.group.for_units(inner), Part(inner)
+        group, columns = context.group, in_blocks(inner, context.group)
         rows = divided(group, 0, columns)
         self.device = device
         self.scaling_factor = vision.scaling_factor
@@ -560,7 +560,7 @@ class Mlp(nn.Module):
         super().__init__()
         size, inner, bias = config.hidden_size, config.ffn_hidden_size, config.linear_bias
         device, dtype = context.device, context.dtype
-        group, columns = context.group.for_units(inner), Part(inner)
+        group, columns = context.group, in_blocks(inner, context.group)
         rows = divided(group, 0, columns, columns)
         self.gate_up = Linear(size, 2 * inner, bias, device, dtype, is_paired=True, shard=rows)
         self.down = Linear(inner, size, bias, device, dtype, shard=divided(group, 1, columns))

@@ -112,7 +112,7 @@ def _columns_of(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
     if start % weight.group or (stop % weight.group and stop != weight.k):
         said = f"of {weight.k} columns in groups of {weight.group} cannot be divided among"
         advice = "use fewer ranks, or the checkpoint in floats"
-        raise ConfigError("tp", [f"a stored matrix {said} {shard.group.size} ranks: {advice}"])
+        raise ConfigError("tp_size", [f"a stored matrix {said} {shard.group.size} ranks: {advice}"])
     first, last = start // weight.group, padded(stop, weight.group) // weight.group
     return replace(
         weight,

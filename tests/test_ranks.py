@@ -18,7 +18,7 @@ from glimt import EngineConfig, SamplingParams
 from glimt.commands.quantize import plan_quantize, quantize
 from glimt.errors import ConfigError, EngineError
 from glimt.quant.plan import QuantOptions
-from glimt.ranks import Place, start_ranks
+from glimt.ranks import Place, Ranks, start_ranks
 
 PICTURE = Path(__file__).parents[1] / "examples" / "house.png"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -50,8 +50,9 @@ def divided(folders: dict[str, Path]) -> Iterator[glimt.AsyncEngine]:
 
 
 def pids(engine: glimt.AsyncEngine) -> list[int]:
-    assert engine.engine.ranks is not None
-    return [process.pid for process in engine.engine.ranks._processes.values()]
+    ranks = engine.engine.opened.ranks
+    assert isinstance(ranks, Ranks)
+    return [process.pid for process in ranks._processes.values()]
 
 
 def test_two_processes_answer_as_one(folder: Path) -> None:
@@ -114,7 +115,7 @@ def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
     program = (
         "import sys, time, glimt\n"
         "llm = glimt.LLM(sys.argv[1], tp_size=2, kv_bytes=2**24)\n"
-        "print(*[p.pid for p in llm.engine.ranks._processes.values()], flush=True)\n"
+        "print(*[p.pid for p in llm.engine.opened.ranks._processes.values()], flush=True)\n"
         "time.sleep(600)\n"
     )
     with subprocess.Popen(

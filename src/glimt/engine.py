@@ -19,12 +19,12 @@ from glimt.config import EngineConfig
 from glimt.devices.base import Device
 from glimt.errors import RankError, RequestError
 from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
-from glimt.loader import OpenedModel, open_model
+from glimt.loader import OpenedModel
 from glimt.memory_plan import plan_memory
 from glimt.models.base import Model
 from glimt.outputs.collector import OutputCollector
 from glimt.pace import Pace
-from glimt.ranks import Ranks, start_ranks
+from glimt.ranks import open_on_ranks
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import KVCaches, allocate_kv, cache_dtype
 from glimt.runner.lead import LeadingModel, LedCaches
@@ -73,12 +73,9 @@ class EngineStats:
 class Engine:
     """Runs requests on one loaded model."""
 
-    def __init__(
-        self, opened: OpenedModel, config: EngineConfig, ranks: Ranks | None = None
-    ) -> None:
+    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
         """Build every stage around a model whose weights are loaded.
 
-        ranks: the others, where this process has only a part of the model
         Raises ConfigError if the KV cache that is asked for does not fit.
         """
         self.config = _fitted_config(config, opened)
@@ -86,7 +83,7 @@ class Engine:
         num_blocks, self.memory = plan_memory(
             self.config, opened.model, opened.device, opened.dtype, opened.max_model_len
         )
-        self.ranks = ranks
+        ranks = opened.ranks
         num_blocks = ranks.agree(num_blocks) if ranks else num_blocks
         limits = _request_limits(opened, num_blocks * config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
@@ -112,32 +109,22 @@ class Engine:
         Raises ConfigError or CheckpointError, each listing everything that is wrong; EngineError
         where one of several ranks does not come.
         """
-        if config.tp_size > 1:
-            return cls._load_divided(config, on_tensor)
-        opened = open_model(config)
-        opened.load(on_tensor)
-        return cls(opened, config)
-
-    @classmethod
-    def _load_divided(cls, config: EngineConfig, on_tensor: Callable[[int], None] | None) -> Engine:
-        ranks = start_ranks(config)
+        opened = open_on_ranks(config)
         try:
-            opened = open_model(config, ranks.group, ranks.seat)
             opened.load(on_tensor)
-            return cls(opened, config, ranks)
+            return cls(opened, config)
         except BaseException:
-            ranks.stop()
+            opened.close()
             raise
 
     def close(self) -> None:
         """End the other ranks, if there are any; no step can follow."""
-        if self.ranks is not None:
-            self.ranks.stop()
+        self.opened.close()
 
     @property
     def failure(self) -> str:
         """Why no step can follow; "" while the engine is sound."""
-        return self.ranks.failure if self.ranks else ""
+        return self.opened.ranks.failure if self.opened.ranks else ""
 
     # --- requests ---
 

@@ -28,6 +28,7 @@ from glimt.models.config_reader import read_model_config
 from glimt.parallel import ALONE, Group
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
+from glimt.runner.lead import Others
 from glimt.synthetic import (
     SyntheticName,
     SyntheticTokenizer,
@@ -49,6 +50,7 @@ class OpenedModel:
 
     max_model_len: tokens of one sequence, as configured or as the checkpoint says
     formats:       which weights are quantised, by the checkpoint or when they are loaded
+    ranks:         the others, where this process has only a part of the model
     """
 
     family: ModelFamily[Any]
@@ -60,6 +62,7 @@ class OpenedModel:
     dtype: torch.dtype
     max_model_len: int
     formats: WeightFormats = AS_FLOATS
+    ranks: Others | None = None
 
     def plan(self) -> LoadPlan:
         """What loading will read."""
@@ -73,6 +76,11 @@ class OpenedModel:
         where = self.dtype, self.device.torch_device
         load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
         self.device.keep_freed_memory()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self.ranks is not None:
+            self.ranks.stop()
 
 
 def open_model(engine: EngineConfig, group: Group = ALONE, seat: Seat = ONLY_SEAT) -> OpenedModel:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +33,7 @@ from glimt.errors import ConfigError, EngineError, GlimtError, RankError
 from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
 from glimt.parallel import Group, TorchGroup
-from glimt.runner.kv_cache import allocate_kv, cache_dtype
+from glimt.runner.kv_cache import KVCaches, allocate_kv, cache_dtype
 from glimt.runner.messages import Channel, Message
 from glimt.runner.worker import Worker
 
@@ -104,6 +104,7 @@ class Ranks:
         self._channels = dict(channels)
         self._processes = dict(processes)
         self._failure = ""
+        self._room: int | None = None  # cache blocks that each of the others can hold
         self._is_broken = threading.Event()
         self._is_stopping = False
         self._watcher: threading.Thread | None = None
@@ -128,22 +129,25 @@ class Ranks:
         return RankError(self._failure)
 
     def agree(self, num_blocks: int) -> int:
-        """Wait until the others have loaded, and give all of them a cache of one size.
+        """Give all ranks caches of one size, once they have loaded: what each has room for.
 
-        num_blocks: what rank 0 has room for. Returns what each has room for.
-        Raises RankError with what one of them could not do.
+        num_blocks: what rank 0 has room for. Raises RankError with what one of them could not do.
         """
-        offers = [num_blocks]
-        for rank, channel in self._channels.items():
-            message = channel.receive()
-            if message.kind != "loaded":
-                self._break(f"rank {rank} failed: {message.values.get('why', message.kind)}")
-                raise RankError(self._failure)
-            offers.append(message.values["num_blocks"])
-        self.tell(Message("cache", {"num_blocks": min(offers)}))
-        self._watcher = threading.Thread(target=self._watch, name="glimt-ranks", daemon=True)
-        self._watcher.start()
-        return min(offers)
+        if self._room is None:
+            self._room = min(self._offer(rank) for rank in self._channels)
+            self._watcher = threading.Thread(target=self._watch, name="glimt-ranks", daemon=True)
+            self._watcher.start()
+        agreed = min(self._room, num_blocks)
+        self.tell(Message("cache", {"num_blocks": agreed}))
+        return agreed
+
+    def _offer(self, rank: int) -> int:
+        """Cache blocks that a rank has room for, which it says when it has loaded."""
+        message = self._channels[rank].receive()
+        if message.kind != "loaded":
+            self._break(f"rank {rank} failed: {message.values.get('why', message.kind)}")
+            raise RankError(self._failure)
+        return int(message.values["num_blocks"])
 
     def _watch(self) -> None:
         """Nothing comes from a rank that is well; see who hangs up, and say it."""
@@ -205,6 +209,21 @@ def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def open_on_ranks(config: EngineConfig) -> OpenedModel:
+    """Open a model here and, where it is to be divided, on the other ranks, which then load.
+
+    Raises what `open_model` and `start_ranks` raise.
+    """
+    if config.tp_size == 1:
+        return open_model(config)
+    ranks = start_ranks(config)
+    try:
+        return replace(open_model(config, ranks.group, ranks.seat), ranks=ranks)
+    except BaseException:
+        ranks.stop()
+        raise
 
 
 def start_ranks(config: EngineConfig) -> Ranks:
@@ -377,15 +396,13 @@ def _serve(channel: Channel, store: Store, place: Place) -> None:
     opened.load()
     offer, _ = plan_memory(config, opened.model, opened.device, opened.dtype, opened.max_model_len)
     channel.send(Message("loaded", {"num_blocks": offer}))
-    num_blocks = channel.receive().values["num_blocks"]
-    _worker(opened, config, group, num_blocks).serve(channel)
-
-
-def _worker(opened: OpenedModel, config: EngineConfig, group: Group, num_blocks: int) -> Worker:
     where = opened.device.torch_device
     stored = cache_dtype(config.kv_dtype, opened.dtype)
-    caches = allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
-    return Worker(opened.model, caches, group, where, opened.dtype)
+
+    def allocate(num_blocks: int) -> KVCaches:
+        return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+
+    Worker(opened.model, allocate, group, where, opened.dtype).serve(channel)
 
 
 def _read_config(values: Mapping[str, Any]) -> EngineConfig:

@@ -30,7 +30,8 @@ from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures, key_values
 from glimt.engine import Engine
 from glimt.errors import EngineError, RequestError
-from glimt.loader import OpenedModel, open_model
+from glimt.loader import OpenedModel
+from glimt.ranks import open_on_ranks
 
 NAME = "performance.json"
 
@@ -86,7 +87,7 @@ def _found(command: PerformanceCommand) -> tuple[PerformanceResult, SweepFolder,
     check_folder(command.report, "report")
     config = static.static_config(command.engine, max(job.batches))
     given = static.read_given(job.image, config)
-    opened = open_model(config)
+    opened = open_on_ranks(config)
     settings = static.sweep_settings(opened, config, job.image, given)
     settings |= {"seed": job.seed, "repeats": job.repeats}
     patterns = [files.performance_name("*", opened.family.name), _averages_name(opened)]

@@ -12,8 +12,9 @@ from glimt.engine import Engine
 from glimt.errors import EngineError, RequestError
 from glimt.inputs.request import LANGUAGES
 from glimt.llm import LLM
-from glimt.loader import OpenedModel, open_model
+from glimt.loader import OpenedModel
 from glimt.outputs.assembler import OutputAssembler
+from glimt.ranks import open_on_ranks
 from glimt.types import Request, RequestOutput, StepOutput, Timings, Usage
 
 _LARGE_BYTES = 256 * 2**20  # what is smaller loads at once and fits anywhere
@@ -30,7 +31,7 @@ def load_engine(config: EngineConfig, is_quiet: bool = False) -> Engine:
 
     Raises ConfigError or CheckpointError, each listing everything that is wrong.
     """
-    opened = open_model(config)
+    opened = open_on_ranks(config)
     is_told = load_weights(opened, is_quiet)
     engine = Engine(opened, config)
     if is_told:

@@ -21,7 +21,7 @@ from glimt.commands.reporting import check_file, check_folder, run_facts, write_
 from glimt.commands.sweep_folder import SweepFolder
 from glimt.commands.tables import figures
 from glimt.engine import Engine
-from glimt.loader import open_model
+from glimt.ranks import open_on_ranks
 
 NAME = "throughput.json"
 BENCHMARK = "benchmark.csv"
@@ -91,7 +91,7 @@ def _found(command: ThroughputCommand) -> tuple[ThroughputResult, SweepFolder, E
         note(f"{FILEPATH} is set, but not {ENABLE}=1: {BENCHMARK} is written into --out alone")
     config = static.static_config(command.engine, max(job.batches))
     given = static.read_given(job.image, config)
-    opened = open_model(config)
+    opened = open_on_ranks(config)
     cost = static.image_tokens(opened, job.image, given)
     longest = min(cost + _PROMPT_ROOM, opened.max_model_len)
     settings = static.sweep_settings(opened, config, job.image, given)

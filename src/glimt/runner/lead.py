@@ -27,7 +27,25 @@ from glimt.types import ImageInput
 
 
 class Others(Protocol):
-    """The other ranks, as the leader speaks to them."""
+    """The other ranks, as rank 0 knows them.
+
+    group: all of them, with sums
+    """
+
+    group: Group
+
+    @property
+    def failure(self) -> str:
+        """What happened to a rank that is gone; "" while all are well."""
+
+    def agree(self, num_blocks: int) -> int:
+        """Give all ranks caches of one size, which is returned: at most num_blocks.
+
+        Raises RankError with what one of them could not do.
+        """
+
+    def stop(self) -> None:
+        """End them."""
 
     def tell(self, message: Message) -> None:
         """Send to each of them. Raises RankError."""

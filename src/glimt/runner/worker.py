@@ -24,24 +24,27 @@ from glimt.types import ImageInput
 class Worker:
     """One rank's part of a model and of its caches.
 
-    dtype: of the activations
+    allocate: caches of so many blocks
+    dtype:    of the activations
     """
 
     def __init__(
         self,
         model: Model,
-        caches: KVCaches,
+        allocate: Callable[[int], KVCaches],
         group: Group,
         torch_device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.model = model
-        self.caches = caches
+        self.caches = KVCaches()
+        self._allocate = allocate
         self.group = group
         self.torch_device = torch_device
         self.dtype = dtype
         self._stages: dict[int, Stages[list[Tensor]]] = {}
         self._answers: dict[str, Callable[[Message], None]] = {
+            "cache": self._make_caches,
             "embed": self._embed,
             "forward": self._forward,
             "logits": self._logits,
@@ -60,6 +63,10 @@ class Worker:
             if answer is None:
                 raise RankError(f"rank 0 asked for {message.kind!r}, which this rank cannot do")
             answer(message)
+
+    def _make_caches(self, message: Message) -> None:
+        self.caches = KVCaches()  # the old ones go first
+        self.caches = self._allocate(message.values["num_blocks"])
 
     # --- language model ---
 

@@ -22,6 +22,7 @@ SRC = Path(glimt.__file__).parent
 # From high to low. A unit is a file or folder of src/glimt; it may import any unit of a lower
 # level, and of its own level unless the level is closed.
 LEVELS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
     ("compat",),
     ("cli",),
     ("bench", "cluster", "commands", "demo", "evaluate", "export", "reports", "server"),

@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 
 import glimt
+import glimt.ranks as ranks_module
+from conftest import run_greedy
 from glimt import EngineConfig, SamplingParams
 from glimt.commands.quantize import plan_quantize, quantize
+from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.quant.plan import QuantOptions
 from glimt.ranks import Place, Ranks, start_ranks
+from glimt.runner.messages import Channel, Message
 
 PICTURE = Path(__file__).parents[1] / "examples" / "house.png"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
 
 
 def chats() -> list[list[dict[str, object]]]:
@@ -200,3 +204,65 @@ def test_wrong_words_of_torchrun_are_named() -> None:
     with pytest.raises(ConfigError, match=r"MASTER_PORT.*'x'"):
         Place.read({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "x"})
     assert Place.read({"RANK": "1"}) is None
+
+
+def test_a_failure_of_the_first_rank_ends_all(
+    divided: glimt.AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that wait in a sum for one that has given up, and a request tried again."""
+    model = divided.engine.opened.model
+    monkeypatch.setattr(model, "logits", lambda hidden: 1 / 0)
+    (other,) = pids(divided)
+    with pytest.raises(EngineError, match="rank 0 failed: ZeroDivisionError"):
+        asyncio.run(asyncio.wait_for(divided.chat(chats()[1], GREEDY), 60))
+    assert not divided.is_alive
+    while is_running(other):
+        pass
+
+
+def test_a_stranger_is_hung_up_on(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches anybody on this machine who could take a rank's place."""
+    begun = ranks_module._Start._accept_all
+    answers: list[bytes] = []
+
+    def accept(start: ranks_module._Start, *given: object) -> None:
+        with socket.create_connection(start.listener.getsockname()) as stranger:
+            Channel(stranger).send(Message("hello", {"rank": 1, "word": "guess"}))
+            begun(start, *given)  # type: ignore[arg-type]
+            answers.append(stranger.recv(1))
+
+    monkeypatch.setattr(ranks_module._Start, "_accept_all", accept)
+    llm = glimt.LLM(str(folders["glm4v_9b"]), tp_size=2, kv_bytes=2**24)
+    llm.close()
+    assert answers == [b""]
+
+
+def test_a_second_divided_model_in_a_process_is_refused(divided: glimt.AsyncEngine) -> None:
+    """Catches two groups of ranks whose sums go astray."""
+    with pytest.raises(ConfigError, match="close it first"):
+        start_ranks(EngineConfig(model="demo", tp_size=2))
+
+
+def test_a_cancelled_picture_is_left_by_all(folder: Path) -> None:
+    """Catches a tower run that stays with the other ranks, or that they go on with alone."""
+    shown = chats()[0]
+    config = EngineConfig(
+        model=str(folder), dtype="float32", tp_size=2, kv_bytes=2**26, tower_slice_patches=1
+    )
+    engine = Engine.load(config)
+    try:
+        first = engine.prepare_chat(chats()[1], LONG)
+        engine.add_request(first)
+        engine.step()
+        second = engine.prepare_chat(shown, GREEDY)
+        engine.add_request(second)
+        engine.step()
+        engine.abort(second.request_id)
+        engine.step()
+        engine.abort(first.request_id)
+        found = run_greedy(engine, engine.prepare_chat(shown, GREEDY))
+    finally:
+        engine.close()
+    assert tuple(found) == answers(folder)[0]

@@ -35,7 +35,7 @@ def test_a_group_is_not_cut_between_ranks() -> None:
     shard = divided(Group(0, 2), 1, Part(192))
     assert chosen is not None
     assert shard is not None
-    with pytest.raises(ConfigError, match="tp_size.*192 columns in groups of 64.*2 ranks"):
+    with pytest.raises(ConfigError, match=r"tp_size.*192 columns in groups of 64.*2 ranks"):
         part_of(chosen.quantise(WEIGHT), shard)
 
 

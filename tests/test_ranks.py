@@ -223,12 +223,13 @@ def test_a_failure_of_the_first_rank_ends_all(
 def test_a_stranger_is_hung_up_on(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches anybody on this machine who could take a rank's place."""
+    """Catches anybody on this machine who could take a rank's place, or keep it waiting."""
     begun = ranks_module._Start._accept_all
     answers: list[bytes] = []
 
     def accept(start: ranks_module._Start, *given: object) -> None:
-        with socket.create_connection(start.listener.getsockname()) as stranger:
+        address = start.listener.getsockname()
+        with socket.create_connection(address), socket.create_connection(address) as stranger:
             Channel(stranger).send(Message("hello", {"rank": 1, "word": "guess"}))
             begun(start, *given)  # type: ignore[arg-type]
             answers.append(stranger.recv(1))

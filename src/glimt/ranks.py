@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch forgot to say that it is public
 
 _MEET_S = 120.0  # until every rank has come; a loaded machine takes its time to import torch
+_GREET_S = 5.0  # for a rank that is connected to say who it is
 _SUM_S = 300.0  # a sum that takes longer is one whose rank stands still
 _LOOK_S = 0.1  # between two looks at the others
 _END_S = 5.0  # for a rank to end by itself
@@ -313,10 +314,13 @@ def _check_running(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
 
 def _greeted(channel: Channel, word: str, channels: dict[int, Channel]) -> int | None:
     """The rank at the other end; anybody else is hung up on."""
+    channel.wait_at_most(_GREET_S)
     try:
         message = channel.receive()
     except RankError:
+        channel.close()
         return None
+    channel.wait_at_most(None)
     rank, said = message.values.get("rank"), str(message.values.get("word"))
     if not secrets.compare_digest(said, word) or not isinstance(rank, int) or rank in channels:
         channel.close()

@@ -42,6 +42,18 @@ def test_values_and_arrays_arrive_as_they_were(ends: tuple[socket.socket, socket
     assert reader.receive().kind == "stop"
 
 
+def test_a_connection_waits_for_ever_unless_told(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """Catches a rank of an idle server that ends after the time it had to connect."""
+    ends[1].settimeout(120)
+    channel = Channel(ends[1])
+    assert ends[1].gettimeout() is None
+    channel.wait_at_most(0.01)
+    with pytest.raises(RankError, match="timed out"):
+        channel.receive()
+
+
 def framed(head: object) -> bytes:
     text = json.dumps(head).encode()
     return struct.pack("<I", len(text)) + text

@@ -42,6 +42,11 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
+        self.wait_at_most(None)  # an idle rank hears nothing for days
+
+    def wait_at_most(self, seconds: float | None) -> None:
+        """After so long without a byte the peer counts as gone; None: never."""
+        self._connection.settimeout(seconds)
 
     def fileno(self) -> int:
         """The descriptor, to wait on with others."""

@@ -25,7 +25,7 @@ class Group:
         self.size = size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, on each of them; x may be changed."""
+        """[…] of each rank -> […], their sum, on each of them; x may be changed."""
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Group:
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values, on each rank; x is changed in place where it is not rank 0's."""
+        """[…] of each rank -> rank 0's; x is changed in place where it is not rank 0's."""
         return x
 
     def for_units(self, count: int) -> Group:
@@ -52,7 +52,7 @@ class TorchGroup(Group):
         self._group = group
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks; x is changed if it is contiguous."""
+        """[…] of each rank -> […], their sum; x is changed if it is contiguous."""
         x = x.contiguous()
         torch.distributed.all_reduce(x, group=self._group)
         return x
@@ -65,7 +65,7 @@ class TorchGroup(Group):
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values; x must be contiguous."""
+        """[…] of each rank -> rank 0's; x must be contiguous."""
         assert x.is_contiguous(), "the others would get another order"
         torch.distributed.broadcast(x, src=0, group=self._group)
         return x
@@ -138,7 +138,7 @@ class Shard:
         return (*shape[: self.axis], self.full, *shape[self.axis + 1 :])
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor of the full shape; a view if that is possible."""
+        """[…, full, …] -> […, length, …]: this rank's part; a view if that is possible."""
         parts = [self._range(tensor, start, stop) for start, stop in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axis)
 

@@ -109,7 +109,10 @@ class Linear(Product):
         return self._summed is not None
 
     def summed(self, partial: Tensor) -> Tensor:
-        """This rank's x Wᵀ without the bias -> the whole product with it; partial is changed."""
+        """[…, out_features], this rank's x Wᵀ, -> the same of all ranks, and the bias.
+
+        partial is changed.
+        """
         assert self._summed is not None
         y = self._summed.all_reduce(partial)
         return y if self.bias is None else y.add_(self.bias)

@@ -232,6 +232,7 @@ MODEL_OPTIONS = {
     "--model": ("model", "folder"),
     "--dtype": ("dtype", "bfloat16"),
     "--device": ("device", "npu"),
+    "--tp": ("tp_size", 4),
     "--threads": ("num_threads", 3),
     "--max-model-len": ("max_model_len", 99),
     "--kv-bytes": ("kv_bytes", 12345),

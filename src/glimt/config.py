@@ -25,6 +25,7 @@ class ImageLimits:
 
 
 _LEAST = {
+    "tp_size": 1,
     "num_threads": 1,
     "max_model_len": 1,
     "max_num_batched_tokens": 1,
@@ -112,7 +113,7 @@ class EngineConfig:
             for name in ("quant", "quant_head", "quant_tower")
             if not isinstance(value := getattr(self, name), str)
         ]
-        if type(self.tp_size) is not int or self.tp_size not in TP_SIZES:
+        if _is_count(self.tp_size, 1, None) and self.tp_size not in TP_SIZES:
             problems.append(f"tp_size is {self.tp_size!r}; one of 1, 2, 4 and 8 is needed")
         if self.max_stretch is not None and not _is_stretch(self.max_stretch):
             problems.append(f"max_stretch is {self.max_stretch!r}; a number above 1 is needed")

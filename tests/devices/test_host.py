@@ -126,6 +126,15 @@ def test_threads_lie_side_by_side_on_each_of_two_nodes(tmp_path, monkeypatch):
     assert plan_threads(9, **folders) == Threads(9)  # more than cores: they must be movable
 
 
+def test_processes_of_one_model_divide_the_cores(tmp_path, monkeypatch):
+    """Catches two ranks that compute on the same cores, and one whose cores are far apart."""
+    folders = machine(tmp_path, 2, 4, monkeypatch)
+    assert plan_threads(None, **folders, part=(0, 2)) == Threads(4, (0, 1, 2, 3))
+    assert plan_threads(None, **folders, part=(1, 2)) == Threads(4, (4, 5, 6, 7))
+    assert plan_threads(1, **folders, part=(1, 2)) == Threads(1, (4,))
+    assert plan_threads(None, **folders, part=(11, 16)) == Threads(1, (3,))
+
+
 def test_threads_stay_where_this_process_may_run(tmp_path, monkeypatch):
     """Catches threads placed on processors that a container or taskset keeps from us."""
     folders = machine(tmp_path, 2, 4, monkeypatch)

@@ -43,7 +43,7 @@ class CpuDevice(Device):
             time goes; torch may take fewer by itself. Each seat has its part of the cores
         Raises ConfigError if the instruction set that GLIMT_ISA names cannot be used.
         """
-        threads = plan_threads(num_threads, (seat.index, seat.count))
+        threads = plan_threads(num_threads, part=(seat.index, seat.count))
         too_many = torch.get_num_threads() > threads.count
         plain = super().open(threads.count if too_many else num_threads)
         native = open_native(os.environ.get("GLIMT_ISA"), threads.count, threads.places)

@@ -36,11 +36,11 @@ class Threads:
 
 def plan_threads(
     wanted: int | None = None,
-    part: tuple[int, int] = (0, 1),
     proc: Path = PROC,
     cgroup: Path = CGROUP,
     processors: Path = PROCESSORS,
     nodes: Path = NODES,
+    part: tuple[int, int] = (0, 1),
 ) -> Threads:
     """Threads for this process; wanted: as many, whatever the cores.
 

@@ -10,6 +10,7 @@ from glimt.config import EngineConfig
 from glimt.errors import ConfigError
 
 LEAST = {
+    "tp_size": 1,
     "num_threads": 1,
     "max_model_len": 1,
     "max_num_batched_tokens": 1,

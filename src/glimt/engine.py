@@ -17,7 +17,8 @@ import torch
 
 from glimt.config import EngineConfig
 from glimt.devices.base import Device
-from glimt.errors import RankError, RequestError
+from glimt.devices.memory import saying_what_fits
+from glimt.errors import ConfigError, RankError, RequestError
 from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions
 from glimt.loader import OpenedModel
 from glimt.memory_plan import plan_memory
@@ -325,4 +326,11 @@ def _build_vision(config: EngineConfig, model: Model, device: Device) -> VisionR
 def _build_caches(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> KVCaches:
     stored = cache_dtype(config.kv_dtype, opened.dtype)
     where = opened.device.torch_device
-    return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+    num_blocks += opened.device.num_scratch_blocks
+    with saying_what_fits(_cache_too_large):
+        return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+
+
+def _cache_too_large(said: str) -> ConfigError:
+    advice = "lower --kv-bytes, --max-num-seqs or --max-model-len, or use --kv-dtype int8"
+    return ConfigError("kv_bytes", [f"the KV cache does not fit: {said}; {advice}"])

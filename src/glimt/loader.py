@@ -12,6 +12,7 @@ import torch
 from glimt.checkpoint import Checkpoint, scan_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import ONLY_SEAT, Device, Seat, open_device
+from glimt.devices.memory import saying_what_fits
 from glimt.errors import CheckpointError, ConfigError
 from glimt.inputs.tokenizer import load_tokenizer
 from glimt.memory_plan import check_weights_fit
@@ -69,12 +70,14 @@ class OpenedModel:
         return plan_weights(self.checkpoint, self.model, self.formats)
 
     def load(self, on_tensor: Callable[[int], None] | None = None) -> None:
-        """Fill the model's parameters. Raises CheckpointError listing all that is wrong.
+        """Fill the model's parameters. Raises CheckpointError listing all that is wrong, and
+        ConfigError where a card has no room for them.
 
         on_tensor: called with the bytes of each tensor done
         """
         where = self.dtype, self.device.torch_device
-        load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
+        with saying_what_fits(_weights_too_large):
+            load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
         self.device.keep_freed_memory()
 
     def close(self) -> None:
@@ -205,6 +208,11 @@ def build_model(found: ModelFolder, context: BuildContext) -> Model:
     except (RuntimeError, MemoryError, OverflowError) as error:
         said = f"describes a model of impossible size: {str(error).splitlines()[0]}"
         raise ConfigError(str(found.checkpoint.folder / "config.json"), [said]) from error
+
+
+def _weights_too_large(said: str) -> ConfigError:
+    advice = "use --quant int8 or int4, --tp-size with more cards, or a card with more memory"
+    return ConfigError("device", [f"the weights do not fit: {said}; {advice}"])
 
 
 def _check_vocabulary(config: FamilyConfig, tokenizer: Tokenizer) -> None:

@@ -89,10 +89,10 @@ def plan_memory(
     if num_blocks is None:
         room = _kv_room(config, bare, device)
         wanted = -(-max_model_len // config.block_size) * config.max_num_seqs
-        num_blocks = min(room // per_block, wanted)
+        num_blocks = min(room // per_block - device.num_scratch_blocks, wanted)
         if num_blocks < 1:
             raise _too_small(config, bare, room, per_block)
-    plan = _with_kv(bare, num_blocks * per_block)
+    plan = _with_kv(bare, (num_blocks + device.num_scratch_blocks) * per_block)
     if plan.limit is not None and plan.total > plan.limit:
         raise _beyond_limit(plan)
     return num_blocks, plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -48,6 +48,9 @@ class LowBitWeight(Protocol):
 
     def dequantise(self) -> Tensor:
         """[n, k] float32."""
+
+    def rows(self, start: int, stop: int) -> LowBitWeight:
+        """The matrix of these rows alone, [stop - start, k]; nothing is copied."""
 
 
 class DeviceWeight(Protocol):
@@ -127,6 +130,11 @@ class AttentionBatch:
     decode_lens: Tensor
     masks: dict[int, Tensor | None] = field(default_factory=dict)
 
+    @property
+    def is_decode(self) -> bool:
+        """Every row has one token."""
+        return self.num_decodes == len(self.context_lens)
+
     def decode_mask(self, block_size: int, dtype: torch.dtype) -> Tensor:
         """[num_decodes, 1, 1, width]: 0 up to each row's context, -inf beyond.
 
@@ -157,6 +165,25 @@ class AttentionBatch:
         return self.masks[row]
 
 
+# One step of a model: hidden states [num_tokens, hidden_size], positions [channels, num_tokens] and
+# the batch -> hidden states, as of Model.forward.
+ModelStep: TypeAlias = Callable[[Tensor, Tensor, AttentionBatch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An accelerator, as its driver tells of it.
+
+    capability: what its instructions are called, such as "8.6"; driver: "" if it is not known
+    """
+
+    index: int
+    name: str
+    memory_bytes: int
+    capability: str
+    driver: str
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """This process among those of one model on this machine: which of how many.
@@ -175,10 +202,12 @@ class Device:
     """The operations in plain torch, on any torch device.
 
     collectives: torch's backend for sums over ranks that compute on such devices
+    num_scratch_blocks: cache blocks behind the scheduler's own that `recorded` may write to
     """
 
     name = "base"
     collectives = "gloo"
+    num_scratch_blocks = 0
 
     def __init__(self, torch_device: str = "cpu") -> None:
         self.torch_device = torch.device(torch_device)
@@ -214,6 +243,25 @@ class Device:
 
     def keep_freed_memory(self) -> None:
         """The weights are in place: from here on every step asks for the same memory again."""
+
+    @classmethod
+    def cards(cls) -> tuple[Card, ...]:
+        """The accelerators of this kind that can be used here."""
+        return ()
+
+    @classmethod
+    def missing(cls) -> tuple[tuple[str, str], ...]:
+        """What would make this device faster and is not here: what that costs, and what to do."""
+        return ()
+
+    def recorded(self, step: ModelStep, cache: KVCache) -> ModelStep:
+        """A function that does what `step` does, for batches of which every row has one token.
+
+        A device may record the step's operations and replay them; what it returns is then
+        overwritten by the next call. The tensors that the step holds must stay where they are.
+        cache: of one layer, with num_scratch_blocks behind the blocks that are in use
+        """
+        return step
 
     # --- elementwise and small ---
 
@@ -387,9 +435,26 @@ class Device:
                     part.flatten(0, 1)[: batch.context_lens[row]]
                     for part in cache.read(blocks, query.dtype)
                 )
-            mask = batch.prefill_mask(row, query.dtype)
-            out[start:stop] = _attend(query[start:stop], keys, values, scale, mask, mask is None)
+            out[start:stop] = self.chunk_attention(
+                query[start:stop], keys, values, batch, row, scale
+            )
         return out
+
+    def chunk_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: AttentionBatch,
+        row: int,
+        scale: float,
+    ) -> Tensor:
+        """A prefill row's chunk over its whole context: the row's part of `paged_attention`.
+
+        query: [chunk, num_heads, head_dim]; keys, values: [context, num_kv_heads, head_dim]
+        """
+        mask = batch.prefill_mask(row, query.dtype)
+        return _attend(query, keys, values, scale, mask, mask is None)
 
     def decode_attention(
         self, query: Tensor, cache: KVCache, batch: AttentionBatch, scale: float

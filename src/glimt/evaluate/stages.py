@@ -29,6 +29,8 @@ def watching(model: Model) -> Iterator[StageRows]:
     pieces: dict[str, list[Tensor]] = {}
     rows: StageRows = {}
     with ExitStack() as hooks:
+        hooks.callback(setattr, model, "is_repeatable", model.is_repeatable)
+        model.is_repeatable = False  # a recording that a device replays calls no hook
         for handle in _hooks(model, pieces):
             hooks.callback(handle.remove)
         yield rows

@@ -206,7 +206,11 @@ class Model(nn.Module):
     `blocks` and `head` are the language model's; `tower`, `adapter`, `qformer` and `project` are
     what only pictures pass through. The methods below run a decoder that is made of these parts as
     most are; a family whose own differs overrides them.
+
+    is_repeatable: `forward` does nothing but what a device can record: nobody watches or is told
     """
+
+    is_repeatable = True
 
     num_layers: int
     num_kv_heads: int

@@ -89,6 +89,12 @@ class QuantisedWeight:
         whole = steps * self.scales[..., None] + self.offsets[..., None]
         return whole.flatten(1)[:, : self.k]
 
+    def rows(self, start: int, stop: int) -> QuantisedWeight:
+        """The matrix of these rows alone, [stop - start, k]; nothing is copied."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        values, scales = self.values[start:stop], self.scales[start:stop]
+        return replace(self, values=values, scales=scales, offsets=offsets, n=len(values))
+
 
 def part_of(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
     """A rank's part of a matrix, of the same steps and scales.

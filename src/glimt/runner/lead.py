@@ -60,6 +60,8 @@ class LeadingModel(Model):
     Raises RankError where that fails, on whichever rank: what they hold is then of no more use.
     """
 
+    is_repeatable = False  # a recording would not tell the others
+
     def __init__(self, own: Model, group: Group, others: Others) -> None:
         super().__init__()
         self.num_layers, self.num_kv_heads = own.num_layers, own.num_kv_heads

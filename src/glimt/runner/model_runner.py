@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from glimt.devices.base import Device
+from glimt.devices.base import AttentionBatch, Device
+from glimt.devices.memory import saying_what_fits, step_too_large
 from glimt.models.base import Model
 from glimt.runner.batch import Batch, flatten
 from glimt.runner.kv_cache import KVCaches
@@ -34,14 +35,20 @@ class ModelRunner:
         self.caches = caches
         self.vision = vision
         self.device = device
+        self._decode = device.recorded(self._forward, caches[0])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute a step's tokens. Returns the logits of plan.sampled_rows, in order.
 
         Pictures of its rows that are not ready go through the tower first, all the way. A step may
-        be run again: it writes the same values to the same cache slots.
+        be run again: it writes the same values to the same cache slots. Raises EngineError where a
+        card has no room for what is computed.
         """
+        with saying_what_fits(step_too_large):
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepLogits:
         batch = flatten(plan, self.caches[0].block_size, self.device.torch_device)
         # Decodes read their last block whole, and NaN that its last owner left is NaN under a mask.
         self.caches.clear_blocks(batch.opened_blocks)
@@ -49,9 +56,15 @@ class ModelRunner:
         hidden = self.model.embed(batch.token_ids)
         for offset, part in _placed_slices(plan):
             hidden[offset : offset + part.length] = self.vision.rows_of(part)
-        hidden = self.model(hidden, batch.positions, batch.attention, self.caches)
+        is_repeated = batch.attention.is_decode and self.model.is_repeatable
+        forward = self._decode if is_repeated else self._forward
+        hidden = forward(hidden, batch.positions, batch.attention)
         self._clear_broken_drafts(batch, hidden)
         return StepLogits(self.model.logits(hidden[batch.sampled]), image_s)
+
+    def _forward(self, hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
+        result: Tensor = self.model(hidden, positions, batch, self.caches)
+        return result
 
     def _clear_broken_drafts(self, batch: Batch, hidden: Tensor) -> None:
         """Take back what is not finite of tokens that may never be said.

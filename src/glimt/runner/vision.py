@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from glimt.devices.memory import saying_what_fits, step_too_large
 from glimt.errors import RankError
 from glimt.models.base import Model
 from glimt.runner.allowance import Allowance
@@ -154,7 +155,8 @@ class VisionRunner:
             return TowerProgress()
         began = time.perf_counter()
         try:
-            self._advance(job, patience_s)
+            with saying_what_fits(step_too_large):
+                self._advance(job, patience_s)
         except RankError:
             raise
         except Exception as error:  # whatever it is, those without these pictures must go on

@@ -26,7 +26,9 @@ from glimt.devices.base import (
     open_device,
     rounded_heads,
 )
+from glimt.devices.card_check import FUSED_ATTENTION, INTEGER_PRODUCTS
 from glimt.devices.cpu import NativeCpuDevice
+from glimt.devices.cuda import CudaDevice
 from glimt.devices.host import Memory, plan_threads
 from glimt.errors import ConfigError
 from glimt.kernels.library import ISAS
@@ -459,11 +461,17 @@ def test_linear_and_embedding_by_hand():
 # --- every device gives the base's results ---------------------------------------------------
 
 
+CARD_WAYS = "card's ways"
+
+
 def device_params() -> list[Any]:
     """One test case per device; those of a card carry its mark. The CPU: plain, and by kernels."""
     marked = {"cuda": pytest.mark.cuda, "npu": pytest.mark.npu}
     kinds = [(name, "") for name in all_devices() if name != "cpu"]
     kinds += [("cpu", isa) for isa in CHOICES]
+    # What a card computes by torch's own means is computed on the CPU as well.
+    marked[CARD_WAYS] = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+    kinds.append((CARD_WAYS, ""))
     return [
         pytest.param((name, isa), marks=[marked[name]] if name in marked else [], id=isa or name)
         for name, isa in kinds
@@ -473,6 +481,8 @@ def device_params() -> list[Any]:
 @pytest.fixture(params=device_params())
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     name, isa = request.param
+    if name == CARD_WAYS:
+        return CudaDevice("cpu", frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS}))
     reason = all_devices()[name].unavailable_reason()
     if reason:
         pytest.skip(reason)
@@ -507,6 +517,11 @@ def cases(t: torch.dtype) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def there(device: Device, value: Any) -> Any:
+    """A tensor or a matrix in few bits, moved to where the device computes; else as it is."""
+    return value.to(device.torch_device) if hasattr(value, "to") else value
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -519,8 +534,8 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 def test_every_device_computes_what_the_base_computes(device, case, dtype):
     """Would catch an override that is fast and wrong, or returns another dtype or shape."""
     name, args = case.split(":")[0], cases(dtype)[case]
-    there = [arg.to(device.torch_device) if isinstance(arg, Tensor) else arg for arg in args]
-    expected, result = getattr(Device(), name)(*args), getattr(device, name)(*there).cpu()
+    expected = getattr(Device(), name)(*args)
+    result = getattr(device, name)(*(there(device, arg) for arg in args)).cpu()
     assert result.shape == expected.shape
     torch.testing.assert_close(result, expected, **tolerance(dtype))
 
@@ -569,8 +584,10 @@ def test_every_device_multiplies_and_ends_as_the_base_says(device, activation, f
         width = n // 2 if activation == "silu_mul" else n
         residual = None if scale is None else normal(num_rows, width, seed=4, dtype=dtype)
         ends = (activation, residual, scale or 1.0)
-        held = device.prepare_weight(weight, dtype, is_paired=activation == "silu_mul")
-        result = device.linear(x, held, bias, *ends)
+        held = device.prepare_weight(
+            there(device, weight), dtype, is_paired=activation == "silu_mul"
+        )
+        result = device.linear(*(there(device, arg) for arg in (x, held, bias, *ends))).cpu()
         assert (result.dtype, result.shape) == (dtype, (num_rows, width))
         exact = exact_linear(x, weight, bias, *ends)
         torch.testing.assert_close(result.double(), exact, **tolerance(dtype))
@@ -600,11 +617,11 @@ def test_every_device_computes_an_mlp_as_two_products(device, activation, form, 
         biases = normal(128, seed=4, dtype=dtype), normal(48, seed=5, dtype=dtype)
         residual = None if scale is None else normal(num_rows, 48, seed=6, dtype=dtype)
         held = (
-            device.prepare_weight(up, dtype, activation == "silu_mul"),
-            device.prepare_weight(down, dtype),
+            device.prepare_weight(there(device, up), dtype, activation == "silu_mul"),
+            device.prepare_weight(there(device, down), dtype),
         )
         ends = (activation, residual, scale or 1.0)
-        result = device.mlp(x, *held, *biases, *ends)
+        result = device.mlp(*(there(device, arg) for arg in (x, *held, *biases, *ends))).cpu()
         base = Device().mlp(x, up, down, *biases, *ends)
         assert (result.dtype, result.shape) == (dtype, base.shape)
         torch.testing.assert_close(result, base, **MLP_ELEMENT)
@@ -614,11 +631,11 @@ def test_every_device_computes_an_mlp_as_two_products(device, activation, form, 
 def test_a_product_takes_what_layers_give_it(device):
     """Would catch strides that are ignored: rows of a view, leading axes, a matrix of no rows."""
     dtype = torch.bfloat16
-    held = device.prepare_weight(matrix("plain", 32, 48, 1, dtype), dtype)
-    wide = normal(4, 3, 96, seed=2, dtype=dtype)
+    held = device.prepare_weight(there(device, matrix("plain", 32, 48, 1, dtype)), dtype)
+    wide = there(device, normal(4, 3, 96, seed=2, dtype=dtype))
     rows = device.linear(wide[..., 48:].contiguous(), held, None)
     assert torch.equal(device.linear(wide[..., 48:], held, None), rows)
-    residual = normal(4, 3, 64, seed=3, dtype=dtype)
+    residual = there(device, normal(4, 3, 64, seed=3, dtype=dtype))
     added = device.linear(wide[..., 48:], held, None, "none", residual[..., ::2])
     same = device.linear(wide[..., 48:], held, None, "none", residual[..., ::2].contiguous())
     assert torch.equal(added, same)
@@ -630,8 +647,8 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     dtype = torch.bfloat16
     # torch's own product reads on into the next row, times 0, where 32 does not divide a row.
     size = 80 if isinstance(device, NativeCpuDevice) else 96
-    held = device.prepare_weight(matrix("plain", 96, size, 1, dtype), dtype)
-    x = normal(40, size, seed=2, dtype=dtype)
+    held = device.prepare_weight(there(device, matrix("plain", 96, size, 1, dtype)), dtype)
+    x = there(device, normal(40, size, seed=2, dtype=dtype))
     x[7] = math.nan
     result = device.linear(x, held, None, "gelu_tanh")
     assert result.isnan().any(-1).nonzero().flatten().tolist() == [7]

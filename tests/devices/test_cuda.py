@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import glimt.devices.cuda
 from conftest import step_row
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices import card_check, low_bits
@@ -316,5 +315,5 @@ def test_a_step_without_room_says_what_to_lower():
 
 def test_other_errors_are_passed_on():
     """Would catch a bug that is told as a lack of memory."""
-    with pytest.raises(RuntimeError, match="^a bug$"), saying_what_fits(step_too_large):
+    with pytest.raises(RuntimeError, match=r"^a bug$"), saying_what_fits(step_too_large):
         raise RuntimeError("a bug")

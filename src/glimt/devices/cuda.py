@@ -174,7 +174,7 @@ class CudaDevice(Device):
         return self._on_card(rotate, x, cos, sin, style == "interleaved", num_segments)
 
     def _takes(self, way: str, *tensors: Tensor) -> bool:
-        """Whether a Triton kernel is right here, and takes tensors that lie so; none may be empty."""
+        """Whether a Triton kernel is right here, and takes tensors that lie so."""
         dtype = tensors[0].dtype
         return way in self.fast and all(
             x.numel() and x.dtype == dtype and x.stride(-1) == 1 for x in tensors

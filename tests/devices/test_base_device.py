@@ -464,12 +464,18 @@ def test_linear_and_embedding_by_hand():
 CARD_WAYS = "card's ways"
 
 
+class CardOnCpu(CudaDevice):
+    """What a card computes by torch's own means, computed on the CPU."""
+
+    preferred_dtype = Device.preferred_dtype
+    free_bytes = Device.free_bytes
+
+
 def device_params() -> list[Any]:
     """One test case per device; those of a card carry its mark. The CPU: plain, and by kernels."""
     marked = {"cuda": pytest.mark.cuda, "npu": pytest.mark.npu}
     kinds = [(name, "") for name in all_devices() if name != "cpu"]
     kinds += [("cpu", isa) for isa in CHOICES]
-    # What a card computes by torch's own means is computed on the CPU as well.
     marked[CARD_WAYS] = pytest.mark.filterwarnings("ignore:.*:UserWarning")
     kinds.append((CARD_WAYS, ""))
     return [
@@ -482,7 +488,7 @@ def device_params() -> list[Any]:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     name, isa = request.param
     if name == CARD_WAYS:
-        return CudaDevice("cpu", frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS}))
+        return CardOnCpu("cpu", frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS}))
     reason = all_devices()[name].unavailable_reason()
     if reason:
         pytest.skip(reason)

@@ -420,7 +420,7 @@ def refusals(tmp_path: Path) -> Iterator[str]:
     yield refusal(lambda: glimt.LLM(str(sat)))
     yield refusal(lambda: convert_sat(sat, tmp_path / "target"))
     good = Folder(tmp_path / "good")
-    yield refusal(lambda: glimt.LLM(str(good.path), device="cuda"))
+    yield refusal(lambda: glimt.LLM(str(good.path), device="tpu"))
     llm = glimt.LLM(str(good.path))
     few, many = glimt.SamplingParams(max_tokens=1), glimt.SamplingParams(max_tokens=5000)
     yield refusal(lambda: llm.chat([{"role": "user", "content": "word " * 3000}], few))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from glimt.cli import app
 from glimt.commands import doctor, machine
 from glimt.commands.doctor import (
+    CardState,
     Check,
     DeviceState,
     Facts,
@@ -20,6 +21,7 @@ from glimt.commands.doctor import (
     is_healthy,
 )
 from glimt.commands.machine import Library, Processor, read_processor
+from glimt.commands.show_doctor import show
 from glimt.devices.host import Memory, Threads, read_memory
 from glimt.kernels.library import ISAS, library_path
 
@@ -152,6 +154,38 @@ def test_a_healthy_machine_has_nothing_wrong():
     }  # fmt: skip
 
 
+CARD = CardState(0, "NVIDIA H100", 80 * GIB, "9.0", "570.124.06")
+OF_CARDS = replace(
+    HEALTHY,
+    devices=(
+        DeviceState(
+            "cuda",
+            None,
+            cards=(CARD, replace(CARD, index=1, name="Tesla T4", memory_bytes=16 * GIB)),
+            missing=(("triton is not installed", "pip install triton"),),
+        ),
+    ),
+)
+
+
+def test_cards_are_told_with_what_fits_and_what_is_missing(capsys):
+    """Catches a card that is too small for both models, or a fix for one that is not."""
+    said = [found for found in check(OF_CARDS) if found.name == "cuda"]
+    assert [(found.level, found.says.partition(";")[0]) for found in said] == [
+        ("warning", "triton is not installed"),
+        ("ok", "card 0 has 80.0 GiB, enough for VisualGLM-6B and GLM-4v-9B in 16 bits"),
+        ("warning", "card 1 has 16.0 GiB"),
+    ]
+    assert said[2].says.endswith("VisualGLM-6B (16.9 GiB) and GLM-4v-9B (27.7 GiB)")
+    assert (said[0].fix, said[2].fix) == (
+        "pip install triton",
+        "--quant int8 or int4, or --tp-size with more cards",
+    )
+    show(OF_CARDS, [])
+    shown = capsys.readouterr().out
+    assert "NVIDIA H100, 80.0 GiB, capability 9.0, driver 570.124.06" in shown
+
+
 SMALL = replace(MEMORY, available=20 * GIB)
 CONTAINER = replace(MEMORY, cgroup_limit=6 * GIB, cgroup_free=5 * GIB)
 WRONG = [
@@ -232,7 +266,8 @@ def test_scripts_get_one_json_object_and_the_exit_code(monkeypatch):
     assert (result.exit_code, said["ok"]) == (0, True)
     assert said["processor"]["instruction_sets"] == {"avx2": True, "amx_int8": False}
     assert said["memory"]["usable"] == 20 * GIB
-    assert {"name": "cpu", "unavailable": None} in said["devices"]
+    cpu = {"name": "cpu", "unavailable": None, "cards": [], "missing": []}
+    assert cpu in said["devices"]
     blocked = run(monkeypatch, replace(HEALTHY, torch=Torch(error="x")), "--json")
     assert blocked.exit_code == 1
     assert json.loads(blocked.stdout)["ok"] is False

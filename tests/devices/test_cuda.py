@@ -1,4 +1,4 @@
-"""What the CUDA device decides and computes without a card; tests/cuda runs it on one."""
+"""What the CUDA device decides and computes without a card, and whole engines on one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from conftest import step_row
+from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices import card_check, low_bits
-from glimt.devices.base import Device, Seat
+from glimt.devices.base import Device, Seat, open_device
 from glimt.devices.card_check import FUSED_ATTENTION, INTEGER_PRODUCTS, right_ways
 from glimt.devices.cuda import CudaDevice, check_seat, driver_version, read_mode, why_no_card
 from glimt.devices.fused_attention import ChunkPart, attend_packed, chunk_parts
 from glimt.devices.low_bits import low_bit_product
 from glimt.devices.memory import saying_what_fits, step_too_large
+from glimt.devices.replay import ReplayedStep
+from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.models.base import BuildContext, find_family
 from glimt.quant.base import all_formats
@@ -28,7 +31,7 @@ from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import allocate_kv
 from glimt.runner.model_runner import ModelRunner
 from glimt.runner.vision import VisionRunner
-from glimt.types import ImageInput, StepPlan
+from glimt.types import ImageInput, SamplingParams, StepPlan
 
 TORCH_WAYS = frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS})
 
@@ -317,3 +320,72 @@ def test_other_errors_are_passed_on():
     """Would catch a bug that is told as a lack of memory."""
     with pytest.raises(RuntimeError, match=r"^a bug$"), saying_what_fits(step_too_large):
         raise RuntimeError("a bug")
+
+
+# --- on a card -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card() -> None:
+    """Skips the test, with the reason, where there is no card."""
+    if reason := CudaDevice.unavailable_reason():
+        pytest.skip(reason)
+
+
+def greedy(folder: Path, device: str, **settings: Any) -> tuple[list[list[int]], Engine]:
+    """Two answers of 24 tokens, running together, and the engine that gave them."""
+    config = EngineConfig(
+        model=str(folder), device=device, dtype="float32", kv_bytes=2**22, **settings
+    )
+    engine = Engine.load(config)
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    found: dict[str, list[int]] = {}
+    for text in ("hello", "a longer text that fills more than one block of the cache"):
+        request = engine.prepare_text(text, sampling)
+        found[request.request_id] = []
+        engine.add_request(request)
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+    return [*found.values()], engine
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["", "no-graphs", "plain"])
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": "int8"}, {"quant": "w8a8"}], ids=str)
+def test_a_card_says_what_the_cpu_says(card, folder, mode, settings, monkeypatch):
+    """Would catch a kernel, a recording or a cache in int8 that changes an answer."""
+    expected, _ = greedy(folder, "cpu", **settings)
+    monkeypatch.setenv("GLIMT_CUDA", mode)
+    answers, engine = greedy(folder, "cuda", **settings)
+    assert answers == expected
+    decode = engine.runner._decode
+    assert isinstance(decode, ReplayedStep) == (not mode)
+    if isinstance(decode, ReplayedStep):
+        assert {size.rows for size in decode._recordings} == {2}, "recorded, and not given up"
+
+
+@pytest.mark.cuda
+def test_every_way_is_right_on_this_card(card):
+    """Would catch a fast way that this card silently does without."""
+    missing = {*TORCH_WAYS, *card_check.NEED_TRITON} - open_device("cuda").fast
+    assert not missing
+
+
+@pytest.mark.cuda
+def test_a_card_tells_what_it_is(card):
+    """Would catch memory in the wrong unit, or a peak that is never counted."""
+    (first, *_) = CudaDevice.cards()
+    device = open_device("cuda")
+    torch.empty(2**26, dtype=torch.uint8, device=device.torch_device)
+    assert 2**30 < first.memory_bytes < 2**40
+    assert 0 < device.free_bytes() <= first.memory_bytes
+    assert 2**26 <= device.peak_bytes() <= first.memory_bytes
+
+
+@pytest.mark.cuda
+def test_a_full_card_says_what_to_lower(card, folder):
+    """Would catch torch's own error at start, which names no option."""
+    config = EngineConfig(model=str(folder), device="cuda", num_blocks=2**10, block_size=2**22)
+    with pytest.raises(ConfigError, match="the KV cache does not fit: CUDA out of memory"):
+        Engine.load(config)

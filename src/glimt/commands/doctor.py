@@ -11,11 +11,14 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from glimt.commands.machine import Library, Processor, read_libraries, read_processor
 from glimt.devices.host import Memory, Threads, plan_threads, read_memory, read_numa_nodes
 from glimt.sizes import size_text
+
+if TYPE_CHECKING:
+    from glimt.devices.base import Device
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -35,11 +38,28 @@ class Torch:
 
 
 @dataclass(frozen=True, slots=True)
+class CardState:
+    """An accelerator, as `devices.base.Card` has it."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    capability: str
+    driver: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceState:
-    """A device glimt knows. unavailable: why it cannot be used here, None if it can."""
+    """A device glimt knows. unavailable: why it cannot be used here, None if it can.
+
+    cards:   the accelerators of its kind
+    missing: what would make it faster and is not here: what that costs, and what to do
+    """
 
     name: str
     unavailable: str | None
+    cards: tuple[CardState, ...] = ()
+    missing: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +198,14 @@ def _read_devices() -> tuple[tuple[DeviceState, ...], str | None]:
         from glimt.devices.base import all_devices
 
         known = sorted(all_devices().items())
-        return tuple(DeviceState(name, it.unavailable_reason()) for name, it in known), None
+        return tuple(_read_device(name, kind) for name, kind in known), None
     except Exception as error:  # a device's own library may be broken
         return (), f"{type(error).__name__}: {error}"
+
+
+def _read_device(name: str, kind: type[Device]) -> DeviceState:
+    cards = tuple(CardState(**asdict(card)) for card in kind.cards())
+    return DeviceState(name, kind.unavailable_reason(), cards, kind.missing())
 
 
 # --- judging ---------------------------------------------------------------------------------
@@ -246,6 +271,27 @@ def _check_devices(facts: Facts) -> Iterator[Check]:
         yield Check("devices", "problem", f"cannot be listed: {facts.devices_error}", fix)
     elif facts.torch.error is None:
         yield Check("devices", "problem", "none can be used", "see the reasons in the list")
+    for device in facts.devices:
+        yield from _check_cards(device)
+
+
+def _check_cards(device: DeviceState) -> Iterator[Check]:
+    """What a device lacks, and which models its cards cannot hold."""
+    for says, fix in device.missing:
+        yield Check(device.name, "warning", says, fix)
+    for card in device.cards:
+        has = f"card {card.index} has {size_text(card.memory_bytes)}"
+        short = [
+            f"{name} ({size_text(need)})"
+            for name, need in _NEEDS.items()
+            if need > card.memory_bytes
+        ]
+        if short:
+            fix = "--quant int8 or int4, or --tp-size with more cards"
+            says = f"{has}; in 16 bits there is no room for {' and '.join(short)}"
+            yield Check(device.name, "warning", says, fix)
+        else:
+            yield Check(device.name, "ok", f"{has}, enough for {' and '.join(_NEEDS)} in 16 bits")
 
 
 def _check_instructions(processor: Processor) -> Check:

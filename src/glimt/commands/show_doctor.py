@@ -9,7 +9,7 @@ from rich.text import Text
 
 from glimt import __version__
 from glimt.commands.console import out_console
-from glimt.commands.doctor import Check, Facts, NativeKernels, is_healthy
+from glimt.commands.doctor import CardState, Check, Facts, NativeKernels, is_healthy
 from glimt.commands.machine import Library
 from glimt.commands.tables import key_values
 from glimt.devices.host import Threads
@@ -98,7 +98,16 @@ def _kernels(kernels: NativeKernels | None) -> dict[str, str]:
 def _devices(facts: Facts) -> dict[str, str]:
     if facts.devices_error:
         return {"none": facts.devices_error}
-    return {device.name: device.unavailable or "can be used" for device in facts.devices}
+    rows: dict[str, str] = {}
+    for device in facts.devices:
+        rows[device.name] = device.unavailable or "can be used"
+        rows |= {f"{device.name} card {card.index}": _card(card) for card in device.cards}
+    return rows
+
+
+def _card(card: CardState) -> str:
+    driver = f"driver {card.driver}" if card.driver else "driver unknown"
+    return f"{card.name}, {size_text(card.memory_bytes)}, capability {card.capability}, {driver}"
 
 
 def _libraries(facts: Facts) -> dict[str, str]:

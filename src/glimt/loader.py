@@ -211,7 +211,7 @@ def build_model(found: ModelFolder, context: BuildContext) -> Model:
 
 
 def _weights_too_large(said: str) -> ConfigError:
-    advice = "use --quant int8 or int4, --tp-size with more cards, or a card with more memory"
+    advice = "use --quant int8 or int4, --tp with more cards, or a card with more memory"
     return ConfigError("device", [f"the weights do not fit: {said}; {advice}"])
 
 

@@ -179,7 +179,7 @@ def test_cards_are_told_with_what_fits_and_what_is_missing(capsys):
     assert said[2].says.endswith("VisualGLM-6B (16.9 GiB) and GLM-4v-9B (27.7 GiB)")
     assert (said[0].fix, said[2].fix) == (
         "pip install triton",
-        "--quant int8 or int4, or --tp-size with more cards",
+        "--quant int8 or int4, or --tp with more cards",
     )
     show(OF_CARDS, [])
     shown = capsys.readouterr().out

@@ -287,7 +287,7 @@ def _check_cards(device: DeviceState) -> Iterator[Check]:
             if need > card.memory_bytes
         ]
         if short:
-            fix = "--quant int8 or int4, or --tp-size with more cards"
+            fix = "--quant int8 or int4, or --tp with more cards"
             says = f"{has}; in 16 bits there is no room for {' and '.join(short)}"
             yield Check(device.name, "warning", says, fix)
         else:

@@ -291,7 +291,7 @@ def check_seat(seat: Seat, num_cards: int) -> None:
     """Raise ConfigError if there is no card for this process; num_cards: those that are seen."""
     if seat.index >= num_cards:
         said = f"of {seat.count} ranks here the one of index {seat.index} has no card: "
-        advice = "lower --tp-size, or let CUDA_VISIBLE_DEVICES name more cards"
+        advice = "lower --tp, or let CUDA_VISIBLE_DEVICES name more cards"
         raise ConfigError("tp_size", [f"{said}{num_cards} can be seen; {advice}"])
 
 

@@ -74,7 +74,10 @@ def attend_packed(
     key_starts: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """As Device.varlen_attention; sequences of equal lengths, as pictures mostly are, at once."""
+    """As Device.varlen_attention; sequences of equal lengths, as pictures mostly are, at once.
+
+    query: [num_queries, num_heads, head_dim]; key, value: [num_keys, num_heads, head_dim]
+    """
     if _is_even(query_starts) and _is_even(key_starts):
         count = len(query_starts) - 1
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value))

@@ -109,7 +109,10 @@ class Inputs:
     def empty(
         cls, size: Size, hidden: Tensor, positions: Tensor, block_size: int, scratch: int
     ) -> Inputs:
-        """For steps like this one; every row pads."""
+        """For steps like this one; every row pads.
+
+        hidden: [num_rows, hidden_size]; positions: [channels, num_rows]
+        """
         rows = size.rows
         return cls(
             size=size,
@@ -126,6 +129,7 @@ class Inputs:
         """Put a step's own values in, and make rows that pad of those behind it.
 
         A padding row is the first token of a sequence that lies in the scratch block.
+        hidden: [num_rows, hidden_size]; positions: [channels, num_rows]; no more rows than size.rows
         """
         blocks = batch.block_tables.shape[1]
         _put(self.hidden, hidden, 0)
@@ -137,7 +141,10 @@ class Inputs:
         self.block_tables[:, blocks:] = self.block_tables[:, :1]
 
     def arguments(self) -> tuple[Tensor, Tensor, AttentionBatch]:
-        """What the step is called with: a batch without masks, whose rows may all be longest."""
+        """What the step is called with: a batch without masks, whose rows may all be longest.
+
+        Hidden states [rows, hidden_size], positions [channels, rows] and the batch.
+        """
         rows = self.size.rows
         batch = AttentionBatch(
             num_decodes=rows,

@@ -208,8 +208,8 @@ def test_modes_are_those_that_are_known():
 def test_every_rank_has_a_card():
     """Would catch two ranks on one card, or torch's own error for an index that is not there."""
     check_seat(Seat(3, 4), 4)
-    with pytest.raises(ConfigError, match="of 4 ranks here the one of index 3 has no card: 2 can"):
-        check_seat(Seat(3, 4), 2)
+    with pytest.raises(ConfigError, match="of 4 ranks here the one of index 3 has no card: 3 can"):
+        check_seat(Seat(3, 4), 3)
 
 
 def test_why_there_is_no_card(tmp_path):

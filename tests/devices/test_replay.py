@@ -16,6 +16,7 @@ from glimt.devices.base import AttentionBatch, Device, KVCache, ModelStep
 from glimt.devices.cpu import CpuDevice
 from glimt.devices.replay import ReplayedStep, Size, size_for
 from glimt.engine import Engine
+from glimt.evaluate.stages import watching
 from glimt.layers.attention import cached_attention
 from glimt.runner.batch import flatten
 from glimt.types import SamplingParams, StepPlan
@@ -236,3 +237,20 @@ def test_an_engine_that_replays_says_what_it_says_without(family, tmp_path, monk
     assert [len(tokens) for tokens in plain] == [12, 12]
     assert (none, one) == (0, 1)
     assert recording.record.num_replayed == 22  # all tokens but each answer's first
+
+
+def test_a_watched_model_is_not_replayed(tmp_path, monkeypatch):
+    """Would catch `glimt precision` that compares nothing: a recording calls no hook."""
+    write_noise_model(tmp_path, "glm4v_9b")
+    recording = RecordingCpu()
+    monkeypatch.setattr("glimt.loader.open_device", lambda *rest: recording)
+    config = EngineConfig(model=str(tmp_path), dtype="float32", kv_bytes=2**20)
+    engine = Engine.load(config)
+    request = engine.prepare_text("hello", SamplingParams(temperature=0, max_tokens=4))
+    prompt_tokens = len(request.prompt.token_ids)
+    with watching(engine.opened.model) as rows:
+        tokens = run_greedy(engine, request)
+    assert recording.record.num_recorded == 0
+    assert len(rows["blocks.1"]) == prompt_tokens + len(tokens) - 1
+    run_greedy(engine, engine.prepare_text("again", SamplingParams(temperature=0, max_tokens=4)))
+    assert recording.record.num_recorded == 1

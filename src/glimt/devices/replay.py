@@ -129,7 +129,7 @@ class Inputs:
         """Put a step's own values in, and make rows that pad of those behind it.
 
         A padding row is the first token of a sequence that lies in the scratch block.
-        hidden: [num_rows, hidden_size]; positions: [channels, num_rows]; no more rows than size.rows
+        hidden: [num_rows, hidden_size]; positions: [channels, num_rows]; rows at most size.rows
         """
         blocks = batch.block_tables.shape[1]
         _put(self.hidden, hidden, 0)

@@ -263,7 +263,8 @@ def fresh_ways(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_own_ways_are_right_on_the_cpu(fresh_ways):
     """Would catch a self-test that nothing passes: every card would go the plain way."""
-    assert right_ways(torch.device("cpu"), (torch.float32, torch.bfloat16)) == TORCH_WAYS
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert right_ways(torch.device("cpu"), dtypes) == TORCH_WAYS
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,7 +14,9 @@ PROGRAM = Path(__file__).parent / "triton_program.py"
 
 
 def test_every_triton_kernel_computes_what_torch_computes():
-    """Would catch a wrong index, mask, part of a context or pair of a rotation."""
+    """Would catch a wrong index, mask, part of a context or pair of a rotation, and a device that
+    hands a kernel something else than its neighbours do.
+    """
     if find_spec("triton") is None:
         pytest.skip("triton is not installed; torch's CUDA build brings it: pip install triton")
     done = subprocess.run(
@@ -31,6 +33,7 @@ def test_every_triton_kernel_computes_what_torch_computes():
         "torch.float16 rows",
         "torch.float16 decodes",
         "torch.bfloat16 rows",
+        "engines",
     ]
 
 

@@ -5,13 +5,22 @@ A program of its own: triton reads TRITON_INTERPRET when it is imported. Prints 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+import glimt.loader
+from glimt.config import EngineConfig
+from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices.base import Device, KVCache, RotaryStyle
+from glimt.devices.card_check import FUSED_ATTENTION, NEED_TRITON, right_ways
+from glimt.devices.cuda import CudaDevice
+from glimt.engine import Engine
 from glimt.kernels import triton_attention, triton_rows
+from glimt.types import SamplingParams
 
 PLAIN = Device()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +92,40 @@ def decodes(dtype: torch.dtype) -> None:
         close(ours, torch.cat(plain), f"decode {lengths} {block_size} {heads} {kv_heads} {dim}")
 
 
+class Interpreted(CudaDevice):
+    """The device of a card, with its kernels on the CPU."""
+
+    def _on_card(self, kernel: Callable[..., Tensor], *arguments: object) -> Tensor:
+        USED.add(kernel.__name__)
+        return kernel(*arguments)
+
+
+USED: set[str] = set()
+
+
+def answers(device: Device, folder: Path) -> list[int]:
+    """What a noise model says, greedily."""
+    glimt.loader.open_device = lambda *rest: device
+    engine = Engine.load(EngineConfig(model=str(folder), dtype="float32", kv_bytes=2**20))
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    engine.add_request(engine.prepare_text("a text of some length", sampling))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for output in engine.step() for token in output.token_ids]
+    return tokens
+
+
+def engines() -> None:
+    fast = right_ways(torch.device("cpu"), (torch.float32, torch.float16))
+    assert {*NEED_TRITON} <= fast, "the device's own self-test"
+    for family in FAMILIES:
+        with TemporaryDirectory() as folder:
+            write_noise_model(Path(folder), family)
+            expected = answers(Device(), Path(folder))
+            assert answers(Interpreted("cpu", fast - {FUSED_ATTENTION}), Path(folder)) == expected
+    assert {"decode", "rms_norm", "silu_mul", "rotate"} == USED
+
+
 for dtype in DTYPES:
     rows(dtype)
     print(dtype, "rows")
@@ -90,3 +133,5 @@ for dtype in DTYPES:
     if dtype != torch.bfloat16:
         decodes(dtype)
         print(dtype, "decodes")
+engines()
+print("engines")

@@ -178,8 +178,11 @@ def _rotate(torch_device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def _integer_products(torch_device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of products of int8, as cuBLAS makes them; in float64 they are exact."""
-    values = (_normal(torch_device, torch.float32, 32, 64) * 50).round().to(torch.int8)
-    weight = (_normal(torch_device, torch.float32, 48, 64) * 50).round().to(torch.int8)
+    """Sums of products of int8, as cuBLAS makes them; in float64 they are exact.
+
+    Small enough for float16: the sums are about 200.
+    """
+    values = (_normal(torch_device, torch.float32, 32, 64) * 5).round().to(torch.int8)
+    weight = (_normal(torch_device, torch.float32, 48, 64) * 5).round().to(torch.int8)
     exact = (values.double() @ weight.double().t()).to(dtype)
     return torch._int_mm(values, weight.t()).to(dtype), exact

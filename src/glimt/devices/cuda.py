@@ -45,8 +45,9 @@ _LARGEST_HEAD = 256
 class CudaDevice(Device):
     """One card.
 
-    fast: names of the ways of card_check that may be taken; the plain ones take their place
+    fast: names of the ways of card_check that may be taken; else the plain ones take their place
     records: whether decoding steps are recorded as CUDA graphs
+    dtypes: those in which `fast` was found right
     """
 
     name = "cuda"
@@ -58,9 +59,11 @@ class CudaDevice(Device):
         torch_device: str = "cuda:0",
         fast: frozenset[str] = frozenset(),
         records: bool = False,
+        dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
     ) -> None:
         super().__init__(torch_device)
         self.fast = fast
+        self.dtypes = dtypes
         self.records = records
         self._pool: Any = None  # memory that all recordings share
 
@@ -78,8 +81,11 @@ class CudaDevice(Device):
         check_seat(seat, torch.cuda.device_count())
         card = torch.device("cuda", seat.index)
         torch.cuda.set_device(card)
-        fast = frozenset() if mode == "plain" else ways.right_ways(card, _dtypes_of(card))
-        return cls(str(card), fast, records=not mode)
+        # cuDNN's attention is not known to read the same keys for several heads, as ours asks.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        dtypes = _dtypes_of(card)
+        fast = frozenset() if mode == "plain" else ways.right_ways(card, dtypes)
+        return cls(str(card), fast, not mode, dtypes)
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
@@ -176,7 +182,8 @@ class CudaDevice(Device):
     def _takes(self, way: str, *tensors: Tensor) -> bool:
         """Whether a Triton kernel is right here, and takes tensors that lie so."""
         dtype = tensors[0].dtype
-        return way in self.fast and all(
+        is_tried = way in self.fast and dtype in self.dtypes
+        return is_tried and all(
             x.numel() and x.dtype == dtype and x.stride(-1) == 1 for x in tensors
         )
 
@@ -340,7 +347,7 @@ def _sixteen_bits(card: torch.device) -> torch.dtype:
 
 
 def _dtypes_of(card: torch.device) -> tuple[torch.dtype, ...]:
-    """Those that a model may be asked to compute in; bfloat16 only where the card has it."""
+    """Those that its tensor cores know, and float32."""
     return tuple(dict.fromkeys((_sixteen_bits(card), torch.float16, torch.float32)))
 
 

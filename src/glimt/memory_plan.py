@@ -17,12 +17,9 @@ from torch import nn
 from glimt.config import EngineConfig
 from glimt.devices.base import Device
 from glimt.errors import ConfigError
-from glimt.models.base import Model
+from glimt.models.base import VISION_MODULES, Model
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.sizes import size_text
-
-# First parts of the parameter names of everything that only pictures pass through.
-VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
 
 _MAX_DEFAULT_KV_BYTES = 8 * 2**30
 _RESERVE = 512 * 2**20  # Python, torch and its libraries, prompts and pictures that wait

@@ -14,8 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glimt.devices.base import Device
 from glimt.engine import Engine
-from glimt.memory_plan import VISION_MODULES
-from glimt.models.base import BuildContext, FamilyConfig, Model, ModelFamily, Processor
+from glimt.models.base import (
+    VISION_MODULES,
+    BuildContext,
+    FamilyConfig,
+    Model,
+    ModelFamily,
+    Processor,
+)
 from glimt.runner.kv_cache import cache_dtype, kv_bytes_per_token
 from glimt.types import ImageInput
 

@@ -13,8 +13,7 @@ import torch
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint
 from glimt.devices.base import open_device
 from glimt.loader import Findings, ModelFolder, build_model, read_folder
-from glimt.memory_plan import VISION_MODULES
-from glimt.models.base import BuildContext, Model
+from glimt.models.base import VISION_MODULES, BuildContext, Model
 from glimt.quant.base import NONE, QuantFormat
 from glimt.quant.plan import plan_formats
 from glimt.weights import LoadPlan, WeightFormats, plan_weights

@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from glimt.memory_plan import VISION_MODULES
-from glimt.models.base import Model
+from glimt.models.base import VISION_MODULES, Model
 from glimt.types import ImageInput
 
 ROWS = 64  # kept of a stage's output in one call, evenly spread over it

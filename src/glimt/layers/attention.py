@@ -57,6 +57,7 @@ class TowerAttention(nn.Module):
         rows, columns = divided(group, 0, heads, heads, heads), divided(group, 1, heads)
         self.device = device
         self.num_heads = share(group, shape.num_heads)
+        self.head_dim = size // shape.num_heads
         self.qkv = Linear(size, 3 * size, True, device, dtype, shard=rows)
         self.dense = Linear(size, size, True, device, dtype, shard=columns)
 
@@ -73,7 +74,7 @@ class TowerAttention(nn.Module):
     ) -> Stages[Tensor]:
         """[num_tokens, hidden_size] -> the same, in parts of so many rows, each of one picture."""
         fused = yield from by_rows(lambda rows: self.qkv(x[rows]), len(x), part_rows, _QKV_SHARE)
-        q, k, v = fused.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k, v = fused.reshape(-1, 3, self.num_heads, self.head_dim).unbind(1)
         if part_rows >= len(x):
             out = self._attended(q, k, v, cu_seqlens, cu_seqlens, residual)
             yield _ATTENTION_SHARE
@@ -95,7 +96,7 @@ class TowerAttention(nn.Module):
         k_starts: Sequence[int],
         residual: Tensor | None,
     ) -> Tensor:
-        out = self.device.varlen_attention(q, k, v, q_starts, k_starts, q.shape[-1] ** -0.5)
+        out = self.device.varlen_attention(q, k, v, q_starts, k_starts, self.head_dim**-0.5)
         return self.dense(out.flatten(1), residual=residual)
 
 

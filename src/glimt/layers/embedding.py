@@ -59,5 +59,5 @@ class PatchEmbedding(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """[num_images, num_patches, values] -> packed [num_images * (1 + num_patches), size]."""
         x = self.patch(patches)
-        cls = self.cls.expand(len(x), 1, -1)
+        cls = self.cls.expand(x.shape[0], 1, -1)
         return (torch.cat((cls, x), dim=1) + self.position).flatten(0, 1)

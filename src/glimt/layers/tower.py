@@ -38,12 +38,16 @@ def by_rows(
 
     share: of a block, all of it together
     """
+    if num_rows <= part_rows:
+        whole = apply(slice(None))  # no number of rows: a traced graph may be given more pictures
+        yield share
+        return whole
     parts = []
     for start in range(0, num_rows, part_rows):
         stop = min(start + part_rows, num_rows)
         parts.append(apply(slice(start, stop)))
         yield share * (stop - start) / num_rows
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return torch.cat(parts, dim)
 
 
 def without_last_pause(stages: Stages[T]) -> Stages[T]:

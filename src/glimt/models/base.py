@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from glimt.layers.tower import Stages
 
 PromptAttention = Literal["causal", "bidirectional"]
+# First parts of the parameter names of everything that only pictures pass through.
+VISION_MODULES = frozenset({"tower", "adapter", "qformer", "project"})
 
 
 # --- text ------------------------------------------------------------------------------------
@@ -199,6 +201,16 @@ class ToolPrompts(Protocol):
         """What the system says first, before any message, to offer these functions."""
 
 
+class PictureEncoder(Protocol):
+    """What makes features of pictures: a Model's own tower, or one that was compiled from it."""
+
+    def image_features(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """One tensor [image.num_tokens, hidden_size] per picture, on the model's device."""
+
+    def image_stages(self, images: Sequence[ImageInput]) -> Stages[list[Tensor]]:
+        """`image_features` in parts: one tensor [image.num_tokens, hidden_size] per picture."""
+
+
 class Model(nn.Module):
     """Weights and arithmetic of one family. Keeps nothing of a request.
 
@@ -238,6 +250,15 @@ class Model(nn.Module):
         """
         yield from ()
         return self.image_features(images)
+
+    def encode_raw(self, raw: Tensor) -> Tensor:
+        """[num_images, height, width, 3] float32, 0 to 255 -> [num_images, image tokens, hidden].
+
+        Tower and normalisation of equal-sized pictures as one function of one tensor, which
+        `glimt export` writes down. What it computes must not depend on how many pictures there are,
+        but for shapes. Raises TypeError in a family that has no such function.
+        """
+        raise TypeError(f"{type(self).__name__} has no tower that could be exported")
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[num_tokens] int64 -> [num_tokens, hidden_size]: as they stand, no scale, no norm."""

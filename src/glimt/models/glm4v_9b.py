@@ -52,7 +52,7 @@ from glimt.models.base import (
     special_id,
 )
 from glimt.models.config_reader import ConfigReader, read_json
-from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, normalised, patchify, squash
 from glimt.parallel import ALONE, Group, Part, divided, divided_vocabulary, in_blocks, share
 from glimt.types import (
     EncodedPrompt,
@@ -471,6 +471,9 @@ class VisionTower(PatchTower):
 class Adapter(nn.Module):
     """2x2 convolution, projection, GLU; then begin and end vectors, all divided by a constant."""
 
+    # A token costs about four times as much as a patch does in a block of the tower.
+    part_rows = PART_ROWS // 4
+
     def __init__(self, config: Glm4vConfig, vision: VisionConfig, context: BuildContext) -> None:
         super().__init__()
         device, dtype = context.device, context.dtype
@@ -494,14 +497,13 @@ class Adapter(nn.Module):
 
     def stages(self, x: Tensor, grid: tuple[int, int]) -> Stages[Tensor]:
         """[num_images, rows * columns, vision hidden] -> as `forward`, part by part if large."""
-        images = x.unflatten(1, grid).permute(0, 3, 1, 2)
+        images = x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)
         patches = patchify(images, 2)
         num_tokens = patches.shape[1]
-        # A token costs about four times as much as a patch does in a block of the tower.
-        rows = part_rows_for([0, num_tokens], PART_ROWS // 4)
+        rows = part_rows_for([0, num_tokens], self.part_rows)
         apply = partial(self._merged, patches)
         x = yield from by_rows(apply, num_tokens, rows, 1.0, dim=1)
-        begin, end = (edge.expand(len(x), 1, -1) for edge in (self.begin, self.end))
+        begin, end = (edge.expand(x.shape[0], 1, -1) for edge in (self.begin, self.end))
         return torch.cat((begin, x, end), dim=1) / self.scaling_factor
 
     def _merged(self, patches: Tensor, rows: slice) -> Tensor:
@@ -631,6 +633,11 @@ class Glm4vModel(Model):
         pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
         return pixels.to(device=self.device.torch_device, dtype=self.dtype)
 
+    def encode_raw(self, raw: Tensor) -> Tensor:
+        """[num_images, height, width, 3], 0 to 255 -> [num_images, num_image_tokens, hidden]."""
+        pixels = normalised(raw, CLIP_MEAN, CLIP_STD)
+        return self.encode_pixels(pixels.to(device=self.device.torch_device, dtype=self.dtype))
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[num_images, 3, height, width], normalised -> [num_images, num_image_tokens, hidden]."""
         return self._adapted(self.tower(self._patches(pixels)))
@@ -646,7 +653,7 @@ class Glm4vModel(Model):
     def _without_class(self, states: Tensor) -> Tensor:
         """Packed tower states -> [num_images, num_patches, vision hidden]."""
         assert self.vision
-        return states.unflatten(0, (-1, self.vision.num_positions))[:, 1:]
+        return states.reshape(-1, self.vision.num_positions, self.vision.hidden_size)[:, 1:]
 
     @property
     def _grid(self) -> tuple[int, int]:

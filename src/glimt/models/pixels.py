@@ -30,7 +30,12 @@ def squash(image: Image, height: int, width: int) -> np.ndarray:
 
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """[height, width, 3] uint8 -> [3, height, width] float32, (x / 255 - mean) / std."""
-    x = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1) / 255
+    return normalised(torch.tensor(pixels, dtype=torch.float32), mean, std)
+
+
+def normalised(raw: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[…, height, width, 3] float32, 0 to 255 -> […, 3, height, width], (x / 255 - mean) / std."""
+    x = raw.movedim(raw.dim() - 1, raw.dim() - 3) / 255  # from the front, as exporters want it
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 

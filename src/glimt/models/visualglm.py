@@ -42,7 +42,7 @@ from glimt.models.base import (
     special_id,
 )
 from glimt.models.config_reader import ConfigReader
-from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, patchify, squash
+from glimt.models.pixels import CLIP_MEAN, CLIP_STD, normalise, normalised, patchify, squash
 from glimt.parallel import Part, divided, divided_vocabulary, share
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Message, SamplingDefaults
 
@@ -485,6 +485,7 @@ class CrossAttention(nn.Module):
         rows, both = divided(group, 0, heads), divided(group, 0, heads, heads)
         self.device = device
         self.num_heads = share(group, config.num_heads)
+        self.head_dim = size // config.num_heads
         self.query = Linear(size, size, True, device, dtype, shard=rows)
         self.kv = Linear(config.vision_size, 2 * size, True, device, dtype, shard=both)
         self.dense = Linear(size, size, True, device, dtype, shard=divided(group, 1, heads))
@@ -493,9 +494,9 @@ class CrossAttention(nn.Module):
         self, x: Tensor, states: Tensor, x_starts: Sequence[int], starts: Sequence[int]
     ) -> Tensor:
         """x + [num_queries, hidden_size] over [num_states, vision_size] -> as x."""
-        q = self.query(x).unflatten(-1, (self.num_heads, -1))
-        k, v = self.kv(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        out = self.device.varlen_attention(q, k, v, x_starts, starts, q.shape[-1] ** -0.5)
+        q = self.query(x).reshape(-1, self.num_heads, self.head_dim)
+        k, v = self.kv(states).reshape(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        out = self.device.varlen_attention(q, k, v, x_starts, starts, self.head_dim**-0.5)
         return self.dense(out.flatten(1), residual=x)
 
 
@@ -647,14 +648,19 @@ class VisualGlmModel(Model):
         pixels = torch.stack([normalise(i.pixels, CLIP_MEAN, CLIP_STD) for i in images])
         return pixels.to(device=self.device.torch_device, dtype=self.dtype)
 
+    def encode_raw(self, raw: Tensor) -> Tensor:
+        """[num_images, height, width, 3], 0 to 255 -> [num_images, image_length, hidden]."""
+        pixels = normalised(raw, CLIP_MEAN, CLIP_STD)
+        return self.encode_pixels(pixels.to(device=self.device.torch_device, dtype=self.dtype))
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[num_images, 3, height, width], normalised -> [num_images, image_length, hidden]."""
-        return self._queried(self.tower(patchify(pixels, self.eva.patch_size)), len(pixels))
+        return self._queried(self.tower(patchify(pixels, self.eva.patch_size)), pixels.shape[0])
 
     def _queried(self, states: Tensor, num_images: int) -> Tensor:
         """Packed tower states -> [num_images, image_length, hidden]."""
         features = self.project(self.qformer(states, num_images))
-        return features.unflatten(0, (num_images, -1))
+        return features.reshape(num_images, -1, features.shape[-1])
 
 
 def _rotary_spec(config: VisualGlmConfig, context: BuildContext) -> RotarySpec:

@@ -13,6 +13,7 @@ from the checkpoint's own floats and before they are cast.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 from glimt.checkpoint import WEIGHT_DTYPES, Checkpoint, Shape, TensorInfo, open_reader
 from glimt.errors import CheckpointError
 from glimt.layers.linear import Product
-from glimt.models.base import Model, Weight, WeightTable
+from glimt.models.base import VISION_MODULES, Model, Weight, WeightTable
 from glimt.models.config_reader import either
 from glimt.parallel import Shard
 from glimt.quant.base import QuantFormat, QuantisedWeight, TakesQuantised, part_of
 
 Formats = Mapping[str, QuantFormat]  # by parameter name
+Chooses: TypeAlias = Callable[[str], bool]  # by parameter name
 
 _LARGE_BYTES = 256 * 2**20  # embeddings and heads in 16 bits; no other matrix is as large
 
@@ -80,11 +82,25 @@ class LoadPlan:
     nbytes: int
 
 
+def every_parameter(name: str) -> bool:
+    """Whatever it is called."""
+    return True
+
+
+def is_vision(name: str) -> bool:
+    """Whether a parameter of this name is something that only pictures pass through."""
+    return name.partition(".")[0] in VISION_MODULES
+
+
 def plan_weights(
-    checkpoint: Checkpoint, model: Model, formats: WeightFormats = AS_FLOATS
+    checkpoint: Checkpoint,
+    model: Model,
+    formats: WeightFormats = AS_FLOATS,
+    chooses: Chooses = every_parameter,
 ) -> LoadPlan:
     """Match a checkpoint's tensors with a model's parameters by name and shape.
 
+    chooses: the parameters that are to be filled; the tensors of the others must be right as well
     The plan's problems are those of the files, then those of the tensors.
     """
     shapes = full_shapes(model)
@@ -96,8 +112,37 @@ def plan_weights(
     problems += [text for step in steps for text in _step_problems(step, shapes, checkpoint)]
     sources = [name for step in steps for name in step.sources]
     problems += _unexpected(model.weight_table, set(sources), tensors)
-    nbytes = sum(tensors[name].nbytes for name in sources if name in tensors)
-    return LoadPlan(tuple(steps), tuple(problems), nbytes)
+    chosen = [step for step in steps if any(map(chooses, step.targets))]
+    read = [name for step in chosen for name in step.sources if name in tensors]
+    nbytes = sum(tensors[name].nbytes for name in read)
+    return LoadPlan(tuple(chosen), tuple(problems), nbytes)
+
+
+_DIGEST_VALUES = 1024  # of each tensor's beginning and end: nothing large is read whole
+
+
+def tower_digest(checkpoint: Checkpoint, model: Model, formats: WeightFormats = AS_FLOATS) -> str:
+    """SHA-256 of the tensors that only pictures pass through: which tower it is, at little cost.
+
+    Of each tensor the name, shape and dtype count, and its first and last values.
+    """
+    plan = plan_weights(checkpoint, model, formats, is_vision)
+    names = sorted({name for step in plan.steps for name in step.sources})
+    digests = {}
+    for file in {checkpoint.tensors[name].file for name in names}:
+        with (checkpoint.open_reader or open_reader)(file) as read:
+            here = [name for name in names if checkpoint.tensors[name].file == file]
+            digests.update((name, _tensor_digest(name, read(name))) for name in here)
+    joined = b"".join(digests[name] for name in names)
+    return f"sha256:{hashlib.sha256(joined).hexdigest()}"
+
+
+def _tensor_digest(name: str, tensor: Tensor) -> bytes:
+    """Of a tensor of any shape."""
+    values = tensor.flatten()
+    ends = torch.cat((values[:_DIGEST_VALUES], values[-_DIGEST_VALUES:]))
+    said = f"{name} {list(tensor.shape)} {_dtype_name(tensor.dtype)}\n"
+    return hashlib.sha256(said.encode() + ends.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def full_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -234,15 +279,17 @@ def load_weights(
     torch_device: torch.device,
     on_tensor: Callable[[int], None] | None = None,
     formats: WeightFormats = AS_FLOATS,
+    chooses: Chooses = every_parameter,
 ) -> None:
-    """Fill every parameter of a model on the meta device, file by file.
+    """Fill the parameters of a model on the meta device, file by file.
 
     dtype:     of the parameters that are not quantised
+    chooses:   which parameters; the others stay on the meta device
     on_tensor: called with the bytes of each checkpoint tensor that is done
     Raises CheckpointError, before any data is read, listing every tensor that is missing,
     unexpected, of another shape or of a dtype that is no weight's.
     """
-    plan = plan_weights(checkpoint, model, formats)
+    plan = plan_weights(checkpoint, model, formats, chooses)
     if plan.problems:
         raise CheckpointError(str(checkpoint.folder), plan.problems)
     steps = _largest_first(plan.steps, checkpoint.tensors)

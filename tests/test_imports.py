@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ranks",),
     ("loader", "memory_plan", "pace", "synthetic"),
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
-    ("weights",),
+    ("runtimes", "weights"),
     ("checkpoint",),
     ("structured",),
     ("models",),

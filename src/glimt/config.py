@@ -39,6 +39,7 @@ _LEAST = {
     "num_draft_tokens": 0,
     "memory_limit_bytes": 1,
 }
+_TEXTS = ("quant", "quant_head", "quant_tower", "vision_runtime")
 _CHOICES = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "rotary_table": ROTARY_TABLES}
 _MOST = {
     "num_threads": 1024,  # a process that may not start so many would be ended by its C++ library
@@ -78,6 +79,8 @@ class EngineConfig:
     quant: str = "none"  # a file in quant/: of the language blocks' weights, from the checkpoint's
     quant_head: str = "auto"  # of the output head; auto: what suits `quant`
     quant_tower: str = "none"  # of the vision tower
+    vision_runtime: str = "torch"  # what runs the vision tower; else a file in runtimes/
+    vision_model: str | None = None  # the file that `glimt export vision` wrote for that runtime
     rotary_table: str = "auto"  # VisualGLM only; auto: hub_fp16 for float16, else fp32_product
     max_model_len: int | None = None  # tokens, pictures expanded; None: what the checkpoint says
     max_num_batched_tokens: int = 2048  # per step: bounds activations and how long a decode waits
@@ -109,12 +112,13 @@ class EngineConfig:
             and not (value is None and name in _OPTIONAL)
         ]
         problems += [
-            f"{name} is {value!r}; the name of a format is needed"
-            for name in ("quant", "quant_head", "quant_tower")
+            f"{name} is {value!r}; a name is needed"
+            for name in _TEXTS
             if not isinstance(value := getattr(self, name), str)
         ]
         if _is_count(self.tp_size, 1, None) and self.tp_size not in TP_SIZES:
             problems.append(f"tp_size is {self.tp_size!r}; one of 1, 2, 4 and 8 is needed")
+        problems += self._tower_problems()
         if self.max_stretch is not None and not _is_stretch(self.max_stretch):
             problems.append(f"max_stretch is {self.max_stretch!r}; a number above 1 is needed")
         for name, kind in (("enable_prefix_cache", bool), ("image_limits", ImageLimits)):
@@ -127,3 +131,23 @@ class EngineConfig:
         ]
         if problems:
             raise ConfigError("engine options", problems)
+
+    def _tower_problems(self) -> list[str]:
+        """A compiled tower comes from a file, and holds its own weights."""
+        if self.vision_model is not None and not isinstance(self.vision_model, str):
+            return [f"vision_model is {self.vision_model!r}; the path of a file is needed"]
+        if self.vision_runtime == "torch":
+            said = "vision_model is set, but vision_runtime is torch; name the runtime of the file"
+            return [] if self.vision_model is None else [said]
+        if self.vision_model is None:
+            said = f"vision_runtime is {self.vision_runtime!r}, which runs a file; name it with"
+            return [f"{said} vision_model (--vision-model)"]
+        if self.tp_size != 1:
+            said = f"vision_runtime is {self.vision_runtime!r}, which one process runs, but tp_size"
+            return [f"{said} is {self.tp_size}; leave one of the two out"]
+        if self.quant_tower != "none":
+            said = (
+                f"quant_tower is {self.quant_tower!r}, but vision_runtime runs weights of its own"
+            )
+            return [f"{said}; leave one of the two out"]
+        return []

@@ -90,7 +90,7 @@ class Engine:
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
         model = LeadingModel(opened.model, ranks.group, ranks) if ranks else opened.model
-        self.vision = _build_vision(self.config, model, opened.device)
+        self.vision = _build_vision(self.config, opened, model)
         caches = _build_caches(self.config, opened, num_blocks)
         self.runner = ModelRunner(
             model, LedCaches(caches, ranks) if ranks else caches, self.vision, opened.device
@@ -316,11 +316,11 @@ def _request_limits(opened: OpenedModel, cache_tokens: int) -> RequestLimits:
     )
 
 
-def _build_vision(config: EngineConfig, model: Model, device: Device) -> VisionRunner:
-    token = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+def _build_vision(config: EngineConfig, opened: OpenedModel, model: Model) -> VisionRunner:
+    token = torch.zeros(1, dtype=torch.int64, device=opened.device.torch_device)
     features = FeatureCache(config.feature_cache_bytes // model.embed(token).nbytes)
     sizes = config.tower_patches, config.tower_slice_patches
-    return VisionRunner(model, features, *sizes)
+    return VisionRunner(opened.tower or model, features, *sizes)
 
 
 def _build_caches(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> KVCaches:

@@ -30,6 +30,7 @@ from glimt.parallel import ALONE, Group
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.runner.lead import Others
+from glimt.runtimes.vision import OfflineTower, TowerOwner, open_tower
 from glimt.synthetic import (
     SyntheticName,
     SyntheticTokenizer,
@@ -38,7 +39,17 @@ from glimt.synthetic import (
     published_config,
     synthetic_checkpoint,
 )
-from glimt.weights import AS_FLOATS, LoadPlan, WeightFormats, load_weights, plan_weights
+from glimt.weights import (
+    AS_FLOATS,
+    Chooses,
+    LoadPlan,
+    WeightFormats,
+    every_parameter,
+    is_vision,
+    load_weights,
+    plan_weights,
+    tower_digest,
+)
 
 T = TypeVar("T")
 BUILT_IN = {"demo": "glimt-demo-glm4v", "demo-visualglm": "glimt-demo-visualglm"}
@@ -52,6 +63,7 @@ class OpenedModel:
     max_model_len: tokens of one sequence, as configured or as the checkpoint says
     formats:       which weights are quantised, by the checkpoint or when they are loaded
     ranks:         the others, where this process has only a part of the model
+    tower:         runs the pictures in place of the model's own tower, which is then not loaded
     """
 
     family: ModelFamily[Any]
@@ -64,10 +76,15 @@ class OpenedModel:
     max_model_len: int
     formats: WeightFormats = AS_FLOATS
     ranks: Others | None = None
+    tower: OfflineTower | None = None
+
+    @property
+    def _chooses(self) -> Chooses:
+        return every_parameter if self.tower is None else lambda name: not is_vision(name)
 
     def plan(self) -> LoadPlan:
         """What loading will read."""
-        return plan_weights(self.checkpoint, self.model, self.formats)
+        return plan_weights(self.checkpoint, self.model, self.formats, self._chooses)
 
     def load(self, on_tensor: Callable[[int], None] | None = None) -> None:
         """Fill the model's parameters. Raises CheckpointError listing all that is wrong, and
@@ -76,8 +93,12 @@ class OpenedModel:
         on_tensor: called with the bytes of each tensor done
         """
         where = self.dtype, self.device.torch_device
+<<<<<<< HEAD
         with saying_what_fits(_weights_too_large):
             load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
+=======
+        load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats, self._chooses)
+>>>>>>> 0ecd6b4 (runtimes: run pictures through a compiled vision tower)
         self.device.keep_freed_memory()
 
     def close(self) -> None:
@@ -113,6 +134,7 @@ def open_model(engine: EngineConfig, group: Group = ALONE, seat: Seat = ONLY_SEA
         raise Findings(found.checkpoint.folder, found.errors).error(of_weights)
     assert found.processor is not None, "its absence is among the errors"
     check_weights_fit(engine, model, dtype)
+    tower = _open_tower(engine, found, model, formats, (device.torch_device, dtype))
     return OpenedModel(
         family=found.family,
         config=found.config,
@@ -123,7 +145,26 @@ def open_model(engine: EngineConfig, group: Group = ALONE, seat: Seat = ONLY_SEA
         dtype=dtype,
         max_model_len=engine.max_model_len or found.config.context_tokens,
         formats=formats,
+        tower=tower,
     )
+
+
+def _open_tower(
+    engine: EngineConfig,
+    found: ModelFolder,
+    model: Model,
+    stored: WeightFormats,
+    place: tuple[torch.device, torch.dtype],
+) -> OfflineTower | None:
+    """The compiled tower that the configuration names; None where the model's own is to run.
+
+    Raises ConfigError if it cannot be run, or was made of another model.
+    """
+    if engine.vision_runtime == "torch" or engine.vision_model is None:
+        return None
+    path = Path(engine.vision_model).expanduser()
+    owner = TowerOwner(found.family.name, tower_digest(found.checkpoint, model, stored))
+    return open_tower(engine.vision_runtime, path, owner, engine.num_threads, place)
 
 
 def model_folder(name: str) -> Path:

@@ -191,6 +191,20 @@ QuantTower = Annotated[
     str, option("--quant-tower", "The same for the vision tower.", MODEL, "NAME")
 ]
 
+VisionRuntime = Annotated[
+    str,
+    option(
+        "--vision-runtime",
+        "What runs the vision tower: torch, or onnxruntime or om with --vision-model.",
+        MODEL,
+        "NAME",
+    ),
+]
+VisionModel = Annotated[
+    str | None,
+    option("--vision-model", "The file that glimt export vision wrote.", MODEL, "FILE"),
+]
+
 Images = Annotated[
     list[str] | None,
     option("--image -i", "A picture to ask about; may be repeated.", ASK, "PATH"),
@@ -308,6 +322,8 @@ ENGINE: Group = {  # fields of EngineConfig
     "quant": (Quant, "none"),
     "quant_head": (QuantHead, "auto"),
     "quant_tower": (QuantTower, "none"),
+    "vision_runtime": (VisionRuntime, "torch"),
+    "vision_model": (VisionModel, None),
 }
 SAMPLING: Group = {  # fields of SamplingParams
     "max_tokens": (MaxTokens, None),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from torch import Tensor
 
 from glimt.layers.tower import Stages, run_through
-from glimt.models.base import Model
+from glimt.models.base import PictureEncoder
 from glimt.types import ImageInput
 
 
@@ -17,10 +17,10 @@ class TowerJob:
     images: at least one; num_patches: of all of them, what one stage's work grows with
     """
 
-    def __init__(self, model: Model, images: Sequence[ImageInput]) -> None:
+    def __init__(self, encoder: PictureEncoder, images: Sequence[ImageInput]) -> None:
         self.images = tuple(images)
         self.num_patches = sum(patches_of(image) for image in images)
-        self._model = model
+        self._encoder = encoder
         self._stages: Stages[list[Tensor]] | None = None
 
     def advance(
@@ -30,10 +30,10 @@ class TowerJob:
 
         num_stages: blocks of the tower; parts of blocks add up to them
         is_enough:  asked after each part, of which one is always run
-        Raises what the model raises; the job is of no further use then.
+        Raises what the encoder raises; the job is of no further use then.
         """
         if self._stages is None:
-            self._stages = self._model.image_stages(self.images)
+            self._stages = self._encoder.image_stages(self.images)
         done = 0.0
         try:
             while done < num_stages:
@@ -48,7 +48,7 @@ class TowerJob:
     def finish(self) -> list[Tensor]:
         """Run all that is left; [num_tokens, hidden_size] per picture. Raises as `advance` does."""
         if self._stages is None:
-            return self._model.image_features(self.images)
+            return self._encoder.image_features(self.images)
         return list(run_through(self._stages))
 
     def has_any_of(self, digests: Collection[bytes]) -> bool:

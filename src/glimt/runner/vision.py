@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glimt.devices.memory import saying_what_fits, step_too_large
 from glimt.errors import RankError
-from glimt.models.base import Model
+from glimt.models.base import PictureEncoder
 from glimt.runner.allowance import Allowance
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.tower import TowerJob, groups_of
@@ -57,12 +57,12 @@ class VisionRunner:
 
     def __init__(
         self,
-        model: Model,
+        encoder: PictureEncoder,
         cache: FeatureCache,
         tower_patches: int,
         tower_slice_patches: int = 1,
     ) -> None:
-        self.model = model
+        self.encoder = encoder
         self.cache = cache
         self.tower_patches = tower_patches
         self.tower_slice_patches = tower_slice_patches
@@ -128,7 +128,7 @@ class VisionRunner:
             yield job
         left = [image for image in missing if image.digest not in done]
         for group in groups_of(left, self.tower_patches):
-            yield TowerJob(self.model, group)
+            yield TowerJob(self.encoder, group)
 
     def _finish(self, job: TowerJob) -> float:
         """Run a job to its end. Returns the seconds it took."""
@@ -192,9 +192,9 @@ class VisionRunner:
         if not missing:
             return None
         if missing[0].digest in self._suspects:
-            return TowerJob(self.model, missing[:1])
+            return TowerJob(self.encoder, missing[:1])
         sound = [image for image in missing if image.digest not in self._suspects]
-        return TowerJob(self.model, next(groups_of(sound, self.tower_patches)))
+        return TowerJob(self.encoder, next(groups_of(sound, self.tower_patches)))
 
     def _given_up(self, job: TowerJob) -> frozenset[bytes]:
         """A failed job's pictures, unless they can still be tried one by one."""

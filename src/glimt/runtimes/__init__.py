@@ -1,0 +1,1 @@
+"""What runs a vision tower that was compiled to a file: one file per runtime."""

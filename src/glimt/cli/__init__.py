@@ -17,6 +17,7 @@ import typer
 from glimt import __version__
 from glimt.cli.bench import bench_app
 from glimt.cli.compare import compare_app
+from glimt.cli.export import export_app
 from glimt.cli.options import (
     ASK,
     ENGINE,
@@ -257,4 +258,5 @@ def doctor(
         raise typer.Exit(1)
 
 
+app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")

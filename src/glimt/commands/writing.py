@@ -73,6 +73,31 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder to write into whose files move to where `target` is, or vanish on any error.
+
+    Files of their names there are replaced; what ends in .json, which says that the others are
+    whole, comes last. Raises ConfigError as `whole_folder` does.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _check_room(target, nbytes)
+        partial.mkdir(parents=True)
+        yield partial
+        files = sorted(partial.iterdir(), key=lambda file: file.suffix == ".json")
+        for file in files:
+            _sync(file)
+        for file in files:
+            file.replace(target.parent / file.name)
+        _sync(target.parent)
+    except OSError as error:
+        said = f"{target} cannot be written: {error.strerror or error}"
+        raise ConfigError("target", [f"{said}; make room, or choose another place"]) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _check_room(target: Path, nbytes: int) -> None:
     """Ask the nearest folder that exists, so that a refusal makes none."""
     above = next(folder for folder in target.absolute().parents if folder.exists())

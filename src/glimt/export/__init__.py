@@ -1,0 +1,1 @@
+"""The vision tower as an offline model: traced to ONNX, compared, compiled to OM."""

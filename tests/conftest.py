@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.exporting import stand_in_ais_bench, stand_in_atc
 from training.data import easy_vqa
 from training.data.garments import FASHION_FOLDER
 from training.data.sample import DataMissing
@@ -34,6 +35,8 @@ from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams, StepRow
+
+__all__ = ["stand_in_ais_bench", "stand_in_atc"]  # fixtures of another file
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -134,8 +134,9 @@ class EngineConfig:
 
     def _tower_problems(self) -> list[str]:
         """A compiled tower comes from a file, and holds its own weights."""
-        if self.vision_model is not None and not isinstance(self.vision_model, str):
-            return [f"vision_model is {self.vision_model!r}; the path of a file is needed"]
+        file: object = self.vision_model
+        if file is not None and not isinstance(file, str):
+            return [f"vision_model is {file!r}; the path of a file is needed"]
         if self.vision_runtime == "torch":
             said = "vision_model is set, but vision_runtime is torch; name the runtime of the file"
             return [] if self.vision_model is None else [said]

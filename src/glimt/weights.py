@@ -128,7 +128,7 @@ def tower_digest(checkpoint: Checkpoint, model: Model, formats: WeightFormats = 
     """
     plan = plan_weights(checkpoint, model, formats, is_vision)
     names = sorted({name for step in plan.steps for name in step.sources})
-    digests = {}
+    digests: dict[str, bytes] = {}
     for file in {checkpoint.tensors[name].file for name in names}:
         with (checkpoint.open_reader or open_reader)(file) as read:
             here = [name for name in names if checkpoint.tensors[name].file == file]

@@ -93,12 +93,10 @@ class OpenedModel:
         on_tensor: called with the bytes of each tensor done
         """
         where = self.dtype, self.device.torch_device
-<<<<<<< HEAD
         with saying_what_fits(_weights_too_large):
-            load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats)
-=======
-        load_weights(self.checkpoint, self.model, *where, on_tensor, self.formats, self._chooses)
->>>>>>> 0ecd6b4 (runtimes: run pictures through a compiled vision tower)
+            load_weights(
+                self.checkpoint, self.model, *where, on_tensor, self.formats, self._chooses
+            )
         self.device.keep_freed_memory()
 
     def close(self) -> None:

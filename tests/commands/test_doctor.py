@@ -341,3 +341,20 @@ def test_limits_are_shown_when_they_were_measured(monkeypatch):
     assert "1.50 TFLOP/s in bfloat16" in result.stdout
     assert "int8," not in result.stdout
     assert json.loads(run(monkeypatch, facts, "--json").stdout)["limits"] == limits
+
+
+def test_what_runs_and_compiles_a_tower_is_told(stand_in_atc):
+    """Catches a user who finds out after the export; an absence is no fault of the machine."""
+    found = collect({}).towers
+    assert found["om"] is not None
+    assert found["om"].startswith("ais_bench is not installed; install the aclruntime")
+    assert found["atc"] == "not on PATH; source CANN's set_env.sh"
+    stand_in_atc.install()
+    after = collect({})
+    assert after.towers["atc"] is None
+    assert "ais_bench" not in {check.name for check in check(after)}
+    shown = CliRunner().invoke(app, ["doctor"]).stdout
+    assert "exported vision towers" in shown
+    assert (
+        json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["towers"] == after.towers
+    )

@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_what_was_there(folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda place: usage(10, 10, 0))
-        with pytest.raises(ConfigError, match="but 0 B are free .*; make room"):
+        with pytest.raises(ConfigError, match=r"output: .* but 0 bytes are free .*; make room"):
             exported(str(folder), path, force=True, **NOISE)
 
     def full(*_: Any, **__: Any) -> None:

@@ -90,6 +90,7 @@ class Facts:
     threads: what a run without --threads takes
     kernels: None: not looked for
     limits: what the machine reads and multiplies in a second; None: not measured
+    towers: what runs or compiles an exported vision tower, and why it cannot, None if it can
     """
 
     python: str
@@ -105,6 +106,7 @@ class Facts:
     threads: Threads | None = None
     kernels: NativeKernels | None = None
     limits: Mapping[str, float | None] | None = None
+    towers: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def collect(environment: Mapping[str, str] = os.environ, measures_limits: bool =
         threads=plan_threads(),
         kernels=_read_kernels(environment.get("GLIMT_ISA")) if torch.error is None else None,
         limits=_measure_limits(torch) if measures_limits else None,
+        towers=_read_towers(),
     )
 
 
@@ -206,6 +209,19 @@ def _read_devices() -> tuple[tuple[DeviceState, ...], str | None]:
 def _read_device(name: str, kind: type[Device]) -> DeviceState:
     cards = tuple(CardState(**asdict(card)) for card in kind.cards())
     return DeviceState(name, kind.unavailable_reason(), cards, kind.missing())
+
+
+def _read_towers() -> dict[str, str | None]:
+    """Nobody needs these but who exports a tower, so that none is a problem."""
+    try:
+        from glimt.export.atc import find_atc
+        from glimt.runtimes.base import all_runtimes
+
+        found = {name: runtime.absent() for name, runtime in sorted(all_runtimes().items())}
+    except Exception:  # numpy may be broken, which other checks tell
+        return {}
+    atc = None if find_atc() else "not on PATH; source CANN's set_env.sh"
+    return {**found, "atc": atc}
 
 
 # --- judging ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def show(facts: Facts, checks: list[Check]) -> None:
     console.print(key_values("devices", _devices(facts)), "")
     console.print(key_values("libraries", _libraries(facts)), "")
     console.print(key_values("extras", _extras(facts)), "")
+    console.print(key_values("exported vision towers", _towers(facts)), "")
     for check in checks:
         _show_check(console, check)
     verdict = "nothing blocks" if is_healthy(checks) else "mend what is marked PROBLEM first"
@@ -108,6 +109,10 @@ def _devices(facts: Facts) -> dict[str, str]:
 def _card(card: CardState) -> str:
     driver = f"driver {card.driver}" if card.driver else "driver unknown"
     return f"{card.name}, {size_text(card.memory_bytes)}, capability {card.capability}, {driver}"
+
+
+def _towers(facts: Facts) -> dict[str, str]:
+    return {name: absent or "can be used" for name, absent in facts.towers.items()}
 
 
 def _libraries(facts: Facts) -> dict[str, str]:

@@ -53,10 +53,7 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
     is_replaced: what lies at `target` gives way; else it must be absent or empty
     Raises ConfigError where the disk has no room for nbytes, or cannot be written to.
     """
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        _check_room(target, nbytes)
-        partial.mkdir(parents=True)
+    with _partial_folder(target, nbytes, "target") as partial:
         yield partial
         for file in partial.iterdir():
             _sync(file)
@@ -66,11 +63,6 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
         else:
             partial.rename(target)  # replaces an empty folder
         _sync(target.parent)
-    except OSError as error:
-        said = f"{target} cannot be written: {error.strerror or error}"
-        raise ConfigError("target", [f"{said}; make room, or choose another folder"]) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -80,10 +72,7 @@ def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
     Files of their names there are replaced; what ends in .json, which says that the others are
     whole, comes last. Raises ConfigError as `whole_folder` does.
     """
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        _check_room(target, nbytes)
-        partial.mkdir(parents=True)
+    with _partial_folder(target, nbytes, "output") as partial:
         yield partial
         files = sorted(partial.iterdir(), key=lambda file: file.suffix == ".json")
         for file in files:
@@ -91,19 +80,29 @@ def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
         for file in files:
             file.replace(target.parent / file.name)
         _sync(target.parent)
+
+
+@contextmanager
+def _partial_folder(target: Path, nbytes: int, field: str) -> Iterator[Path]:
+    """A new folder beside `target`, which is gone at the end unless it was given another name."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _check_room(target, nbytes, field)
+        partial.mkdir(parents=True)
+        yield partial
     except OSError as error:
         said = f"{target} cannot be written: {error.strerror or error}"
-        raise ConfigError("target", [f"{said}; make room, or choose another place"]) from error
+        raise ConfigError(field, [f"{said}; make room, or choose another folder"]) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_room(target: Path, nbytes: int) -> None:
+def _check_room(target: Path, nbytes: int, field: str) -> None:
     """Ask the nearest folder that exists, so that a refusal makes none."""
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(above).free) < nbytes:
         said = f"{target} needs {size_text(nbytes)}, but {size_text(free)} are free in {above}"
-        raise ConfigError("target", [f"{said}; make room, or choose another folder"])
+        raise ConfigError(field, [f"{said}; make room, or choose another folder"])
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -119,7 +119,9 @@ KNOWN: dict[str, Any] = ROOT_COMMAND.commands
 
 
 def options_of(command: Any) -> set[str]:
-    return {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    """Also the second name of a switch, `--no-…`."""
+    given = [[*parameter.opts, *parameter.secondary_opts] for parameter in command.params]
+    return {"--help"}.union(*given)
 
 
 def with_inner(command: Any) -> set[str]:

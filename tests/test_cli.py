@@ -243,6 +243,8 @@ MODEL_OPTIONS = {
     "--quant": ("quant", "int4"),
     "--quant-head": ("quant_head", "w8a8"),
     "--quant-tower": ("quant_tower", "int8"),
+    "--vision-runtime": ("vision_runtime", "om"),
+    "--vision-model": ("vision_model", "tower.om"),
 }
 SAMPLING_OPTIONS = {
     "--max-tokens": ("max_tokens", 7),

@@ -49,3 +49,16 @@ def test_no_more_drafts_than_are_worth_it() -> None:
     """Catches a limit that moved by one."""
     EngineConfig(model="anywhere", num_draft_tokens=16)
     assert problems(num_draft_tokens=17) == ["num_draft_tokens"]
+
+
+def test_a_compiled_tower_needs_its_file_and_no_rounding() -> None:
+    """Catches a file without a runtime, which would be ignored, and one whose weights are taken to
+    be rounded here.
+    """
+    EngineConfig(model="anywhere", vision_runtime="om", vision_model="tower.om")
+    assert problems(vision_model="tower.om") == ["vision_model"]
+    assert problems(vision_runtime="om") == ["vision_runtime"]
+    both = {"vision_runtime": "om", "vision_model": "tower.om"}
+    assert problems(**both, quant_tower="int8") == ["quant_tower"]
+    assert problems(vision_runtime=3) == ["vision_runtime", "vision_runtime"]
+    assert problems(vision_model=3) == ["vision_model"]

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from glimt.config import EngineConfig
-from glimt.devices.base import Device
 from glimt.devices.memory import saying_what_fits
 from glimt.errors import ConfigError, RankError, RequestError
 from glimt.inputs.request import RequestFactory, RequestLimits, RequestOptions

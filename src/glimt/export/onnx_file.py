@@ -31,7 +31,8 @@ def write_onnx(
 ) -> None:
     """Fill a traced graph with weights and write it.
 
-    weights:  by parameter name, of any float dtype; those that the graph has as inputs are written
+    weights:  [*shape] each, by parameter name, of any float dtype; those that the graph has as
+              inputs are written
     dtype:    in which they are written
     on_bytes: called with the bytes of each weight written
     Changes `graph`: its weights become initializers. Raises ConfigError for a value that the dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from glimt.export.onnx_file import check_onnx, write_onnx
 from glimt.export.trace import GraphShape, trace_tower
 from glimt.loader import ModelFolder, build_model, model_folder, read_folder
 from glimt.models.base import BuildContext
+from glimt.models.visualglm import VisualGlmModel
 from glimt.quant.plan import QuantOptions
 from glimt.runtimes.onnx_runtime import open_onnx
 from glimt.weights import is_vision, load_weights
@@ -148,4 +150,16 @@ def test_a_value_that_float16_cannot_hold_is_named(tmp_path):
     }
     weights["adapter.down.weight"][0, 0] = 7e4
     with pytest.raises(ConfigError, match=r"adapter\.down\.weight has values up to 70000"):
+        write_onnx(deepcopy(graph), weights, tmp_path / "tower.onnx", torch.float16)
+    weights["adapter.down.weight"][0, 0] = torch.nan
+    with pytest.raises(ConfigError, match=r"adapter\.down\.weight is not finite: the checkpoint"):
         write_onnx(graph, weights, tmp_path / "tower.onnx", torch.float16)
+
+
+def test_a_family_that_does_not_say_how_is_told(monkeypatch):
+    """Catches a TypeError out of the tracer for a family whose pictures differ in size."""
+    monkeypatch.delattr(VisualGlmModel, "encode_raw")
+    found = read_folder(model_folder("demo-visualglm"))
+    shape = GraphShape(batch=1, opset=13, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="its family visualglm has no tower that can be exported"):
+        trace_tower(found, check_picture(found.processor), shape)

@@ -277,6 +277,7 @@ def _write(
         expected = model.image_features([plan.image])[0] if job.checks else None
     weights = {name: p.data for name, p in model.named_parameters() if is_vision(name)}
     write_onnx(graph, weights, path, shape.dtype, on_write)
+    model.to("meta")  # onnxruntime needs the room next
     return expected
 
 

@@ -6,6 +6,7 @@ NAME.onnx.data, which must lie beside the first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,6 +100,8 @@ def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = weight.to(dtype)
     if not cast.isfinite().all():
         largest = float(weight.abs().max())
+        if not math.isfinite(largest):
+            raise ConfigError("export", [f"{name} is not finite: the checkpoint is damaged"])
         said = f"{name} has values up to {largest:g}, beyond what float16 holds"
         raise ConfigError("dtype", [f"{said}; export with --dtype float32"])
     return cast

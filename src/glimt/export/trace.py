@@ -111,14 +111,13 @@ def trace_tower(found: ModelFolder, image: ImageInput, shape: GraphShape) -> Any
     """
     onnx = import_onnx()
     model = _meta_model(found, shape.dtype)
+    if type(model).encode_raw is Model.encode_raw:
+        said = f"its family {found.family.name} has no tower that can be exported"
+        raise ConfigError(str(found.checkpoint.folder), [said])
     batch = shape.batch or 2  # not 1, of which a graph might make a constant
     raw = torch.zeros(batch, *image.pixels.shape)
     written = io.BytesIO()
-    try:
-        _export(RawToFeatures(model), raw, written, shape)
-    except TypeError as error:
-        said = f"its family {found.family.name} has no tower that can be exported"
-        raise ConfigError(str(found.checkpoint.folder), [said]) from error
+    _export(RawToFeatures(model), raw, written, shape)
     graph = onnx.load_from_string(written.getvalue())
     _name_weights(graph)
     size = _BATCH if shape.batch is None else shape.batch

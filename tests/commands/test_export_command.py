@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["--to", "om", "--soc-version", "Ascend310P3", "--opset", "19"],
         "opset is 19, but ATC takes 11 to 18",
     ),
-    "batch": (["--batch", "0"], "batch is '0'; a number of pictures or dynamic is needed"),
+    "batch": (["--batch", "0"], "batch is '0'; 1 to 64 or dynamic is needed"),
     "dtype": (["--dtype", "bfloat16"], "dtype 'bfloat16' is unknown; choose one of float32, fl"),
     "format": (["--to", "trt"], "to 'trt' is unknown; choose one of onnx, om"),
     "soc": (["--to", "om", "--soc-version", "910B3"], "soc_version '910B3' is no chip of Ascend"),
@@ -305,6 +305,21 @@ def test_generate_answers_through_an_om(stand_in_atc, stand_in_ais_bench, tmp_pa
     asked = ["--image", str(EXAMPLES / "bag.png"), "--prompt", "Describe the image.", "-t", "0"]
     done = CliRunner().invoke(app, ["generate", *options, *asked, "--quiet"])
     assert done.stdout.strip() == "The picture shows a bag."
+
+
+def test_a_rounded_language_model_takes_the_same_tower(tmp_path):
+    """Catches a digest that the language model's format enters, and an export of such a folder that
+    misses what is rounded in it.
+    """
+    write_noise_model(tmp_path / "whole", "visualglm")
+    rounded = tmp_path / "rounded"
+    quantize(plan_quantize(tmp_path / "whole", rounded, QuantOptions(blocks="int8")))
+    ours = exported(str(rounded), tmp_path / "a.onnx", **NOISE).manifest
+    whole = exported(str(tmp_path / "whole"), tmp_path / "b.onnx", **NOISE).manifest
+    assert ours.tower_digest == whole.tower_digest
+    file = str(tmp_path / "b.onnx")
+    offline = EngineConfig(model=str(rounded), vision_runtime="onnxruntime", vision_model=file)
+    assert open_model(offline).tower is not None
 
 
 def test_a_foreign_file_is_refused_before_weights_are_loaded(towers, folders):

@@ -21,15 +21,23 @@ from glimt.export.trace import OPSETS, GraphShape, import_onnx, trace_tower
 from glimt.loader import Findings, ModelFolder, build_model, model_folder, parse_dtype, read_folder
 from glimt.models.base import BuildContext, Model
 from glimt.quant.base import NONE
+from glimt.quant.plan import plan_formats
 from glimt.runtimes.manifest import Manifest, manifest_path
 from glimt.runtimes.onnx_runtime import RUNTIME as ONNXRUNTIME
 from glimt.sizes import size_text
 from glimt.types import ImageInput
-from glimt.weights import is_vision, load_weights, plan_weights, tower_digest
+from glimt.weights import (
+    WeightFormats,
+    is_vision,
+    load_weights,
+    plan_weights,
+    tower_digest,
+)
 
 FORMATS = ("onnx", "om")
 DTYPES = ("float32", "float16")
 DYNAMIC = "dynamic"
+BATCHES = range(1, 65)  # a request shows no more pictures
 # A float32 graph is cast by ATC, whose default this is; a float16 one has its casts already.
 _PRECISIONS = {"float32": "fp16", "float16": "origin"}
 
@@ -71,12 +79,14 @@ class ExportJob:
 class ExportPlan:
     """An export whose every check has passed and of which nothing is written yet.
 
+    formats:  in which the checkpoint holds the other weights
     reads, writes: bytes of the tower's weights in the checkpoint, and in the file
     """
 
     job: ExportJob
     found: ModelFolder
     model: Model
+    formats: WeightFormats
     image: ImageInput
     compiler: str | None
     reads: int
@@ -130,9 +140,10 @@ def plan_export(job: ExportJob) -> ExportPlan:
     found = read_folder(folder)
     dtype = parse_dtype("float32" if job.checks else job.dtype)
     model = build_model(found, BuildContext(Device(), dtype, found.config.max_positions))
-    plan = plan_weights(found.checkpoint, model, chooses=is_vision)
+    _refuse_quantised(found)
+    formats = WeightFormats(stored=plan_formats(model, found.stored))
+    plan = plan_weights(found.checkpoint, model, formats, is_vision)
     if found.errors or plan.problems:
-        _refuse_quantised(found)
         raise Findings(folder, found.errors).error(plan.problems)
     values = sum(p.numel() for name, p in model.named_parameters() if is_vision(name))
     if not values:
@@ -141,7 +152,7 @@ def plan_export(job: ExportJob) -> ExportPlan:
     image = check_picture(found.processor)
     compiler = _find_compiler(job, image)
     writes = values * parse_dtype(job.dtype).itemsize
-    return ExportPlan(job, found, model, image, compiler, plan.nbytes, writes)
+    return ExportPlan(job, found, model, formats, image, compiler, plan.nbytes, writes)
 
 
 def _option_problems(job: ExportJob) -> Iterator[str]:
@@ -151,10 +162,8 @@ def _option_problems(job: ExportJob) -> Iterator[str]:
             yield f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
     if job.opset not in OPSETS:
         yield f"opset is {job.opset}; {OPSETS[0]} to {OPSETS[-1]} can be written"
-    if job.batch != DYNAMIC and not (
-        job.batch.isascii() and job.batch.isdigit() and int(job.batch)
-    ):
-        yield f"batch is {job.batch!r}; a number of pictures or {DYNAMIC} is needed"
+    if job.batch not in (DYNAMIC, *map(str, BATCHES)):
+        yield f"batch is {job.batch!r}; {BATCHES[0]} to {BATCHES[-1]} or {DYNAMIC} is needed"
     if job.to in FORMATS:
         yield from _output_problems(job)
     yield from _compiler_problems(job) if job.to == "om" else _unused(job)
@@ -272,7 +281,7 @@ def _write(
     graph = trace_tower(plan.found, plan.image, shape)
     own = parse_dtype("float32" if job.checks else job.dtype)
     cpu = torch.device("cpu")
-    load_weights(plan.found.checkpoint, model, own, cpu, on_read, chooses=is_vision)
+    load_weights(plan.found.checkpoint, model, own, cpu, on_read, plan.formats, is_vision)
     with torch.inference_mode():
         expected = model.image_features([plan.image])[0] if job.checks else None
     weights = {name: p.data for name, p in model.named_parameters() if is_vision(name)}

@@ -60,5 +60,6 @@ def test_a_compiled_tower_needs_its_file_and_no_rounding() -> None:
     assert problems(vision_runtime="om") == ["vision_runtime"]
     both = {"vision_runtime": "om", "vision_model": "tower.om"}
     assert problems(**both, quant_tower="int8") == ["quant_tower"]
+    assert problems(**both, tp_size=2) == ["vision_runtime"]
     assert problems(vision_runtime=3) == ["vision_runtime", "vision_runtime"]
     assert problems(vision_model=3) == ["vision_model"]

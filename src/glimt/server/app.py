@@ -130,6 +130,29 @@ def create_app(
     load: makes the engine, in a worker thread, after the port is open
     on_failed_start: told when the engine cannot be loaded at all
     """
+    app, context = _routes(load, config, model_name, created, on_failed_start)
+    return _wrapped(app, context), context
+
+
+def create_inner_app(
+    load: Callable[[], AsyncEngine], config: ServerConfig, model_name: str, created: int
+) -> tuple[Any, Context]:
+    """The same for whoever has the door (`behind_door`) elsewhere, and starts and closes it itself.
+
+    load: makes the engine when `context.service.host` is started; `close` ends what it began
+    """
+    app, context = _routes(load, config, model_name, created, lambda error: None)
+    return RequestIds(LastResort(app, config.profile), config.profile), context
+
+
+def _routes(
+    load: Callable[[], AsyncEngine],
+    config: ServerConfig,
+    model_name: str,
+    created: int,
+    on_failed_start: Callable[[GlimtError], None],
+) -> tuple[FastAPI, Context]:
+    """Every route of the public port."""
     host = EngineHost(load, config.max_restarts, config.stall_timeout_s)
     compat = [config.metrics_compat, "mindie" if config.profile == "mindie" else "none"]
     names = config.served_model_names or (model_name,)
@@ -148,7 +171,7 @@ def create_app(
             app.include_router(protocol.routes(context))
     app.include_router(_operation(context))
     _handle_errors(app, context)
-    return _wrapped(app, context), context
+    return app, context
 
 
 def create_management_app(context: Context) -> Any:
@@ -165,13 +188,23 @@ def create_management_app(context: Context) -> Any:
 
 
 def _wrapped(app: Any, context: Context) -> Any:
-    """Outermost last: the body, a place, the key, whose page, the reply's id, who may read it."""
-    config = context.config
+    """The application of one server: a place for each request between its key and its body."""
     answers = [path for protocol in all_protocols() for path in protocol.answers]
+    return _door(Shedding(_bounded(app, context.config), context.service, answers), context.config)
+
+
+def behind_door(app: Any, config: ServerConfig) -> Any:
+    """Any application behind what a server has in front of its own, but for the place."""
+    return _door(_bounded(app, config), config)
+
+
+def _bounded(app: Any, config: ServerConfig) -> Any:
+    return BodyLimit(LastResort(app, config.profile), config.max_body_bytes, config.profile)
+
+
+def _door(app: Any, config: ServerConfig) -> Any:
+    """Outermost last: the key, whose page asks, an id for the reply, who may read it."""
     origins = Origins(config.allowed_origins, config.host)
-    app = LastResort(app, config.profile)
-    app = BodyLimit(app, config.max_body_bytes, config.profile)
-    app = Shedding(app, context.service, answers)
     app = Keys(app, config.api_keys, config.profile)
     app = Guard(app, origins, config.profile, has_keys=bool(config.api_keys))
     return Sharing(RequestIds(RequestLog(app), config.profile), origins)
@@ -190,11 +223,16 @@ def _lifespan(context: Context, on_failed_start: Callable[[GlimtError], None]) -
         yield
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        await context.service.host.stop()
-        context.service.pictures.close()
-        context.service.traces.close()
+        await close(context)
 
     return lifespan
+
+
+async def close(context: Context) -> None:
+    """End the engine and what serves it; requests that still run are aborted."""
+    await context.service.host.stop()
+    context.service.pictures.close()
+    context.service.traces.close()
 
 
 # --- errors ----------------------------------------------------------------------------------

@@ -243,5 +243,9 @@ class _Events:
 
     def failure(self, failure: Failure) -> bytes:
         """An error after the first byte: the status cannot say it any more."""
-        body = body_of(failure, "openai", self._profile)
-        return data_event(body) + b"data: [DONE]\n\n"
+        return error_end(failure, self._profile)
+
+
+def error_end(failure: Failure, profile: str) -> bytes:
+    """The last events of a stream that fails."""
+    return data_event(body_of(failure, "openai", profile)) + b"data: [DONE]\n\n"

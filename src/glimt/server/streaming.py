@@ -111,12 +111,13 @@ class EventStream(Response):
             if piece is None:
                 break
             if body := piece or self._keep_alive:
-                await send(_body(body, more=True))
+                await send(body_message(body, more=True))
         if not self._waiting.is_cut:
-            await send(_body(b"", more=False))
+            await send(body_message(b"", more=False))
 
 
-def _body(content: bytes, more: bool) -> Message:
+def body_message(content: bytes, more: bool) -> Message:
+    """A piece of a reply's body. more: others follow."""
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 

@@ -112,14 +112,19 @@ def _cumulative_logprob(completion: Completion) -> float:
     return sum(each.logprob or 0.0 for each in completion.logprobs or ())
 
 
+def delimiter_of(config: ServerConfig) -> bytes:
+    """What ends every object of a stream."""
+    is_mindie = config.profile == "mindie"
+    return _DELIMITERS["nul" if is_mindie else config.vllm_stream_delimiter]
+
+
 class VllmWriter:
     """Upstream: all text so far of every choice, prompt included; MindIE: what is new, alone."""
 
     def __init__(self, request: Request, asked: VllmRequest, config: ServerConfig) -> None:
         self._is_mindie = config.profile == "mindie"
         self._is_cumulative = not self._is_mindie or config.full_text_streams
-        delimiter = "nul" if self._is_mindie else config.vllm_stream_delimiter
-        self._delimiter = _DELIMITERS[delimiter]
+        self._delimiter = delimiter_of(config)
         prefix = "" if self._is_mindie else asked.prefix
         self._texts = [prefix] * request.sampling.n
 

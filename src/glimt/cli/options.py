@@ -376,6 +376,25 @@ def gathers(**groups: Group) -> Callable[[Callable[..., R]], Callable[..., R]]:
     return decorate
 
 
+def takes(job: Callable[..., Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Give a command the options of another function, whose result it gets as `job`."""
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        own = [each for each in _parameters(command, {}) if each.name != "job"]
+
+        @functools.wraps(command)
+        def taking(**given: Any) -> R:
+            kept = {each.name: given.pop(each.name) for each in own}
+            return command(job=job(**given), **kept)
+
+        parameters = [*inspect.signature(job).parameters.values(), *own]
+        taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        taking.__annotations__ = {each.name: each.annotation for each in parameters}
+        return taking
+
+    return decorate
+
+
 def _value(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else given
 

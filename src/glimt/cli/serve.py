@@ -7,15 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from glimt.cli.options import ENGINE, Commands, Fields, gathers, option
+from glimt.cli.options import ENGINE, Commands, Fields, gathers, option, takes
 
 serve_app = typer.Typer(cls=Commands)
 SERVER, ACCESS, PICTURES = "Server", "Access", "Pictures"
 
 
-@serve_app.command()
 @gathers(engine=ENGINE)
-def serve(
+def serve_job(
     ctx: typer.Context,
     *,
     engine: Fields,
@@ -188,12 +187,11 @@ def serve(
         int,
         option("--decoders", "Child processes that decode pictures; 0: none.", PICTURES, "N"),
     ] = 2,
-) -> None:
-    """Serve a model over HTTP, in the forms of OpenAI, TGI, Triton, vLLM and MindIE."""
+) -> Any:
+    """The ServeJob that all these options come to."""
     import os
 
     from glimt.commands.serve import ServeJob
-    from glimt.commands.serve import serve as run
     from glimt.server.config import ServerConfig
 
     of_environment = os.environ.get("GLIMT_API_KEY")
@@ -238,11 +236,9 @@ def serve(
             log_level = settings.log_level
         for said in settings.notes:
             note(f"{mindie_config}: {said}")
-    job = ServeJob(
+    return ServeJob(
         engine=engine, server=ServerConfig(**server), log_level=log_level, log_format=log_format
     )
-    if status := run(job):
-        raise typer.Exit(status)
 
 
 _FIELDS = {
@@ -257,6 +253,16 @@ def _typed(ctx: typer.Context) -> set[str]:
     """Fields whose options were typed: they go before what a file says."""
     typed = (name for name in ctx.params if _is_typed(ctx, name))
     return {_FIELDS.get(name, name) for name in typed}
+
+
+@serve_app.command()
+@takes(job=serve_job)
+def serve(*, job: Any) -> None:
+    """Serve a model over HTTP, in the forms of OpenAI, TGI, Triton, vLLM and MindIE."""
+    from glimt.commands.serve import serve as run
+
+    if status := run(job):
+        raise typer.Exit(status)
 
 
 def _is_typed(ctx: typer.Context, name: str) -> bool:

@@ -51,9 +51,9 @@ def serve(job: ServeJob) -> int:
     Raises ConfigError or CheckpointError for what can be told before the port is open.
     """
     config = EngineConfig(**job.engine)
-    _check_tls(job.server)
+    check_tls(job.server)
     open_model(config)  # a folder that cannot be served is told at once, and not by a 503
-    _log(job.log_level, job.log_format)
+    start_logging(job.log_level, job.log_format)
     sys.setswitchinterval(_SWITCH_S)
     return asyncio.run(_Server(job, config).run())
 
@@ -87,7 +87,7 @@ class _Lines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
-def _log(level: str, form: str) -> None:
+def start_logging(level: str, form: str) -> None:
     """Log to stderr. Raises ConfigError for a level or form that is none."""
     for name, given, known in (("log_level", level, LOG_LEVELS), ("log_format", form, LOG_FORMATS)):
         if given not in known:
@@ -98,7 +98,7 @@ def _log(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def _check_tls(server: ServerConfig) -> None:
+def check_tls(server: ServerConfig) -> None:
     """Read the certificate and its key once. Raises ConfigError if they are none."""
     if server.tls_cert is None:
         return
@@ -129,7 +129,7 @@ class _Server:
         app, context = create_app(
             lambda: AsyncEngine(load_engine(self._config)),
             server,
-            _model_name(self._config.model),
+            model_name(self._config.model),
             int(time.time()),
             self._start_failed,
         )
@@ -201,6 +201,7 @@ class _Server:
             "access_log": False,
             "timeout_keep_alive": int(self._job.server.idle_timeout_s),
             "timeout_graceful_shutdown": 5,
+            "ws": "none",
             "h11_max_incomplete_event_size": 64 * 2**10,
             "server_header": False,
             "lifespan": "on",
@@ -260,6 +261,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _model_name(model: str) -> str:
+def model_name(model: str) -> str:
     """What a model is called where no name is given: the folder's."""
     return Path(model).expanduser().resolve().name if "/" in model else model

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from glimt.server.failures import Failure, content_of, family_of, headers_of, status_of
 from glimt.server.shedding import LINGER_S
@@ -93,7 +93,8 @@ class Entrance(asyncio.Protocol):
 
     def _hand_over(self, data: bytes) -> None:
         self._forget()
-        protocol = AutoHTTPProtocol(**self._uvicorn)
+        # Not what happens to be installed: another would not keep the limit on headers.
+        protocol = H11Protocol(**self._uvicorn)
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)
         protocol.data_received(data)

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from glimt.errors import GlimtError, RequestError, SetupError
+from glimt.server.logs import printable as printable  # commands know it from here
 
 
 def out_console() -> Console:
@@ -66,15 +67,6 @@ def _say(text: Text) -> None:
 def exit_code(error: GlimtError | OSError) -> int:
     """2 for what the caller can mend, 1 for what went wrong here."""
     return 2 if isinstance(error, (RequestError, SetupError)) else 1
-
-
-# A terminal obeys these; a model or a file name may hold any of them.
-_CONTROLS = {i: 0xFFFD for i in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(i) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """The text with U+FFFD for every character that would steer a terminal."""
-    return text.translate(_CONTROLS)
 
 
 def write_answer(text: str) -> None:

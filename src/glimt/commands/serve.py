@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import signal
 import socket
 import ssl
@@ -20,7 +18,7 @@ from typing import Any
 import uvicorn
 
 from glimt.async_engine import AsyncEngine
-from glimt.commands.console import note, printable, say_error
+from glimt.commands.console import note, say_error
 from glimt.commands.running import load_engine
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError, GlimtError
@@ -28,6 +26,7 @@ from glimt.loader import open_model
 from glimt.server.app import Context, create_app, create_management_app
 from glimt.server.config import ServerConfig
 from glimt.server.connections import Bound, Entrance
+from glimt.server.logs import start_logging
 
 _BACKLOG = 2048
 # Each system call of the server's thread lets the engine's thread have the interpreter, and gets it
@@ -56,46 +55,6 @@ def serve(job: ServeJob) -> int:
     start_logging(job.log_level, job.log_format)
     sys.setswitchinterval(_SWITCH_S)
     return asyncio.run(_Server(job, config).run())
-
-
-LOG_FORMATS = ("text", "json")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-class _Lines(logging.Formatter):
-    """A line for people, or an object for machines; facts of a request are part of both."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line; a traceback follows in the text form alone, and is a field in the other."""
-        facts: dict[str, Any] = getattr(record, "facts", {})
-        if not self._as_json:
-            listed = " ".join(f"{name}={value}" for name, value in facts.items())
-            return " ".join([printable(super().format(record)), *([listed] if facts else [])])
-        said = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **facts,
-        }
-        if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
-
-
-def start_logging(level: str, form: str) -> None:
-    """Log to stderr. Raises ConfigError for a level or form that is none."""
-    for name, given, known in (("log_level", level, LOG_LEVELS), ("log_format", form, LOG_FORMATS)):
-        if given not in known:
-            said = f"{given!r} is unknown; choose one of {', '.join(known)}"
-            raise ConfigError(name, [said])
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines(form == "json"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def check_tls(server: ServerConfig) -> None:

@@ -208,3 +208,81 @@ def test_the_installed_package_has_the_page():
 
     assert PAGE.is_relative_to(Path(glimt.__file__).parent)
     assert {"index.html", "page.css", "page.js", "icon.svg"} <= {p.name for p in PAGE.iterdir()}
+
+
+# --- a model divided over several machines ---------------------------------------------------
+
+GROUP_FILE = "leaderworkerset.yaml"
+HAS_TP = "tp_size" in {each.name for each in SERVE.params}
+
+
+def group() -> dict[str, Any]:
+    (found,) = [one for one in documents(GROUP_FILE) if one["kind"] == "LeaderWorkerSet"]
+    template: dict[str, Any] = found["spec"]["leaderWorkerTemplate"]
+    return template
+
+
+def rank_pod(role: str) -> dict[str, Any]:
+    spec: dict[str, Any] = group()[f"{role}Template"]["spec"]
+    return spec
+
+
+def rank_container(role: str) -> dict[str, Any]:
+    (only,) = rank_pod(role)["containers"]
+    return dict(only)
+
+
+def test_every_rank_runs_the_same_command():
+    """Catches a group whose ranks wait for each other for ever."""
+    leader, worker = rank_container("leader"), rank_container("worker")
+    assert leader["command"] == worker["command"]
+    assert leader["args"] == worker["args"]
+    program, *options = leader["command"]
+    assert (program, options[-2:]) == ("torchrun", ["--no-python", "glimt"])
+    given = dict(option.split("=") for option in options[:-2])
+    assert given == {
+        "--nnodes": "$(LWS_GROUP_SIZE)",
+        "--node-rank": "$(LWS_WORKER_INDEX)",
+        "--nproc-per-node": "4",
+        "--master-addr": "$(LWS_LEADER_ADDRESS)",
+        "--master-port": "29500",
+    }
+    cards = leader["resources"]["limits"]["nvidia.com/gpu"]
+    assert cards == given["--nproc-per-node"]
+    tp_size = leader["args"][leader["args"].index("--tp") + 1]
+    assert int(tp_size) == group()["size"] * int(cards)
+
+
+def test_torchrun_knows_the_options():
+    """Catches a name that torch has dropped."""
+    from torch.distributed.run import get_args_parser
+
+    _, *options = rank_container("leader")["command"]
+    numbered = [re.sub(r"\$\(LWS_\w+\)", "2", option) for option in options]
+    given = get_args_parser().parse_args(numbered)
+    assert (given.nnodes, given.node_rank, given.master_addr) == ("2", 2, "2")
+    assert given.no_python
+    assert given.training_script == "glimt"
+
+
+@pytest.mark.skipif(not HAS_TP, reason="glimt serve has no --tp in this version")
+def test_the_group_s_command_parses():
+    """Catches an option that was renamed."""
+    name, *arguments = rank_container("leader")["args"]
+    assert name == "serve"
+    given = SERVE.make_context(name, arguments).params
+    assert (given["port"], given["host"], given["tp_size"]) == (PORT, "0.0.0.0", 8)
+
+
+def test_the_group_is_asked_and_ended_like_a_single_server():
+    """Catches probes of another path, a service that leads to a worker, and a short grace."""
+    leader = rank_container("leader")
+    for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert leader[kind] == container()[kind]
+    assert "readinessProbe" not in rank_container("worker")
+    (service,) = [one for one in documents(GROUP_FILE) if one["kind"] == "Service"]
+    labels = group()["leaderTemplate"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels
+    assert group()["workerTemplate"]["metadata"]["labels"] != labels
+    for role in ("leader", "worker"):
+        assert rank_pod(role)["terminationGracePeriodSeconds"] >= 90 + 5 + 10

@@ -148,7 +148,7 @@ def test_a_hot_key_spills_over_in_its_own_order():
 def test_a_replica_above_the_bound_comes_after_all_below_it():
     """Would catch a full replica that is tried before an idle one."""
     order = ranked("k", NAMES)
-    loads = {name: 0 for name in NAMES} | {order[0]: 50, order[1]: 40}
+    loads = dict.fromkeys(NAMES, 0) | {order[0]: 50, order[1]: 40}
     assert preferred("k", loads, full_at=8) == [order[2], order[3], order[1], order[0]]
 
 

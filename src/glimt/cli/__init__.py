@@ -16,6 +16,7 @@ import typer
 
 from glimt import __version__
 from glimt.cli.bench import bench_app
+from glimt.cli.cluster import cluster_app
 from glimt.cli.compare import compare_app
 from glimt.cli.export import export_app
 from glimt.cli.options import (
@@ -240,6 +241,7 @@ def quantize(
 
 
 app.add_typer(serve_app)
+app.add_typer(cluster_app)
 app.add_typer(compare_app)
 
 

@@ -39,6 +39,7 @@ class ClusterPlan:
     full_at: int = 8  # answers of one replica, beyond which others take its pictures too
     num_ingresses: int = 1  # processes that take requests and pass them on
     log_level: str = "info"
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         problems = [

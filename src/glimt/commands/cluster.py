@@ -1,0 +1,109 @@
+"""`glimt cluster`: many engines on Ray Serve, from their settings to their last running request."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glimt.cluster.deploy import deploy, is_deployed, join_ray, retire
+from glimt.cluster.plan import ClusterPlan
+from glimt.commands.console import note
+from glimt.commands.serve import ServeJob, check_tls, model_name
+from glimt.config import EngineConfig
+from glimt.errors import ConfigError
+from glimt.loader import BUILT_IN, open_model
+from glimt.server.logs import start_logging
+from glimt.synthetic import is_synthetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterJob:
+    """What was asked for. plan: fields of ClusterPlan beside the server's own.
+
+    ray_address: of a running Ray; None: start one with ray_cpus and ray_store_bytes
+    is_restart:  replace what runs, and return
+    """
+
+    serve: ServeJob
+    plan: Mapping[str, Any]
+    ray_address: str | None = None
+    ray_cpus: int | None = None
+    ray_store_bytes: int | None = None
+    is_restart: bool = False
+
+
+def cluster(job: ClusterJob) -> None:
+    """Serve until a signal ends it; with is_restart, replace what runs and return.
+
+    Raises ConfigError or CheckpointError for what can be told before Ray is started,
+    MissingDependency without Ray, and EngineError if the cluster cannot become ready.
+    """
+    plan = _plan(job)
+    start_logging(job.serve.log_level, job.serve.log_format)
+    ending = _signalled()
+    join_ray(_address(job), job.ray_cpus, job.ray_store_bytes)
+    if job.is_restart:
+        _restart(plan)
+        return
+    scheme = "http" if plan.server.tls_cert is None else "https"
+    where = f"{scheme}://{plan.server.host}:{plan.server.port}"
+    note(f"starting {_counted(plan)} of {plan.model_name}")
+    deploy(plan)
+    note(f"serving {plan.model_name} at {where}")
+    ending.wait()
+    note(f"ending: running answers may go on for {plan.server.drain_timeout_s:g} s")
+    retire()
+
+
+def _address(job: ClusterJob) -> str | None:
+    """A restart is of what runs: on this machine unless another is named."""
+    return job.ray_address or ("auto" if job.is_restart else None)
+
+
+def _restart(plan: ClusterPlan) -> None:
+    if not is_deployed():
+        said = "no glimt cluster runs there; start one without --rolling-restart"
+        raise ConfigError("rolling_restart", [said])
+    note(f"replacing {_counted(plan)} of {plan.model_name}, one after the other")
+    deploy(plan)
+    note("every replica is new")
+
+
+def _counted(plan: ClusterPlan) -> str:
+    count = f"{plan.min_replicas}..{plan.max_replicas}" if plan.scales else str(plan.min_replicas)
+    return f"{count} replica{'s' if plan.max_replicas > 1 else ''}"
+
+
+def _plan(job: ClusterJob) -> ClusterPlan:
+    """Everything checked that can be without Ray."""
+    config = EngineConfig(**job.serve.engine)
+    plan = ClusterPlan(
+        engine=replace(config, model=_absolute(config.model)),
+        server=job.serve.server,
+        model_name=model_name(config.model),
+        log_level=job.serve.log_level,
+        log_format=job.serve.log_format,
+        **job.plan,
+    )
+    check_tls(plan.server)
+    open_model(config)
+    return plan
+
+
+def _absolute(model: str) -> str:
+    """A folder as every process finds it, wherever it was started."""
+    if model in BUILT_IN or is_synthetic(model):
+        return model
+    return str(Path(model).expanduser().resolve())
+
+
+def _signalled() -> threading.Event:
+    """Set by SIGTERM and SIGINT. Called before Ray is, which then leaves both alone."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    return ending

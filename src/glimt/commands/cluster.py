@@ -44,8 +44,8 @@ def cluster(job: ClusterJob) -> None:
     """
     plan = _plan(job)
     start_logging(job.serve.log_level, job.serve.log_format)
-    ending = _signalled()
     join_ray(_address(job), job.ray_cpus, job.ray_store_bytes)
+    ending = _signalled()
     if job.is_restart:
         _restart(plan)
         return
@@ -102,7 +102,7 @@ def _absolute(model: str) -> str:
 
 
 def _signalled() -> threading.Event:
-    """Set by SIGTERM and SIGINT. Called before Ray is, which then leaves both alone."""
+    """Set by SIGTERM and SIGINT. Called after Ray is joined, which takes SIGTERM for itself."""
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())

@@ -49,6 +49,7 @@ def serving(
 def running(app: Any, **options: Any) -> Iterator[str]:
     """Any ASGI application on a free port; gives its address. options: more of uvicorn's."""
     usual = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "on"}
+    usual |= {"http": "h11", "ws": "none"}  # as glimt serve, whatever else is installed
     server = uvicorn.Server(uvicorn.Config(app, **{**usual, **options}))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -12,10 +12,11 @@ from typing import Any
 from glimt.cluster.deploy import deploy, is_deployed, join_ray, retire
 from glimt.cluster.plan import ClusterPlan
 from glimt.commands.console import note
-from glimt.commands.serve import ServeJob, check_tls, model_name
+from glimt.commands.serve import ServeJob, check_tls, listen, model_name
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError
 from glimt.loader import BUILT_IN, open_model
+from glimt.server.config import ServerConfig
 from glimt.server.logs import start_logging
 from glimt.synthetic import is_synthetic
 
@@ -91,7 +92,17 @@ def _plan(job: ClusterJob) -> ClusterPlan:
     )
     check_tls(plan.server)
     open_model(config)
+    if _address(job) is None:
+        _check_port(plan.server)
     return plan
+
+
+def _check_port(server: ServerConfig) -> None:
+    """Raise ConfigError if Serve's proxy could not open it: Serve would only log that."""
+    if not server.port:
+        said = "is 0; a cluster's port must be named, since Serve does not tell which it has taken"
+        raise ConfigError("port", [said])
+    listen(server.host, server.port).close()
 
 
 def _absolute(model: str) -> str:

@@ -92,10 +92,10 @@ class _Server:
             int(time.time()),
             self._start_failed,
         )
-        ports = [(app, _listen(server.host, server.port))]
+        ports = [(app, listen(server.host, server.port))]
         if server.management_port is not None:
             ports.append(
-                (create_management_app(context), _listen("127.0.0.1", server.management_port))
+                (create_management_app(context), listen("127.0.0.1", server.management_port))
             )
         self._tell(ports, context)
         loop = asyncio.get_running_loop()
@@ -203,7 +203,7 @@ class _Uvicorn(uvicorn.Server):
         return nullcontext()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError if there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -39,6 +39,7 @@ def test_what_is_no_range_is_refused_with_an_example(text):
         ({"full_at": 0}, "full_at is 0"),
         ({"num_ingresses": 0}, "num_ingresses is 0"),
         ({"server": {"management_port": 9000}}, "management_port is of one server"),
+        ({"server": {"max_connections": 9}}, "Ray Serve's proxy takes as many as come"),
     ],
 )
 def test_what_cannot_be_is_told(fields, said):

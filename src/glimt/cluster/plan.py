@@ -104,6 +104,9 @@ def _refused(server: ServerConfig) -> list[str]:
     problems = []
     if server.management_port is not None:
         problems.append("management_port is of one server; leave it out, glimt serve has it")
+    if server.max_connections is not None:
+        said = "max_connections: Ray Serve's proxy takes as many as come"
+        problems.append(f"{said}; leave it out, and bound them in a proxy in front")
     if server.tls_ca is not None:
         said = "tls_ca: Ray Serve asks clients for no certificate"
         problems.append(f"{said}; use --api-key, or a proxy in front that checks certificates")

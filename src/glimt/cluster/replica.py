@@ -7,6 +7,7 @@ status with its headers, then pieces of the body.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -16,7 +17,7 @@ from ray import serve
 from glimt.async_engine import AsyncEngine
 from glimt.cluster.plan import replica_parts
 from glimt.cluster.router import RANK
-from glimt.server.app import close, create_inner_app
+from glimt.server.app import SWITCH_S, close, create_inner_app
 from glimt.server.logs import start_logging
 
 Head = tuple[str, str, str, list[tuple[bytes, bytes]]]
@@ -34,6 +35,7 @@ class Replica:
         settings: as `ClusterPlan.replica_text` writes them
         """
         start_logging(log_level, log_format)
+        sys.setswitchinterval(SWITCH_S)
         engine, server, model_name = replica_parts(settings)
         self._app, self._context = create_inner_app(
             lambda: AsyncEngine.load(engine), server, model_name, int(time.time())

@@ -23,15 +23,12 @@ from glimt.commands.running import load_engine
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError, GlimtError
 from glimt.loader import open_model
-from glimt.server.app import Context, create_app, create_management_app
+from glimt.server.app import SWITCH_S, Context, create_app, create_management_app
 from glimt.server.config import ServerConfig
 from glimt.server.connections import Bound, Entrance
 from glimt.server.logs import start_logging
 
 _BACKLOG = 2048
-# Each system call of the server's thread lets the engine's thread have the interpreter, and gets it
-# back this much later at worst. Python's 5 ms, several times a request, outlast the next arrivals.
-_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,7 @@ def serve(job: ServeJob) -> int:
     check_tls(job.server)
     open_model(config)  # a folder that cannot be served is told at once, and not by a 503
     start_logging(job.log_level, job.log_format)
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(SWITCH_S)
     return asyncio.run(_Server(job, config).run())
 
 

@@ -51,6 +51,9 @@ log = logging.getLogger("glimt.server")
 PAGE = Path(__file__).parent / "page"
 ALIASES = ("glm4v", "visualglm", "tgi", "dummy")
 """Names that clients of the originals and of TGI send, whatever is served."""
+# Each system call of the server's thread lets the engine's thread have the interpreter, and gets it
+# back this much later at worst. Python's 5 ms, several times a request, outlast the next arrivals.
+SWITCH_S = 0.0005
 
 
 class Stopping:

@@ -92,6 +92,9 @@ def test_keys_stay_at_the_door():
         ({"engine": {"device": "cuda"}}, {"CPU": 1, "GPU": 1}, 1),
         ({"engine": {"device": "cuda:0"}}, {"CPU": 1, "GPU": 1}, 1),
         ({"engine": {"device": "npu"}}, {"CPU": 1, "NPU": 1}, 1),
+        ({"engine": {"tp_size": 2}}, {"CPU": 2}, 1),
+        ({"engine": {"tp_size": 2}, "replica_cpus": 6}, {"CPU": 6}, 3),
+        ({"engine": {"device": "cuda", "tp_size": 4}}, {"CPU": 4, "GPU": 4}, 1),
     ],
 )
 def test_a_replica_computes_on_what_it_reserves(fields, bundle, threads):

@@ -213,7 +213,6 @@ def test_the_installed_package_has_the_page():
 # --- a model divided over several machines ---------------------------------------------------
 
 GROUP_FILE = "leaderworkerset.yaml"
-HAS_TP = "tp_size" in {each.name for each in SERVE.params}
 
 
 def group() -> dict[str, Any]:
@@ -265,7 +264,6 @@ def test_torchrun_knows_the_options():
     assert given.training_script == "glimt"
 
 
-@pytest.mark.skipif(not HAS_TP, reason="glimt serve has no --tp in this version")
 def test_the_group_s_command_parses():
     """Catches an option that was renamed."""
     name, *arguments = rank_container("leader")["args"]

@@ -62,7 +62,7 @@ class ClusterPlan:
     @property
     def tp_size(self) -> int:
         """Cards, or processes on a CPU, that one replica's model is divided among."""
-        return int(getattr(self.engine, "tp_size", 1))
+        return self.engine.tp_size
 
     @property
     def bundle(self) -> dict[str, float]:

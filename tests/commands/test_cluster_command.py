@@ -70,8 +70,9 @@ def test_a_port_that_is_taken_is_told(monkeypatch):
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     """Would catch a traceback of an import in its place."""
-    for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        monkeypatch.setenv(name, "0")  # put back at the end
+    names = ("AUTH_MODE", "USAGE_STATS_ENABLED", "ENABLE_WINDOWS_OR_OSX_CLUSTER", "DEDUP_LOGS")
+    for name in names:
+        monkeypatch.setenv(f"RAY_{name}", "0")  # put back at the end
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr("glimt.commands.cluster.listen", lambda host, port: closed())
     monkeypatch.setattr("glimt.commands.cluster.start_logging", lambda level, form: None)

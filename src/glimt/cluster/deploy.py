@@ -15,17 +15,22 @@ _HEALTH_S = 5.0  # between two looks at a replica
 _SICK_S = 60.0  # for a replica to answer one: it may be in the middle of a long step
 
 
+OWN = "own"
+"""In the place of a Ray's address: the one that was started here."""
+
+
 def join_ray(address: str | None, num_cpus: int | None, store_bytes: int | None) -> None:
     """Connect to a Ray cluster, or start one on this machine that listens to loopback alone.
 
-    address:     of a running one, or "auto"; None: start one
+    address:     of a running one, or "auto"; OWN: of the one started here; None: start one
     num_cpus, store_bytes: of a started one; None: what the machine has, and Ray's own choice
     Raises MissingDependency, or EngineError if there is no such cluster.
     """
     # All are read when Ray is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its maker of each start
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # or who reaches its ports runs what they like
-    if address is None:
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or a request's line stands for many
+    if address in (None, OWN):
         # Ray's word for: this machine alone. All its ports are then on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -40,7 +45,8 @@ def join_ray(address: str | None, num_cpus: int | None, store_bytes: int | None)
         "object_store_memory": store_bytes,
     }
     try:
-        ray.init(**({"address": address} if address else local), logging_level="warning")
+        joined = {"address": "auto" if address == OWN else address}
+        ray.init(**(joined if address else local), logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EngineError(
             f"Ray cannot be reached at {address or 'this machine'}: {error}"

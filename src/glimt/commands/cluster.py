@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glimt.cluster.deploy import deploy, is_deployed, join_ray, retire
+from glimt.cluster.deploy import OWN, deploy, is_deployed, join_ray, retire
 from glimt.cluster.plan import ClusterPlan
 from glimt.commands.console import note
 from glimt.commands.serve import ServeJob, check_tls, listen, model_name
@@ -61,8 +61,8 @@ def cluster(job: ClusterJob) -> None:
 
 
 def _address(job: ClusterJob) -> str | None:
-    """A restart is of what runs: on this machine unless another is named."""
-    return job.ray_address or ("auto" if job.is_restart else None)
+    """A restart is of what the command has started here, unless another Ray is named."""
+    return job.ray_address or (OWN if job.is_restart else None)
 
 
 def _restart(plan: ClusterPlan) -> None:

@@ -15,7 +15,7 @@ LEAST = {
     "max_model_len": 1,
     "max_num_batched_tokens": 1,
     "max_num_seqs": 1,
-    "block_size": 1,
+    "block_size": 0,
     "num_blocks": 1,
     "kv_bytes": 1,
     "memory_limit_bytes": 1,

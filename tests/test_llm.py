@@ -178,6 +178,6 @@ def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(glimt.ConfigError, match="does not exist"):
         glimt.LLM("no/such/folder")
     with pytest.raises(glimt.ConfigError) as caught:
-        glimt.LLM("anywhere", dtype="int3", kv_dtype="int4", block_size=0)
+        glimt.LLM("anywhere", dtype="int3", kv_dtype="int4", block_size=-1)
     assert len(caught.value.problems) == 3
     assert "kv_dtype 'int4' is unknown; choose one of auto, int8" in caught.value.problems

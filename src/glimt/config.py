@@ -30,7 +30,7 @@ _LEAST = {
     "max_model_len": 1,
     "max_num_batched_tokens": 1,
     "max_num_seqs": 1,
-    "block_size": 1,
+    "block_size": 0,
     "num_blocks": 1,
     "kv_bytes": 1,
     "feature_cache_bytes": 0,
@@ -85,7 +85,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens, pictures expanded; None: what the checkpoint says
     max_num_batched_tokens: int = 2048  # per step: bounds activations and how long a decode waits
     max_num_seqs: int = 64  # sequences running at once
-    block_size: int = 32  # tokens per cache block: a multiple of 32 suits the packed CPU kernels
+    block_size: int = 0  # tokens per cache block; 0: what suits the device, 32 on the CPU
     num_blocks: int | None = None  # None: from kv_bytes
     kv_bytes: int | None = None  # of the KV cache; None: what max_num_seqs could use, at most
     #                              a quarter of the free memory, or what memory_limit_bytes leaves

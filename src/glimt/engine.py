@@ -85,7 +85,7 @@ class Engine:
         )
         ranks = opened.ranks
         num_blocks = ranks.agree(num_blocks) if ranks else num_blocks
-        limits = _request_limits(opened, num_blocks * config.block_size)
+        limits = _request_limits(opened, num_blocks * self.config.block_size)
         self.inputs = RequestFactory(opened.processor, limits, config.image_limits)
         self.scheduler = Scheduler(self.config, num_blocks)
         model = LeadingModel(opened.model, ranks.group, ranks) if ranks else opened.model
@@ -298,7 +298,11 @@ def _drafts_broke(plan: StepPlan, tokens: Sequence[SampledToken]) -> bool:
 
 
 def _fitted_config(config: EngineConfig, opened: OpenedModel) -> EngineConfig:
-    """A bidirectional prompt runs in one step, so the budget must hold the longest one."""
+    """With blocks that suit the device, and a budget that holds the longest bidirectional prompt.
+
+    Such a prompt runs in one step.
+    """
+    config = replace(config, block_size=opened.device.block_size(config.block_size))
     least = opened.max_model_len + config.max_num_seqs
     if opened.family.prompt_attention == "causal" or config.max_num_batched_tokens >= least:
         return config
@@ -324,10 +328,9 @@ def _build_vision(config: EngineConfig, opened: OpenedModel, model: Model) -> Vi
 
 def _build_caches(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> KVCaches:
     stored = cache_dtype(config.kv_dtype, opened.dtype)
-    where = opened.device.torch_device
     num_blocks += opened.device.num_scratch_blocks
     with saying_what_fits(_cache_too_large):
-        return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+        return allocate_kv(opened.model, num_blocks, config.block_size, stored, opened.device)
 
 
 def _cache_too_large(said: str) -> ConfigError:

@@ -81,11 +81,12 @@ def plan_memory(
     """
     bare = _bare_plan(config, model, dtype)
     stored = cache_dtype(config.kv_dtype, dtype)
-    per_block = kv_bytes_per_token(model, stored) * config.block_size
+    block_size = device.block_size(config.block_size)
+    per_block = kv_bytes_per_token(model, stored) * block_size
     num_blocks = config.num_blocks
     if num_blocks is None:
         room = _kv_room(config, bare, device)
-        wanted = -(-max_model_len // config.block_size) * config.max_num_seqs
+        wanted = -(-max_model_len // block_size) * config.max_num_seqs
         num_blocks = min(room // per_block - device.num_scratch_blocks, wanted)
         if num_blocks < 1:
             raise _too_small(config, bare, room, per_block)

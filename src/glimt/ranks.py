@@ -404,7 +404,8 @@ def _serve(channel: Channel, store: Store, place: Place) -> None:
     stored = cache_dtype(config.kv_dtype, opened.dtype)
 
     def allocate(num_blocks: int) -> KVCaches:
-        return allocate_kv(opened.model, num_blocks, config.block_size, stored, where)
+        block_size = opened.device.block_size(config.block_size)
+        return allocate_kv(opened.model, num_blocks, block_size, stored, opened.device)
 
     Worker(opened.model, allocate, group, where, opened.dtype).serve(channel)
 

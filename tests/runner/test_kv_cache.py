@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conftest import step_row
-from glimt.devices.base import AttentionBatch, KVCache, open_device
+from glimt.devices.base import AttentionBatch, Device, KVCache, open_device
 from glimt.layers.attention import cached_attention
 from glimt.models.base import BuildContext, Model, find_family
 from glimt.runner.feature_cache import FeatureCache
@@ -152,7 +152,7 @@ class Geometry:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_a_cache_is_as_large_as_was_counted_and_zero(dtype):
     """Would catch a budget that differs from what is allocated, and padding that reads NaN."""
-    caches = allocate_kv(Geometry(), 5, 8, dtype, torch.device("cpu"))
+    caches = allocate_kv(Geometry(), 5, 8, dtype, Device())
     assert [cache.block_size for cache in caches] == [8] * 3
     tensors = [tensor for cache in caches for tensor in cache.tensors()]
     total = sum(tensor.nbytes for tensor in tensors)
@@ -216,7 +216,7 @@ def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next(dtype):
     model, cpu = OneHead(), open_device("cpu")
 
     def run(dirty: float) -> Tensor:
-        caches = allocate_kv(model, 4, 4, dtype, torch.device("cpu"))
+        caches = allocate_kv(model, 4, 4, dtype, Device())
         for tensor in caches[0].tensors():
             tensor.fill_(dirty if tensor.is_floating_point() else 7)
         runner = ModelRunner(model, caches, VisionRunner(model, FeatureCache(0), 1), cpu)

@@ -84,6 +84,11 @@ class KVCache:
         return self.key.shape[1]
 
     @property
+    def num_kv_heads(self) -> int:
+        """Heads of each token."""
+        return self.key.shape[2]
+
+    @property
     def scales(self) -> tuple[Tensor, Tensor] | None:
         """Of keys and of values, each [num_blocks, block_size, num_kv_heads]; None without any."""
         if self.key_scales is None or self.value_scales is None:
@@ -104,6 +109,16 @@ class KVCache:
             _read_blocks(self.key, self.key_scales, blocks, dtype),
             _read_blocks(self.value, self.value_scales, blocks, dtype),
         )
+
+    def clear_blocks(self, blocks: Tensor) -> None:
+        """Zero whole blocks. blocks: [n] int64."""
+        for tensor in self.tensors():
+            tensor.index_fill_(0, blocks, 0)
+
+    def clear_slots(self, slots: Tensor) -> None:
+        """Zero single places. slots: [n] int64."""
+        for tensor in self.tensors():
+            tensor.flatten(0, 1).index_fill_(0, slots, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,6 +277,17 @@ class Device:
         cache: of one layer, with num_scratch_blocks behind the blocks that are in use
         """
         return step
+
+    def block_size(self, wanted: int) -> int:
+        """Tokens per cache block: those wanted, or if that is 0 what suits this device.
+
+        Raises ConfigError if its attention cannot read such blocks.
+        """
+        return wanted or 32  # a multiple of 32 suits the packed CPU kernels
+
+    def lay_out_cache(self, cache: KVCache) -> KVCache:
+        """A zeroed cache on this device in the form in which it is written and read here."""
+        return cache
 
     # --- elementwise and small ---
 
@@ -467,7 +493,7 @@ class Device:
         mask = batch.decode_mask(cache.block_size, query.dtype)
         # The mask is as wide as the decodes need; a prefill row may have a longer table.
         tables = batch.block_tables[:rows, : mask.shape[-1] // cache.block_size]
-        kv_heads = cache.key.shape[2]
+        kv_heads = cache.num_kv_heads
         keys, values = (
             part.flatten(1, 2).transpose(1, 2) for part in cache.read(tables, query.dtype)
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glimt.devices.base import KVCache
+from glimt.devices.base import Device, KVCache
 from glimt.kernels.pages import large_pages
 from glimt.models.base import Model
 
@@ -39,9 +39,9 @@ class KVCaches(list[KVCache]):
 
 
 def allocate_kv(
-    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, torch_device: torch.device
+    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, device: Device
 ) -> KVCaches:
-    """One cache per layer, with scales where dtype is int8.
+    """One cache per layer, with scales where dtype is int8, laid out as the device wants it.
 
     Zeroed, because padded reads touch slots that nobody has written: garbage there could be NaN,
     and 0 * NaN is NaN even under a mask.
@@ -49,15 +49,15 @@ def allocate_kv(
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
 
     def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if torch_device.type == "cpu":
+        if device.torch_device.type == "cpu":
             return _zeros_on_demand(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, device=torch_device)
+        return torch.zeros(shape, dtype=dtype, device=device.torch_device)
 
     def scales() -> Tensor | None:
         return zeros(shape[:-1], _SCALE) if dtype == torch.int8 else None
 
     return KVCaches(
-        KVCache(zeros(shape, dtype), zeros(shape, dtype), scales(), scales())
+        device.lay_out_cache(KVCache(zeros(shape, dtype), zeros(shape, dtype), scales(), scales()))
         for _ in range(model.num_layers)
     )
 
@@ -77,12 +77,10 @@ def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
         return
     index = torch.tensor(blocks, device=caches[0].key.device)
     for cache in caches:
-        for tensor in cache.tensors():
-            tensor.index_fill_(0, index, 0)
+        cache.clear_blocks(index)
 
 
 def clear_slots(caches: Sequence[KVCache], slots: Tensor) -> None:
     """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
     for cache in caches:
-        for tensor in cache.tensors():
-            tensor.flatten(0, 1).index_fill_(0, slots, 0)
+        cache.clear_slots(slots)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from glimt.commands.machine import Library, Processor, read_libraries, read_processor
 from glimt.devices.host import Memory, Threads, plan_threads, read_memory, read_numa_nodes
+from glimt.devices.npu_smi import NpuState, read_npus
 from glimt.sizes import size_text
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Facts:
     kernels: None: not looked for
     limits: what the machine reads and multiplies in a second; None: not measured
     towers: what runs or compiles an exported vision tower, and why it cannot, None if it can
+    npus: the chips that npu-smi lists
     """
 
     python: str
@@ -107,6 +109,7 @@ class Facts:
     kernels: NativeKernels | None = None
     limits: Mapping[str, float | None] | None = None
     towers: Mapping[str, str | None] = field(default_factory=dict)
+    npus: tuple[NpuState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ def collect(environment: Mapping[str, str] = os.environ, measures_limits: bool =
         kernels=_read_kernels(environment.get("GLIMT_ISA")) if torch.error is None else None,
         limits=_measure_limits(torch) if measures_limits else None,
         towers=_read_towers(),
+        npus=read_npus(),
     )
 
 
@@ -233,6 +237,7 @@ def check(facts: Facts) -> list[Check]:
         *_check_libraries(facts),
         *_check_torch(facts),
         *_check_devices(facts),
+        *_check_npus(facts),
         _check_instructions(facts.processor),
         *_check_kernels(facts.kernels),
         *_check_memory(facts.memory),
@@ -308,6 +313,24 @@ def _check_cards(device: DeviceState) -> Iterator[Check]:
             yield Check(device.name, "warning", says, fix)
         else:
             yield Check(device.name, "ok", f"{has}, enough for {' and '.join(_NEEDS)} in 16 bits")
+
+
+def _check_npus(facts: Facts) -> Iterator[Check]:
+    """Chips that are here and cannot be used; who has none is told nothing."""
+    if not facts.npus:
+        return
+    names = sorted({npu.name for npu in facts.npus})
+    found = f"{len(facts.npus)} found ({', '.join(names)})"
+    ill = [f"{npu.npu}/{npu.chip} is {npu.health}" for npu in facts.npus if npu.health != "OK"]
+    reason = next((it.unavailable for it in facts.devices if it.name == "npu"), None)
+    if reason:
+        yield Check("NPUs", "warning", f"{found}, but they cannot be used", reason)
+    elif ill:
+        fix = "see npu-smi info -t health -i and the number, or leave it out of "
+        fix += "ASCEND_RT_VISIBLE_DEVICES"
+        yield Check("NPUs", "warning", f"{found}; {', '.join(ill)}", fix)
+    else:
+        yield Check("NPUs", "ok", found)
 
 
 def _check_instructions(processor: Processor) -> Check:

@@ -13,6 +13,7 @@ from glimt.commands.doctor import CardState, Check, Facts, NativeKernels, is_hea
 from glimt.commands.machine import Library
 from glimt.commands.tables import key_values
 from glimt.devices.host import Threads
+from glimt.devices.npu_smi import NpuState
 from glimt.sizes import size_text
 
 _MARKS = {
@@ -27,6 +28,8 @@ def show(facts: Facts, checks: list[Check]) -> None:
     console = out_console()
     console.print(key_values("machine", _machine(facts)), "")
     console.print(key_values("devices", _devices(facts)), "")
+    if facts.npus:
+        console.print(key_values("NPUs", dict(map(_npu, facts.npus))), "")
     console.print(key_values("libraries", _libraries(facts)), "")
     console.print(key_values("extras", _extras(facts)), "")
     console.print(key_values("exported vision towers", _towers(facts)), "")
@@ -113,6 +116,17 @@ def _card(card: CardState) -> str:
 
 def _towers(facts: Facts) -> dict[str, str]:
     return {name: absent or "can be used" for name, absent in facts.towers.items()}
+
+
+def _npu(npu: NpuState) -> tuple[str, str]:
+    """Its numbers, and what it tells of itself."""
+    memory = "unknown"
+    if npu.used_mb is not None and npu.total_mb is not None:
+        memory = f"{npu.used_mb} of {npu.total_mb} MB in use"
+    told = [npu.name, npu.health, memory]
+    told += [f"{npu.power_w:g} W"] if npu.power_w is not None else []
+    told += [f"{npu.temperature_c:g} °C"] if npu.temperature_c is not None else []
+    return f"{npu.npu}/{npu.chip}", ", ".join(told)
 
 
 def _libraries(facts: Facts) -> dict[str, str]:

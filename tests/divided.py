@@ -16,10 +16,19 @@ from glimt.models.base import BuildContext
 from glimt.parallel import Group
 
 
-def divided_engine(oracle: Oracle, group: Group, **options: Any) -> Engine:
-    """The engine of one rank; all of them take the same requests in the same order."""
-    device = Device()
-    context = BuildContext(device, torch.float32, oracle.config.max_positions, group=group)
+def divided_engine(
+    oracle: Oracle,
+    group: Group,
+    device: Device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Engine:
+    """The engine of one rank; all of them take the same requests in the same order.
+
+    device: None: plain torch
+    """
+    device = device or Device()
+    context = BuildContext(device, dtype, oracle.config.max_positions, group=group)
     opened = OpenedModel(
         family=oracle.family,
         config=oracle.config,
@@ -27,7 +36,7 @@ def divided_engine(oracle: Oracle, group: Group, **options: Any) -> Engine:
         model=oracle.family.build(oracle.config, context),
         checkpoint=open_checkpoint(oracle.folder),
         device=device,
-        dtype=torch.float32,
+        dtype=dtype,
         max_model_len=oracle.config.context_tokens,
     )
     opened.load()

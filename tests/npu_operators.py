@@ -344,6 +344,7 @@ class Chip:
             used = row[: -(-length // block_size)]
             need(0 < length <= len(row) * block_size, f"length {length} beyond the table")
             need(all(0 <= block < num_blocks for block in used), "a block is out of range")
+            need(len(set(used)) == len(used), "a context has a block twice: a length is too long")
 
     def npu_prompt_flash_attention(
         self,

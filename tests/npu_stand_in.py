@@ -161,37 +161,59 @@ def schemas(version: str) -> list[tuple[str, str]]:
     return [(one["ns"], one["schema"]) for one in listed if version in one["versions"]]
 
 
+class _Defined:
+    """The namespaces npu and atb, which the process has once: of one version, for one contract."""
+
+    def __init__(self) -> None:
+        self.version = ""
+        self.libraries: dict[str, torch.library.Library] = {}
+        self.opened: Contract | None = None
+
+    def define(self, version: str) -> None:
+        """Nothing is done where that version is defined already: it takes a tenth of a second."""
+        if version == self.version:
+            return
+        for library in self.libraries.values():
+            library._destroy()
+        self.version = version
+        self.libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("npu", "atb")}
+        for namespace, schema in schemas(version):
+            self.libraries[namespace].define(schema)
+            name = schema.partition("(")[0]
+            if hasattr(Chip, name):
+                self.libraries[namespace].impl(name, self._checked(name, schema), KEY)
+
+    def _checked(self, name: str, schema: str) -> Any:
+        """What the contract's chip does, with this version's defaults: a dispatcher drops them."""
+        arguments = torch._C.parse_schema(schema).arguments
+        own = inspect.signature(getattr(Chip, name)).parameters
+        order = [argument.name for argument in arguments]
+        defaults = {
+            a.name: a.default_value for a in arguments if a.has_default_value() and a.name in own
+        }
+
+        def run(*args: Any, **given: Any) -> Any:
+            assert self.opened is not None, "no contract is open"
+            self.opened.calls[name] += 1
+            known = {*order[: len(args)], *given}
+            left = {n: value for n, value in defaults.items() if n not in known}
+            # What the implementation does below the dispatcher is the NPU's own business.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                return getattr(self.opened.chip, name)(*args, **left, **given)
+
+        return run
+
+
+_DEFINED = _Defined()
+
+
 @contextmanager
 def contract(kind: str, version: str = "26.1.0", is_exact: bool = False) -> Iterator[Contract]:
     """Define a version's operators for a chip, "a2" or "310p"."""
-    opened = Contract(version, Chip(kind, is_exact))
-    libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("npu", "atb")}
+    assert _DEFINED.opened is None, "one contract is open already"
+    _DEFINED.define(version)
+    _DEFINED.opened = Contract(version, Chip(kind, is_exact))
     try:
-        for namespace, schema in schemas(version):
-            libraries[namespace].define(schema)
-            name = schema.partition("(")[0]
-            implementation = getattr(opened.chip, name, None)
-            if implementation is not None:
-                libraries[namespace].impl(name, _counted(opened, schema, implementation), KEY)
-        yield opened
+        yield _DEFINED.opened
     finally:
-        for library in libraries.values():
-            library._destroy()
-
-
-def _counted(opened: Contract, schema: str, implementation: Any) -> Any:
-    """The implementation, with the defaults of this version: the dispatcher leaves them out."""
-    parsed = torch._C.parse_schema(schema)
-    own = inspect.signature(implementation).parameters
-    defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
-    order = [argument.name for argument in parsed.arguments]
-
-    def run(*args: Any, **given: Any) -> Any:
-        opened.calls[parsed.name.partition("::")[2] or parsed.name] += 1
-        known = {*order[: len(args)], *given}
-        left = {n: v for n, v in defaults.items() if n in own and n not in known}
-        # What the implementation does below the dispatcher is the NPU's own business.
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            return implementation(*args, **left, **given)
-
-    return run
+        _DEFINED.opened = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 import glimt.devices.base
-from conftest import CHOICES, step_row, use_isa
+from attention_steps import STEPS, Step, naive_attend, normal
+from conftest import CHOICES, use_isa
 from glimt.devices.base import (
     Activation,
     Device,
@@ -30,11 +30,11 @@ from glimt.devices.card_check import FUSED_ATTENTION, INTEGER_PRODUCTS
 from glimt.devices.cpu import NativeCpuDevice
 from glimt.devices.cuda import CudaDevice
 from glimt.devices.host import Memory, plan_threads
+from glimt.devices.npu_weights import Int4Weight
 from glimt.errors import ConfigError
 from glimt.kernels.library import ISAS
 from glimt.quant.base import all_formats
-from glimt.runner.batch import flatten
-from glimt.types import StepPlan, StepRow
+from npu_stand_in import contract
 
 # Sums of a few hundred float32 products of unit normals; a wrong key or head is off by about 1.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -46,23 +46,7 @@ MLP_ELEMENT = {"rtol": 2e-2, "atol": 0.2}
 MLP_NORM = 0.015
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 # --- naive float64 ---------------------------------------------------------------------------
-
-
-def naive_attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """One token: [heads, dim] over [n, kv_heads, dim], head by head."""
-    group = len(query) // keys.shape[1]
-    out = []
-    for head, q in enumerate(query.double()):
-        k, v = keys[:, head // group].double(), values[:, head // group].double()
-        scores = torch.tensor([float(q @ key) * scale for key in k], dtype=torch.float64)
-        weights = (scores - scores.max()).exp()
-        out.append((weights / weights.sum()) @ v)
-    return torch.stack(out)
 
 
 def naive_rotate(
@@ -88,121 +72,6 @@ def naive_rotate(
     return out
 
 
-# --- a step with its cache -------------------------------------------------------------------
-
-BLOCK_SIZE = 4
-NUM_BLOCKS = 40
-
-
-def make_row(start: int, count: int, bidirectional_len: int, table: Sequence[int]) -> StepRow:
-    return step_row(
-        token_ids=[0] * count,
-        start=start,
-        block_table=table,
-        bidirectional_len=bidirectional_len,
-    )
-
-
-class Step:
-    """Random queries, keys and values of one step over a cache filled with earlier tokens.
-
-    rows: (start, count, bidirectional_len); decodes first. Blocks are dealt in a shuffled order.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[tuple[int, int, int]],
-        heads: tuple[int, int] = (4, 2),
-        dim: int = 16,
-        dtype: torch.dtype = torch.float32,
-        filler: float = 0.0,
-    ) -> None:
-        num_heads, num_kv_heads = heads
-        blocks = iter(torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(3)))
-        self.rows = [
-            make_row(start, count, b, [int(next(blocks)) for _ in range(self.blocks(start, count))])
-            for start, count, b in rows
-        ]
-        num_tokens = sum(count for _, count, _ in rows)
-        self.query = normal(num_tokens, num_heads, dim, seed=1, dtype=dtype)
-        self.key = normal(num_tokens, num_kv_heads, dim, seed=2, dtype=dtype)
-        self.value = normal(num_tokens, num_kv_heads, dim, seed=4, dtype=dtype)
-        shape = (NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, dim)
-        self.cache = KVCache(
-            torch.full(shape, filler, dtype=dtype), torch.full(shape, filler, dtype=dtype)
-        )
-        self.scale = dim**-0.5
-        for seed, row in enumerate(self.rows):
-            for i in range(row.start):
-                block, offset = row.block_table[i // BLOCK_SIZE], i % BLOCK_SIZE
-                for tensor, salt in ((self.cache.key, 100), (self.cache.value, 200)):
-                    entry = normal(num_kv_heads, dim, seed=salt + 1000 * seed + i, dtype=dtype)
-                    tensor[block, offset] = entry
-
-    @staticmethod
-    def blocks(start: int, count: int) -> int:
-        return -(-(start + count) // BLOCK_SIZE)
-
-    def run(self, device: Device) -> Tensor:
-        """Write, then attend, on a device. Returns the result on the CPU."""
-        at = device.torch_device
-        batch = flatten(StepPlan(tuple(self.rows)), BLOCK_SIZE, at).attention
-        cache = KVCache(*(part.to(at, copy=True) for part in self.cache.tensors()))
-        query, key, value = self.query.to(at), self.key.to(at), self.value.to(at)
-        device.write_kv(key, value, cache, batch.slots)
-        return device.paged_attention(query, key, value, cache, batch, self.scale).cpu()
-
-    def naive(self) -> Tensor:
-        """Token by token, from each row's own list of earlier tokens and the step's new ones."""
-        out, at = [], 0
-        for row in self.rows:
-            count = len(row.token_ids)
-            old = [(row.block_table[i // BLOCK_SIZE], i % BLOCK_SIZE) for i in range(row.start)]
-            keys = [self.cache.key[place] for place in old] + list(self.key[at : at + count])
-            values = [self.cache.value[place] for place in old] + list(self.value[at : at + count])
-            for k in range(count):
-                seen = max(row.start + k + 1, row.bidirectional_len)
-                args = torch.stack(keys[:seen]), torch.stack(values[:seen]), self.scale
-                out.append(naive_attend(self.query[at + k], *args))
-            at += count
-        return torch.stack(out)
-
-    def rounded(self) -> Step:
-        """The same with its cache in int8."""
-        step = copy(self)
-        key, key_scales = rounded_heads(self.cache.key)
-        value, value_scales = rounded_heads(self.cache.value)
-        step.cache = KVCache(key, value, key_scales, value_scales)
-        return step
-
-    def widened(self) -> Step:
-        """The same over keys and values that are what int8 leaves of them."""
-        step = copy(self)
-        step.key, step.value = widened(self.key), widened(self.value)
-        step.cache = KVCache(widened(self.cache.key), widened(self.cache.value))
-        return step
-
-
-def widened(x: Tensor) -> Tensor:
-    values, scales = rounded_heads(x)
-    return (values * scales[..., None]).to(x.dtype)
-
-
-STEPS = {
-    "one whole prompt": [(0, 6, 0)],
-    "one token": [(0, 1, 0)],
-    "one decode": [(5, 1, 0)],
-    "decodes of unequal lengths": [(1, 1, 0), (11, 1, 0), (7, 1, 0)],
-    "block edges": [(3, 1, 0), (4, 1, 0), (8, 1, 0), (0, 4, 0), (0, 8, 0), (4, 4, 0), (8, 5, 0)],
-    "short decode beside a long prompt": [(2, 1, 0), (0, 13, 0)],
-    "long decode beside a short prompt": [(13, 1, 0), (0, 2, 0)],
-    "a chunk on a cached context": [(9, 3, 0)],
-    "a bidirectional prompt": [(0, 7, 6)],
-    "a bidirectional prompt partly cached": [(4, 5, 8)],
-    "a recomputed bidirectional sequence": [(0, 10, 6)],
-    "a chunk after a bidirectional context": [(8, 3, 6)],
-    "everything at once": [(6, 1, 5), (3, 1, 0), (0, 5, 0), (4, 7, 0), (0, 9, 8), (4, 5, 8)],
-}
 HEADS_AND_DIMS = [((16, 1), 16), ((2, 2), 88), ((2, 2), 112), ((32, 2), 128), ((4, 4), 128)]
 
 
@@ -478,17 +347,24 @@ def device_params() -> list[Any]:
     kinds += [("cpu", isa) for isa in CHOICES]
     marked[CARD_WAYS] = pytest.mark.filterwarnings("ignore:.*:UserWarning")
     kinds.append((CARD_WAYS, ""))
-    return [
+    params = [
         pytest.param((name, isa), marks=[marked[name]] if name in marked else [], id=isa or name)
         for name, isa in kinds
     ]
+    return [*params, *(pytest.param(("contract", chip), id=chip) for chip in ("a2", "310p"))]
 
 
 @pytest.fixture(params=device_params())
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """Each device that can be used here; those of NPUs also over a stand-in for torch_npu."""
     name, isa = request.param
     if name == CARD_WAYS:
-        return CardOnCpu("cpu", frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS}))
+        yield CardOnCpu("cpu", frozenset({FUSED_ATTENTION, INTEGER_PRODUCTS}))
+        return
+    if name == "contract":
+        with contract(isa) as opened, opened.watching():
+            yield opened.device()
+        return
     reason = all_devices()[name].unavailable_reason()
     if reason:
         pytest.skip(reason)
@@ -496,7 +372,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
         use_isa(isa, monkeypatch)
     opened = open_device(name)
     assert isinstance(opened, NativeCpuDevice) == (isa in ISAS), "a test would prove nothing"
-    return opened
+    yield opened
+
+
+def hold(device: Device, weight: Any, dtype: torch.dtype, is_paired: bool = False) -> Any:
+    """The weight as the device holds it; skips what the device says that it does not do."""
+    try:
+        return device.prepare_weight(weight, dtype, is_paired)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def cases(t: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -590,11 +474,11 @@ def test_every_device_multiplies_and_ends_as_the_base_says(device, activation, f
         width = n // 2 if activation == "silu_mul" else n
         residual = None if scale is None else normal(num_rows, width, seed=4, dtype=dtype)
         ends = (activation, residual, scale or 1.0)
-        held = device.prepare_weight(
-            there(device, weight), dtype, is_paired=activation == "silu_mul"
-        )
+        held = hold(device, there(device, weight), dtype, is_paired=activation == "silu_mul")
         result = device.linear(*(there(device, arg) for arg in (x, held, bias, *ends))).cpu()
         assert (result.dtype, result.shape) == (dtype, (num_rows, width))
+        if isinstance(held, Int4Weight):  # activations stay in 16 bits where that costs nothing
+            weight = replace(weight, quantises_x=False)
         exact = exact_linear(x, weight, bias, *ends)
         torch.testing.assert_close(result.double(), exact, **tolerance(dtype))
 
@@ -623,8 +507,8 @@ def test_every_device_computes_an_mlp_as_two_products(device, activation, form, 
         biases = normal(128, seed=4, dtype=dtype), normal(48, seed=5, dtype=dtype)
         residual = None if scale is None else normal(num_rows, 48, seed=6, dtype=dtype)
         held = (
-            device.prepare_weight(there(device, up), dtype, activation == "silu_mul"),
-            device.prepare_weight(there(device, down), dtype),
+            hold(device, there(device, up), dtype, activation == "silu_mul"),
+            hold(device, there(device, down), dtype),
         )
         ends = (activation, residual, scale or 1.0)
         result = device.mlp(*(there(device, arg) for arg in (x, *held, *biases, *ends))).cpu()
@@ -637,7 +521,7 @@ def test_every_device_computes_an_mlp_as_two_products(device, activation, form, 
 def test_a_product_takes_what_layers_give_it(device):
     """Would catch strides that are ignored: rows of a view, leading axes, a matrix of no rows."""
     dtype = torch.bfloat16
-    held = device.prepare_weight(there(device, matrix("plain", 32, 48, 1, dtype)), dtype)
+    held = hold(device, there(device, matrix("plain", 32, 48, 1, dtype)), dtype)
     wide = there(device, normal(4, 3, 96, seed=2, dtype=dtype))
     rows = device.linear(wide[..., 48:].contiguous(), held, None)
     assert torch.equal(device.linear(wide[..., 48:], held, None), rows)
@@ -653,7 +537,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     dtype = torch.bfloat16
     # torch's own product reads on into the next row, times 0, where 32 does not divide a row.
     size = 80 if isinstance(device, NativeCpuDevice) else 96
-    held = device.prepare_weight(there(device, matrix("plain", 96, size, 1, dtype)), dtype)
+    held = hold(device, there(device, matrix("plain", 96, size, 1, dtype)), dtype)
     x = there(device, normal(40, size, seed=2, dtype=dtype))
     x[7] = math.nan
     result = device.linear(x, held, None, "gelu_tanh")

@@ -10,7 +10,9 @@ from glimt.commands.doctor import Check, DeviceState, check, collect
 from glimt.commands.show_doctor import show
 from glimt.devices.npu_smi import parse_npus, read_npus
 
-LINE = "+---------------------------+---------------+----------------------------------------------+"
+LINE = (
+    "+---------------------------+---------------+----------------------------------------------+"
+)
 PROCESSES = """
 | NPU     Chip              | Process id    | Process name             | Process memory(MB)        |
 | 0       0                 | 4711          | python3                  | 1200                      |
@@ -114,7 +116,7 @@ def test_doctor_tells_of_chips_and_why_they_cannot_be_used(
 
 
 def test_without_npu_smi_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a doctor that fails where no driver is installed, or where the driver's tool fails."""
+    """Catches a doctor that fails where no driver is installed, or its tool fails."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_npus() == ()
     install(tmp_path, "echo no device; exit 3", monkeypatch)

@@ -286,7 +286,7 @@ class Device:
         return wanted or 32  # a multiple of 32 suits the packed CPU kernels
 
     def lay_out_cache(self, cache: KVCache) -> KVCache:
-        """A zeroed cache on this device in the form in which it is written and read here."""
+        """The same cache, on this device, in the form in which it is written and read here."""
         return cache
 
     # --- elementwise and small ---

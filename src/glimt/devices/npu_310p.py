@@ -170,12 +170,14 @@ class Atlas310P(NpuDevice):
 
     def lay_out_cache(self, cache: KVCache) -> KVCache:
         """In tiles; as it is where no operator reads such: int8, float32, small heads."""
-        blocks, block_size, heads, dim = cache.key.shape
+        _, block_size, heads, dim = cache.key.shape
         fits = dim % _TILE == 0 and block_size * dim <= _MOST_BLOCK_VALUES
         if cache.scales is not None or dim != HEAD or not (fits and self.is_fused(cache.key)):
             return cache
-        shape = blocks, heads * dim // _TILE, block_size, _TILE
-        key, value = (self.in_tiles(part.view(shape)) for part in (cache.key, cache.value))
+        key, value = (
+            self.in_tiles(part.flatten(2).unflatten(-1, (-1, _TILE)).transpose(1, 2))
+            for part in (cache.key, cache.value)
+        )
         return TiledCache(key, value, num_heads=heads, head_dim=dim, write=self._write)
 
     def _write(self, key: Tensor, value: Tensor, cache: TiledCache, slots: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from conftest import Oracle, run_greedy
 from divided import divided_engine
+from glimt.devices.npu import Npu
 from glimt.engine import Engine
 from glimt.parallel import ALONE, Group
 from npu_stand_in import Contract, Log, contract
@@ -178,3 +179,24 @@ class Watched:
         if (chip, version) == ("a2", "7.3.0"):
             expected ^= {"npu_scatter_pa_kv_cache", "_npu_reshape_and_cache"}
         assert used == expected
+
+
+@pytest.mark.npu
+def test_a_real_npu_stays_close_to_float32(wide: Oracle) -> None:
+    """Catches what no stand-in shows: a kernel that reads a layout or rounds otherwise."""
+    if reason := Npu.unavailable_reason():
+        pytest.skip(reason)
+    device = Npu.open()
+    engine = divided_engine(wide, ALONE, device, torch.float16, enable_prefix_cache=False)
+    kept: list[torch.Tensor] = []
+    engine.runner.model.register_forward_hook(lambda module, args, out: kept.append(out))
+    for case in wide.cases:
+        kept.clear()
+        run_greedy(engine, wide.request(case, max_tokens=8))
+        with torch.inference_mode():
+            logits = engine.runner.model.logits(kept[0])[-1].float().cpu().numpy()
+        ours, theirs = (
+            logits[wide.arrays["picked_token_ids"]],
+            wide.arrays[f"{case}.logits_last_picked"],
+        )
+        assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) >= COSINE

@@ -17,9 +17,11 @@ import torch
 from npu_stand_in import VERSIONS, schemas
 
 PROGRAM = """
-import json, sys, torch
+import json, os, torch
 import torch_npu
-getattr(torch_npu, "_npu_reshape_and_cache", None)
+# Loaded at the first call of one of its operators otherwise, which needs a chip.
+folder = os.path.join(os.path.dirname(torch_npu.__file__), "lib")
+torch.ops.load_library(os.path.join(folder, "libop_plugin_atb.so"))
 known = [str(schema) for schema in torch._C._jit_get_all_schemas()
          if schema.name.partition("::")[0] in ("npu", "atb")]
 print("SCHEMAS", json.dumps([torch_npu.__version__, known]))

@@ -152,7 +152,7 @@ class Atlas310P(NpuDevice):
     # --- rows ---
 
     def can_rotate(self, x: Tensor, width: int) -> bool:
-        """Segments of 64 or 128 dims."""
+        """Segments of 64 or 128 dims. x: [num_tokens, num_heads, head_dim]."""
         return width in _ROTATED and x.numel() > 0
 
     def rotate_segment(self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle) -> Tensor:

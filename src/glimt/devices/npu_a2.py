@@ -74,7 +74,7 @@ class AtlasA2(NpuDevice):
         return out
 
     def can_rotate(self, x: Tensor, width: int) -> bool:
-        """Even widths below 896; neighbours of fewer than 1,000 heads."""
+        """Even widths below 896, fewer than 1,000 heads. x: [num_tokens, num_heads, head_dim]."""
         return width % 2 == 0 and width < _WIDEST_ROTATION and x.shape[1] < _MOST_HEADS
 
     def rotate_segment(self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle) -> Tensor:

@@ -94,7 +94,7 @@ class NpuDevice(Device):
         return int(self.torch_npu.npu.max_memory_allocated())
 
     def is_fused(self, *tensors: Tensor) -> bool:
-        """Do the operators take tensors of such dtypes, all alike?"""
+        """Do the operators take tensors of such dtypes, all alike? Each: […], of any shape."""
         return tensors[0].dtype in self.fused_dtypes and len({x.dtype for x in tensors}) == 1
 
     def check_dtype(self, dtype: torch.dtype) -> None:
@@ -121,7 +121,7 @@ class NpuDevice(Device):
         return weight if held is None else held
 
     def in_tiles(self, matrix: Tensor) -> Tensor:
-        """The same values in FRACTAL_NZ. Raises ConfigError if the cast did nothing."""
+        """[…, n, k] -> the same in FRACTAL_NZ. Raises ConfigError if the cast did nothing."""
         cast: Tensor = self.torch_npu.npu_format_cast(matrix.contiguous(), FRACTAL_NZ)
         if int(self.torch_npu.get_npu_format(cast)) != FRACTAL_NZ:
             said = "did not cast a matrix to FRACTAL_NZ; internal formats are not allowed here"
@@ -210,7 +210,7 @@ class NpuDevice(Device):
         return turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
     def can_rotate(self, x: Tensor, width: int) -> bool:
-        """Does `rotate_segment` take segments of so many dims of such heads?"""
+        """Does `rotate_segment` take so many dims of x [num_tokens, num_heads, head_dim]?"""
         raise AssertionError("every chip says what it rotates")
 
     def rotate_segment(self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle) -> Tensor:

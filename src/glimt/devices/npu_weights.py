@@ -39,7 +39,7 @@ class NpuWeight(ABC):
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds."""
+        """All that it holds: values [k, n], scales [n]."""
         return self.values, self.scales
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Int4Weight(NpuWeight):
     group: int
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds."""
+        """All that it holds: values [k, n / 8], the others [groups, n]."""
         return self.values, self.scales, self.offsets
 
     def times(self, torch_npu: Any, x: Tensor, bias: Tensor | None) -> Tensor:

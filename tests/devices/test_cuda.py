@@ -174,7 +174,7 @@ def test_a_step_takes_nothing_from_the_host(folder):
     mixed = row(5, 1, 0, 0), row(7, 1, 5, 4), row(0, 6, 5, 8), row(4, 3, 0, 12)
     with torch.inference_mode():
         model, device = fake_model(folder)
-        caches = allocate_kv(model, 16, 4, torch.bfloat16, device.torch_device)
+        caches = allocate_kv(model, 16, 4, torch.bfloat16, device)
         vision = VisionRunner(model, FeatureCache(0), 1)
         runner = ModelRunner(model, caches, vision, device)
         for rows in (mixed, mixed[:2]):

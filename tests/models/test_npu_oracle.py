@@ -31,7 +31,8 @@ PLACES = {"aten.index", "aten.index_select", "aten.index_copy_", "aten.index_fil
 LAYOUT = {"aten.pad", "aten.cat", "aten.stack", "aten.copy_", "aten.to", "aten._to_copy",
           "aten.contiguous", "aten.clone", "aten.repeat", "aten.repeat_interleave"}  # fmt: skip
 VIEWS = {"aten.alias", "aten.detach", "aten.detach_", "aten.chunk", "aten.expand", "aten.flatten",
-         "aten.numpy_T", "aten.permute", "aten.reshape", "aten.select", "aten.slice", "aten.split",
+         "aten.movedim", "aten.numpy_T", "aten.permute", "aten.reshape", "aten.select",
+         "aten.slice", "aten.split",
          "aten.split_with_sizes", "aten.transpose", "aten.unbind", "aten.unflatten",
          "aten.unsqueeze", "aten.view"}  # fmt: skip
 MADE = {"aten.arange", "aten.empty", "aten.empty_like", "aten.full", "aten.lift_fresh",

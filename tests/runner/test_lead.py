@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from glimt import EngineConfig
+from glimt.devices.base import Device
 from glimt.errors import RankError
 from glimt.loader import open_model
 from glimt.parallel import Group
@@ -57,7 +58,7 @@ def picture(model: LeadingModel) -> ImageInput:
 def test_blocks_are_cleared_on_every_rank(led: tuple[LeadingModel, Heard]) -> None:
     """Catches NaN that a sequence left in the other ranks' caches."""
     model, heard = led
-    caches = allocate_kv(model._own[0], 3, 32, torch.float32, torch.device("cpu"))
+    caches = allocate_kv(model._own[0], 3, 32, torch.float32, Device())
     for cache in caches:
         cache.key.fill_(1)
     both = LedCaches(caches, heard)

@@ -48,6 +48,13 @@ class RequestLimits:
         """Tokens of one sequence, prompt and answer."""
         return min(self.context_tokens, self.cache_tokens)
 
+    @property
+    def of_cache(self) -> str:
+        """What the cache adds to the model's own limit; nothing where it holds a whole context."""
+        if self.cache_tokens >= self.context_tokens:
+            return ""
+        return f", and the KV cache holds {self.cache_tokens} tokens"
+
     def remedy(self, num_tokens: int) -> str:
         """Which settings must be raised, and to what, for a sequence of so many tokens."""
         settings = []
@@ -275,7 +282,8 @@ class RequestFactory:
         return (
             f"the prompt is {len(prompt.token_ids)} tokens{of_pictures} and reaches position "
             f"{int(prompt.positions.max(initial=0))}, but this model's maximum context length is "
-            f"{self.limits.max_model_len} tokens and {self.limits.max_positions} positions"
+            f"{self.limits.context_tokens} tokens and {self.limits.max_positions} positions"
+            f"{self.limits.of_cache}"
         )
 
     def _request(

@@ -18,8 +18,9 @@ from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices import card_check, low_bits
 from glimt.devices.base import Device, Seat, open_device
 from glimt.devices.card_check import FUSED_ATTENTION, INTEGER_PRODUCTS, right_ways
+from glimt.devices.chunks import ChunkPart, chunk_parts
 from glimt.devices.cuda import CudaDevice, check_seat, driver_version, read_mode, why_no_card
-from glimt.devices.fused_attention import ChunkPart, attend_packed, chunk_parts
+from glimt.devices.fused_attention import attend_packed
 from glimt.devices.low_bits import low_bit_product
 from glimt.devices.memory import saying_what_fits, step_too_large
 from glimt.devices.replay import ReplayedStep

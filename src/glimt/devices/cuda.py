@@ -30,7 +30,8 @@ from glimt.devices.base import (
     Seat,
     add_residual,
 )
-from glimt.devices.fused_attention import attend, attend_packed, chunk_parts
+from glimt.devices.chunks import chunk_parts
+from glimt.devices.fused_attention import attend, attend_packed
 from glimt.devices.host import PROC, read_text
 from glimt.devices.low_bits import low_bit_product
 from glimt.devices.replay import ReplayedStep

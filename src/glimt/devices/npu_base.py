@@ -7,6 +7,7 @@ Sources: Ascend/op-plugin, docs/zh/custom_APIs; vllm-project/vllm-ascend; docs/a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,6 +25,7 @@ from glimt.devices.base import (
     RotaryStyle,
     add_residual,
 )
+from glimt.devices.chunks import chunk_parts
 from glimt.devices.npu_weights import NpuWeight, hold_low_bits
 from glimt.errors import ConfigError
 
@@ -60,7 +62,7 @@ class RotaryTables:
     sin: tuple[Tensor, ...]
 
 
-class NpuDevice(Device):
+class NpuDevice(Device, ABC):
     """One Ascend NPU.
 
     fused_dtypes:   what the operators take; other dtypes are computed in plain torch
@@ -209,16 +211,16 @@ class NpuDevice(Device):
         turned = self.rotate_segment(halves.contiguous()[None], cos, sin, "half")[0]
         return turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
+    @abstractmethod
     def can_rotate(self, x: Tensor, width: int) -> bool:
         """Does `rotate_segment` take so many dims of x [num_tokens, num_heads, head_dim]?"""
-        raise AssertionError("every chip says what it rotates")
 
+    @abstractmethod
     def rotate_segment(self, x: Tensor, cos: Tensor, sin: Tensor, style: RotaryStyle) -> Tensor:
         """[1, num_tokens, num_heads, width], contiguous, and tables of `_wide_tables` -> as x.
 
         x may be changed.
         """
-        raise AssertionError("every chip has its own operator")
 
 
 # --- what attention needs --------------------------------------------------------------------
@@ -264,14 +266,19 @@ def stretches(batch: AttentionBatch) -> list[Stretch]:
     What sees only up to itself needs a causal mask, and the rest needs none: operators have no mask
     of any other form.
     """
-    found = []
+    found: list[Stretch] = []
     for row, context in enumerate(batch.context_lens):
         start, stop = batch.query_starts[row], batch.query_starts[row + 1]
         first = context - (stop - start)
-        shared = min(batch.num_shared[row], context)
-        cut = start + min(max(shared - first, 0), stop - start)
-        if cut > start:
-            found.append(Stretch(row, start, cut, first, shared, True))
-        if cut < stop:
-            found.append(Stretch(row, cut, stop, first + cut - start, context, False))
+        found += [
+            Stretch(
+                row=row,
+                start=start + part.start,
+                stop=start + part.stop,
+                first=first + part.start,
+                length=part.num_keys,
+                is_open=not part.is_causal,
+            )
+            for part in chunk_parts(stop - start, context, batch.num_shared[row])
+        ]
     return found

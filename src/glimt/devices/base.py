@@ -449,6 +449,8 @@ class Device:
         a prompt would differ from the same in chunks. Query head j uses KV head
         j // (num_heads / num_kv_heads). Returns the shape of query.
         """
+        if batch.is_decode:
+            return self.decode_attention(query, cache, batch, scale)
         out = torch.empty_like(query)
         if batch.num_decodes:
             out[: batch.num_decodes] = self.decode_attention(query, cache, batch, scale)

@@ -209,20 +209,6 @@ class CudaDevice(Device):
             return super().varlen_attention(query, key, value, query_starts, key_starts, scale)
         return attend_packed(query, key, value, query_starts, key_starts, scale)
 
-    def paged_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: KVCache,
-        batch: AttentionBatch,
-        scale: float,
-    ) -> Tensor:
-        """As the base, without a copy where all rows are decodes."""
-        if batch.is_decode:
-            return self.decode_attention(query, cache, batch, scale)
-        return super().paged_attention(query, key, value, cache, batch, scale)
-
     def chunk_attention(
         self,
         query: Tensor,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from glimt.errors import ConfigError
 
@@ -103,6 +105,11 @@ class EngineConfig:
     num_draft_tokens: int = 0  # drafted per sequence and step, and checked in it; 0: off.
     #                            4 suits answers that repeat the prompt or themselves
     image_limits: ImageLimits = field(default_factory=ImageLimits)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """The settings whose `dataclasses.asdict`, written as JSON and read again, this is."""
+        return cls(**{**values, "image_limits": ImageLimits(**values["image_limits"])})
 
     def __post_init__(self) -> None:
         problems = [

@@ -27,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from glimt.config import EngineConfig, ImageLimits
+from glimt.config import EngineConfig
 from glimt.devices.base import Seat, all_devices
 from glimt.errors import ConfigError, EngineError, GlimtError, RankError
 from glimt.loader import OpenedModel, open_model
@@ -394,7 +394,7 @@ def serve_rank(place: Place) -> int:
 
 
 def _serve(channel: Channel, store: Store, place: Place) -> None:
-    config = _read_config(channel.receive().values["config"])
+    config = EngineConfig.from_dict(channel.receive().values["config"])
     group = _join(config, store, place.rank, place.size)
     opened = open_model(config, group, place.seat)
     opened.load()
@@ -408,11 +408,6 @@ def _serve(channel: Channel, store: Store, place: Place) -> None:
         return allocate_kv(opened.model, num_blocks, block_size, stored, opened.device)
 
     Worker(opened.model, allocate, group, where, opened.dtype).serve(channel)
-
-
-def _read_config(values: Mapping[str, Any]) -> EngineConfig:
-    limits = ImageLimits(**values["image_limits"])
-    return EngineConfig(**{**values, "image_limits": limits})
 
 
 def _end_with(parent: str | None) -> None:

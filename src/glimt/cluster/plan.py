@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimt.config import EngineConfig, ImageLimits
+from glimt.config import EngineConfig
 from glimt.errors import ConfigError
 from glimt.server.config import ServerConfig
 
@@ -139,9 +139,7 @@ def read_server(text: str) -> ServerConfig:
 def replica_parts(text: str) -> tuple[EngineConfig, ServerConfig, str]:
     """Settings of engine and server, and the model's name, as `replica_text` wrote them."""
     said = json.loads(text)
-    limits = ImageLimits(**said["engine"].pop("image_limits"))
-    engine = EngineConfig(**said["engine"], image_limits=limits)
-    return engine, _server(said["server"]), said["model_name"]
+    return EngineConfig.from_dict(said["engine"]), _server(said["server"]), said["model_name"]
 
 
 def _server(said: Mapping[str, Any]) -> ServerConfig:

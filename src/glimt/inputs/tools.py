@@ -38,22 +38,25 @@ def parse_tools(raw: Any) -> tuple[Function, ...]:
     if len(given) > _MAX_TOOLS:
         said = f"holds {len(given)} functions; at most {_MAX_TOOLS} are accepted"
         raise RequestError("tools", said)
-    functions = tuple(_parse_tool(each, f"tools[{i}]") for i, each in enumerate(given))
+    parsed = [_parse_tool(each, f"tools[{i}]") for i, each in enumerate(given)]
+    functions = tuple(function for function, _ in parsed)
     _check_names(functions)
-    _check_size(functions)
+    _check_size(sum(num_chars for _, num_chars in parsed))
     return functions
 
 
-def _parse_tool(raw: Any, path: str) -> Function:
+def _parse_tool(raw: Any, path: str) -> tuple[Function, int]:
+    """A function, and its characters in JSON."""
     check_object(raw, path, "a type and a function")
     _check_type(required(raw, "type", path), path)
     path = f"{path}.function"
     described = check_object(raw.get("function"), path, "a name")
-    _json(described, path)
+    num_chars = len(_json(described, path))
     name = _check_name(required(described, "name", path), f"{path}.name")
     if described.get("description") is not None:
         check_text(described["description"], f"{path}.description")
-    return Function(name, described, _parse_schema(described, f"{path}.parameters"))
+    schema = _parse_schema(described, f"{path}.parameters")
+    return Function(name, described, schema), num_chars
 
 
 def _check_type(raw: Any, path: str) -> None:
@@ -91,8 +94,7 @@ def _check_names(functions: Sequence[Function]) -> None:
             raise RequestError(f"tools[{i}].function.name", said)
 
 
-def _check_size(functions: Sequence[Function]) -> None:
-    num_chars = sum(len(_json(function.described, "tools")) for function in functions)
+def _check_size(num_chars: int) -> None:
     if num_chars > _MAX_CHARS:
         said = f"has {num_chars} characters in all; at most {_MAX_CHARS} are accepted"
         raise RequestError("tools", said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +337,7 @@ def _manifest(plan: ExportPlan) -> Manifest:
 def _settled(
     manifest: Manifest, form: str, files: dict[str, int], soc_version: str | None = None
 ) -> Manifest:
-    said = asdict(manifest) | {"format": form, "files": files, "soc_version": soc_version}
-    return Manifest(**said)
+    return replace(manifest, format=form, files=files, soc_version=soc_version)
 
 
 # --- the command -----------------------------------------------------------------------------

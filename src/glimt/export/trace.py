@@ -121,7 +121,7 @@ def trace_tower(found: ModelFolder, image: ImageInput, shape: GraphShape) -> Any
     graph = onnx.load_from_string(written.getvalue())
     _name_weights(graph)
     size = _BATCH if shape.batch is None else shape.batch
-    _set_shape(graph.graph.output[0], (size, image.num_tokens, *_hidden_size(model)))
+    _set_shape(graph.graph.output[0], (size, image.num_tokens, model.embedding.weight.shape[1]))
     return graph
 
 
@@ -132,10 +132,6 @@ def import_onnx() -> Any:
     except ImportError as error:
         raise MissingDependency("onnx", "export") from error
     return onnx
-
-
-def _hidden_size(model: Model) -> tuple[int]:
-    return (model.embedding.weight.shape[1],)
 
 
 def _meta_model(found: ModelFolder, dtype: torch.dtype) -> Model:

@@ -15,10 +15,9 @@ from glimt.layers.attention import cached_attention
 from glimt.models.base import BuildContext, Model, find_family
 from glimt.runner.feature_cache import FeatureCache
 from glimt.runner.kv_cache import (
+    KVCaches,
     _zeros_on_demand,
     allocate_kv,
-    clear_blocks,
-    clear_slots,
     kv_bytes_per_token,
 )
 from glimt.runner.model_runner import ModelRunner
@@ -165,11 +164,11 @@ def test_a_cache_is_as_large_as_was_counted_and_zero(dtype):
 def test_clearing_zeroes_these_blocks_and_no_others():
     """Would catch a NaN left in one layer, in the keys only, or a neighbour's block wiped."""
     bad = [1, 3]
-    caches = [
+    caches = KVCaches(
         KVCache(torch.full((5, 2, 2, 4), float("nan")), torch.full((5, 2, 2, 4), float("nan")))
         for _ in range(3)
-    ]
-    clear_blocks(caches, bad)
+    )
+    caches.clear_blocks(bad)
     for tensor in (t for cache in caches for t in (cache.key, cache.value)):
         assert [bool(block.isnan().any()) for block in tensor] == [True, False, True, False, True]
         assert not tensor[bad].any()
@@ -179,8 +178,9 @@ def test_clearing_takes_scales_that_are_not_finite_along():
     """Would catch NaN that outlives its sequence in the scales, the only place for it in int8."""
     values = (torch.full((5, 2, 2, 4), 7).char() for _ in range(2))
     cache = KVCache(*values, *(torch.full((5, 2, 2), float("nan")) for _ in range(2)))
-    clear_blocks([cache], [1])
-    clear_slots([cache], torch.tensor([6]))
+    caches = KVCaches([cache])
+    caches.clear_blocks([1])
+    caches.clear_slots(torch.tensor([6]))
     for tensor in cache.tensors():
         cleared = [not slot.any() for slot in tensor.flatten(0, 1)]
         assert cleared == [slot in (2, 3, 6) for slot in range(10)]
@@ -233,7 +233,7 @@ def test_what_the_last_owner_of_a_block_left_does_not_reach_the_next(dtype):
 def test_clearing_nothing_changes_nothing():
     """Would catch an empty index being refused, or read as all blocks."""
     cache = KVCache(torch.ones(2, 2, 1, 1), torch.ones(2, 2, 1, 1))
-    clear_blocks([cache], [])
+    KVCaches([cache]).clear_blocks([])
     assert cache.key.all()
     assert cache.value.all()
 

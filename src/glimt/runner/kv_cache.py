@@ -31,11 +31,16 @@ class KVCaches(list[KVCache]):
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         """Zero blocks, so that reads beyond what is written find nothing that is not finite."""
-        clear_blocks(self, blocks)
+        if not blocks:
+            return
+        index = torch.tensor(blocks, device=self[0].key.device)
+        for cache in self:
+            cache.clear_blocks(index)
 
     def clear_slots(self, slots: Tensor) -> None:
         """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
-        clear_slots(self, slots)
+        for cache in self:
+            cache.clear_slots(slots)
 
 
 def allocate_kv(
@@ -69,18 +74,3 @@ def _zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     pages = large_pages(math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
-
-
-def clear_blocks(caches: Sequence[KVCache], blocks: Sequence[int]) -> None:
-    """Zero blocks, so that reads beyond what is written in them find nothing that is not finite."""
-    if not blocks:
-        return
-    index = torch.tensor(blocks, device=caches[0].key.device)
-    for cache in caches:
-        cache.clear_blocks(index)
-
-
-def clear_slots(caches: Sequence[KVCache], slots: Tensor) -> None:
-    """Zero single places. slots: [num_slots] int64, as in AttentionBatch."""
-    for cache in caches:
-        cache.clear_slots(slots)

@@ -26,7 +26,7 @@ from training.data.texts import FONT
 from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
-from glimt.devices.base import open_device
+from glimt.devices.base import Device, open_device
 from glimt.engine import Engine
 from glimt.kernels.choose import reasons
 from glimt.kernels.library import ISAS, available, library_path
@@ -34,6 +34,7 @@ from glimt.kernels.native import Native
 from glimt.loader import OpenedModel
 from glimt.models import glm4v_9b, visualglm
 from glimt.models.base import BuildContext, ModelFamily, find_family
+from glimt.parallel import ALONE, Group
 from glimt.types import EncodedPrompt, ImageInput, ImageSpan, Request, SamplingParams, StepRow
 
 __all__ = ["stand_in_ais_bench", "stand_in_atc"]  # fixtures of another file
@@ -169,10 +170,11 @@ class Oracle:
         self,
         dtype: torch.dtype = torch.float32,
         rotary_table: str = "auto",
-        device_name: str = "cpu",
+        device: str | Device = "cpu",
+        group: Group = ALONE,
     ) -> OpenedModel:
-        device = open_device(device_name)
-        context = BuildContext(device, dtype, self.config.max_positions, rotary_table)
+        device = open_device(device) if isinstance(device, str) else device
+        context = BuildContext(device, dtype, self.config.max_positions, rotary_table, group)
         opened = OpenedModel(
             family=self.family,
             config=self.config,

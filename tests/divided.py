@@ -7,12 +7,9 @@ from typing import Any
 import torch
 
 from conftest import Oracle
-from glimt.checkpoint import open_checkpoint
 from glimt.config import EngineConfig
 from glimt.devices.base import Device
 from glimt.engine import Engine
-from glimt.loader import OpenedModel
-from glimt.models.base import BuildContext
 from glimt.parallel import Group
 
 
@@ -27,18 +24,6 @@ def divided_engine(
 
     device: None: plain torch
     """
-    device = device or Device()
-    context = BuildContext(device, dtype, oracle.config.max_positions, group=group)
-    opened = OpenedModel(
-        family=oracle.family,
-        config=oracle.config,
-        processor=oracle.family.processor(oracle.folder, oracle.config, oracle.tokenizer()),
-        model=oracle.family.build(oracle.config, context),
-        checkpoint=open_checkpoint(oracle.folder),
-        device=device,
-        dtype=dtype,
-        max_model_len=oracle.config.context_tokens,
-    )
-    opened.load()
+    opened = oracle.open(dtype, device=device or Device(), group=group)
     settings = {"kv_bytes": 16 * 2**20, "num_blocks": 64} | options
     return Engine(opened, EngineConfig(model=str(oracle.folder), **settings))

@@ -21,8 +21,9 @@ from glimt.commands.quantize import plan_quantize, quantize
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError
 from glimt.quant.plan import QuantOptions
-from glimt.ranks import Place, Ranks, start_ranks
+from glimt.ranks import Place, start_ranks
 from glimt.runner.messages import Channel, Message
+from processes import is_running, rank_pids
 
 PICTURE = Path(__file__).parents[1] / "examples" / "house.png"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -53,12 +54,6 @@ def divided(folders: dict[str, Path]) -> Iterator[glimt.AsyncEngine]:
     engine.close()
 
 
-def pids(engine: glimt.AsyncEngine) -> list[int]:
-    ranks = engine.engine.opened.ranks
-    assert isinstance(ranks, Ranks)
-    return [process.pid for process in ranks._processes.values()]
-
-
 def test_two_processes_answer_as_one(folder: Path) -> None:
     """Catches what only the real way can lose: pictures, positions, cleared blocks, padding."""
     assert answers(folder, tp_size=2) == answers(folder)
@@ -80,7 +75,7 @@ def test_quantised_checkpoints_are_divided_too(folder: Path, tmp_path: Path, nam
 
 def test_a_killed_rank_ends_every_request_and_every_rank(divided: glimt.AsyncEngine) -> None:
     """Catches a hang in a sum, a request without an end, an orphan."""
-    (other,) = pids(divided)
+    (other,) = rank_pids(divided)
 
     async def ask() -> Exception:
         request = await divided.prepare_chat(chats()[1], LONG)
@@ -104,7 +99,7 @@ def test_a_killed_rank_ends_every_request_and_every_rank(divided: glimt.AsyncEng
 
 def test_a_rank_that_dies_while_nothing_runs_is_noticed(divided: glimt.AsyncEngine) -> None:
     """Catches a server that says that it is well, and fails its next request."""
-    os.kill(pids(divided)[0], signal.SIGKILL)
+    os.kill(rank_pids(divided)[0], signal.SIGKILL)
 
     async def wait() -> None:
         while divided.is_alive:
@@ -130,14 +125,6 @@ def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
         first.kill()
     while is_running(other):
         pass
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
@@ -212,7 +199,7 @@ def test_a_failure_of_the_first_rank_ends_all(
     """Catches ranks that wait in a sum for one that has given up, and a request tried again."""
     model = divided.engine.opened.model
     monkeypatch.setattr(model, "logits", lambda hidden: 1 / 0)
-    (other,) = pids(divided)
+    (other,) = rank_pids(divided)
     with pytest.raises(EngineError, match="rank 0 failed: ZeroDivisionError"):
         asyncio.run(asyncio.wait_for(divided.chat(chats()[1], GREEDY), 60))
     assert not divided.is_alive

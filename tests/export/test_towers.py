@@ -114,7 +114,7 @@ def test_the_originals_features_come_out_of_the_file(wide: Any, tmp_path, opset,
 
     Also with the weights in a file of their own, as a large tower has them.
     """
-    opened = wide.open(device_name="cpu")
+    opened = wide.open(device="cpu")
     found = ModelFolder(
         wide.family, wide.config, opened.processor, opened.checkpoint, (), QuantOptions()
     )

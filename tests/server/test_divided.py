@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import glimt
-from glimt.ranks import Ranks
 from glimt.server.app import create_app
 from glimt.server.config import ServerConfig
+from processes import rank_pids
 from serving import running, wait_ready
 
 NUM_STREAMS = 4
@@ -74,7 +74,7 @@ def test_a_killed_rank_ends_its_streams_with_an_error_and_serving_resumes(
         streams = [pool.submit(events, url, has_begun) for _ in range(NUM_STREAMS)]
         for _ in range(2 * NUM_STREAMS):
             has_begun.acquire()
-        (killed,) = pids(engines[0])
+        (killed,) = rank_pids(engines[0])
         os.kill(killed, signal.SIGKILL)
         for stream in streams:
             assert_failed(stream.result())
@@ -82,13 +82,7 @@ def test_a_killed_rank_ends_its_streams_with_an_error_and_serving_resumes(
             pass
         wait_ready(url)
         assert answer(url) == before
-    assert not any(is_running(pid) for pid in [killed, *pids(engines[1])])
-
-
-def pids(engine: glimt.AsyncEngine) -> list[int]:
-    ranks = engine.engine.opened.ranks
-    assert isinstance(ranks, Ranks)
-    return [process.pid for process in ranks._processes.values()]
+    assert not any(exists(pid) for pid in [killed, *rank_pids(engines[1])])
 
 
 def assert_failed(found: list[str]) -> None:
@@ -100,7 +94,7 @@ def assert_failed(found: list[str]) -> None:
     assert reasons <= {None}
 
 
-def is_running(pid: int) -> bool:
+def exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

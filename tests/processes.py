@@ -1,0 +1,24 @@
+"""The processes of a divided model, as tests look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import glimt
+from glimt.ranks import Ranks
+
+
+def rank_pids(engine: glimt.AsyncEngine) -> list[int]:
+    """Of the ranks that the engine has started."""
+    ranks = engine.engine.opened.ranks
+    assert isinstance(ranks, Ranks)
+    return [process.pid for process in ranks._processes.values()]
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor ended and not waited for yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -29,7 +29,8 @@ def main(name: str, folder: str, golden: str, rank: str, size: str, store: str) 
     )
     assert dist.group.WORLD is not None
     oracle = Oracle(name, Path(folder), Path(golden))
-    engine = divided_engine(oracle, TorchGroup(dist.group.WORLD))
+    group = TorchGroup(dist.group.WORLD)
+    engine = divided_engine(oracle, group)
     tokens = {c: run_greedy(engine, oracle.request(c, max_tokens=24)) for c in oracle.cases}
     hidden: list[torch.Tensor] = []
     engine.runner.model.register_forward_hook(lambda m, args, out: hidden.append(out))
@@ -38,4 +39,4 @@ def main(name: str, folder: str, golden: str, rank: str, size: str, store: str) 
     with torch.inference_mode():
         logits = engine.runner.model.logits(hidden[0])[-1, oracle.arrays["picked_token_ids"]]
     print(json.dumps({"tokens": tokens, "logits": logits.tolist()}))
-    dist.destroy_process_group()
+    group.close()

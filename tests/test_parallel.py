@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import GOLDEN, Oracle, run_greedy
 from divided import divided_engine
-from glimt.parallel import Group, Part, Shard, divided, divided_vocabulary
+from glimt.parallel import Group, Part, Shard, TorchGroup, divided, divided_vocabulary
 from ranks import on_ranks
 
 VALUES = 5e-5  # of logits in float32, whose sums are taken in another order
@@ -103,6 +104,28 @@ def test_each_rank_holds_its_part_only(name: str, request: pytest.FixtureRequest
         kept = {name.rpartition(".")[0] for name in names}
         assert kept <= {"tower.embed", "tower.embed.patch", "adapter", "adapter.merge",
                         "adapter.project", "qformer", "project"}, kept  # fmt: skip
+
+
+def test_a_group_that_is_left_has_no_threads(tmp_path: Path) -> None:
+    """Catches a thread of gloo that lives until the interpreter ends, and then aborts the process.
+
+    A layer holds the group beyond its end, as here `group` does.
+    """
+
+    def threads() -> list[str]:
+        names = [(p / "comm").read_text().strip() for p in Path("/proc/self/task").iterdir()]
+        return [name for name in names if "gloo" in name]
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    group = TorchGroup(dist.group.WORLD)
+    assert group.all_reduce(torch.ones(2)).tolist() == [1, 1]
+    assert threads()
+    group.close()
+    group.close()
+    assert not threads()
+    assert not dist.is_initialized()
 
 
 def test_processes_over_gloo_give_the_originals_answers(oracle: Oracle, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ class Group:
         """[…] of each rank -> rank 0's; x is changed in place where it is not rank 0's."""
         return x
 
+    def close(self) -> None:
+        """Leave the others: nothing is asked of the group any more."""
+
     def for_units(self, count: int) -> Group:
         """Who divides so many heads or columns: this group, or nobody if they do not divide."""
         return self if count % self.size == 0 else ALONE
@@ -49,7 +52,7 @@ class TorchGroup(Group):
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
-        self._group = group
+        self._group: ProcessGroup | None = group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """[…] of each rank -> […], their sum; x is changed if it is contiguous."""
@@ -69,6 +72,17 @@ class TorchGroup(Group):
         assert x.is_contiguous(), "the others would get another order"
         torch.distributed.broadcast(x, src=0, group=self._group)
         return x
+
+    def close(self) -> None:
+        """Leave the group and end its threads.
+
+        Layers of the model hold this object, so torch's group would outlive the interpreter. A
+        thread of gloo that still owns the last sum's tensors then asks for the interpreter's lock,
+        is ended by it, and takes the process with it ("terminate called", SIGABRT).
+        """
+        if self._group is not None:
+            self._group = None
+            torch.distributed.destroy_process_group()
 
 
 # --- what is whose ---------------------------------------------------------------------------

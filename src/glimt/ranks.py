@@ -200,8 +200,7 @@ class Ranks:
             _end(process, end_s - time.monotonic())
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.group.close()
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
@@ -387,16 +386,20 @@ def serve_rank(place: Place) -> int:
         with contextlib.suppress(RankError):
             channel.send(Message("failed", {"why": why}))
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
 def _serve(channel: Channel, store: Store, place: Place) -> None:
     config = EngineConfig.from_dict(channel.receive().values["config"])
     group = _join(config, store, place.rank, place.size)
-    opened = open_model(config, group, place.seat)
+    try:
+        _work(channel, config, group, place.seat)
+    finally:
+        group.close()
+
+
+def _work(channel: Channel, config: EngineConfig, group: Group, seat: Seat) -> None:
+    opened = open_model(config, group, seat)
     opened.load()
     offer, _ = plan_memory(config, opened.model, opened.device, opened.dtype, opened.max_model_len)
     channel.send(Message("loaded", {"num_blocks": offer}))

@@ -4,7 +4,8 @@
 
 One stream runs; when it has a while behind it, a picture of 1120 x 1120 and a question come in.
 The gaps between the stream's tokens are told: median and largest, without a limit (a whole block of
-the tower a step), and with --max-stretch. Real server, real client, over loopback.
+the tower a step), with --max-stretch, and of a stream that runs alone, which is what the machine
+itself does to them. Real server, real client, over loopback.
 """
 
 from __future__ import annotations
@@ -86,6 +87,21 @@ async def gaps_of(url: str, num_tokens: int, began: asyncio.Event) -> list[float
     return gaps
 
 
+def described(gaps: list[float]) -> dict[str, float]:
+    """Of a stream: its usual and its largest gap."""
+    middle = statistics.median(gaps)
+    return {
+        "median_ms": 1e3 * middle,
+        "largest_ms": 1e3 * max(gaps),
+        "ratio": max(gaps) / middle,
+    }
+
+
+async def measure_alone(url: str, num_tokens: int) -> dict[str, float]:
+    """The gaps of a stream beside which nothing happens."""
+    return described(await gaps_of(url, num_tokens, asyncio.Event()))
+
+
 async def measure(url: str, num_tokens: int) -> dict[str, float]:
     """The stream's gaps and the other client's time to its whole, one-token answer."""
     began = asyncio.Event()
@@ -104,11 +120,8 @@ async def measure(url: str, num_tokens: int) -> dict[str, float]:
     picture_s = time.perf_counter() - start
     is_beside = not running.done()
     gaps = await running
-    middle = statistics.median(gaps)
     return {
-        "median_ms": 1e3 * middle,
-        "largest_ms": 1e3 * max(gaps),
-        "ratio": max(gaps) / middle,
+        **described(gaps),
         "picture_s": picture_s,
         "picture_done_beside_stream": is_beside,
     }
@@ -123,13 +136,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--stretch", type=float, nargs="*", default=[0.0, 2.0])
     given = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {str(stretch): [] for stretch in given.stretch}
+    names = ["alone", *map(str, given.stretch)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     engines = glimt.AsyncEngine.load(
         glimt.EngineConfig(model=given.model, dtype=given.dtype, max_num_seqs=4)
     )
     with served(engines) as url:
         asyncio.run(measure(url, 60))  # warm-up
         for _ in range(given.repeats):
+            found["alone"].append(asyncio.run(measure_alone(url, given.tokens)))
+            print("alone", found["alone"][-1], file=sys.stderr)
             for stretch in given.stretch:
                 engines.engine.pace.max_stretch = stretch or None
                 found[str(stretch)].append(asyncio.run(measure(url, given.tokens)))

@@ -188,7 +188,7 @@ class Engine:
         """Run one step: every running sequence goes on by a chunk or a token.
 
         With drafts a sequence may go on by several tokens; they come in one output. Pictures that
-        others wait for go a bounded part further through the tower meanwhile.
+        others wait for go a bounded part further through the tower meanwhile, if there is time.
         """
         began_s = time.monotonic()
         plan = self.scheduler.plan_step(self.vision.ready_images, self.pace.prefill_tokens)
@@ -197,7 +197,7 @@ class Engine:
         if self.pace.max_stretch is not None:  # counting a plan's rows is not for every step
             num_decodes = plan.num_decodes
             self.pace.saw(num_decodes, plan.num_tokens - num_decodes, spent_s)
-        if not plan.waits:
+        if not plan.waits or (plan.rows and self.pace.lets_tower_wait(spent_s)):
             return outputs
         return [*outputs, *self._encode(plan, self.pace.tower_s(spent_s) if plan.rows else None)]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 _NEW = 0.2  # share of the newest step in what is remembered
 _FIRST_TOKENS = 32  # of a prompt, while nobody knows what a token costs
 _LEAST_TOKENS = 16  # or a long prompt would take for ever
+_LEAST_ROOM = 0.5  # share of the tower's usual time that is worth beginning a part of it
+_MOST_WAITS = 3  # steps in a row without a part, or a picture would take for ever
 _MOST_S = 3.0  # a slower step is an accident (a page fault, a sleeping machine), not a pace
 
 
@@ -22,6 +24,7 @@ class Pace:
     max_stretch: float | None
     decode_s: float | None = None
     token_s: float | None = None
+    _num_waits: int = 0  # steps in a row that left the tower to the next
 
     @property
     def prefill_tokens(self) -> int | None:
@@ -38,6 +41,20 @@ class Pace:
         if self.max_stretch is None:
             return None
         return 0.0 if self.decode_s is None else self.max_stretch * self.decode_s - spent_s
+
+    def lets_tower_wait(self, spent_s: float) -> bool:
+        """Whether a step that took spent_s leaves the tower to the next; asked once a step.
+
+        One that was held up, or is full of a prompt's tokens, has no time for a part: these cannot
+        be cut short. After a few such steps one runs all the same.
+        """
+        is_late = False
+        if self.max_stretch is not None and self.decode_s is not None:
+            usual_s = (self.max_stretch - 1) * self.decode_s
+            room_s = self.max_stretch * self.decode_s - spent_s
+            is_late = room_s < _LEAST_ROOM * usual_s and self._num_waits < _MOST_WAITS
+        self._num_waits = self._num_waits + 1 if is_late else 0
+        return is_late
 
     def saw(self, num_decodes: int, num_prefill: int, seconds: float) -> None:
         """A step ran: rows that decoded, prompt tokens beside them, and its time."""

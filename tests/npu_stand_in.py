@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import GOLDEN
 from glimt.devices.npu_310p import Atlas310P
 from glimt.devices.npu_a2 import AtlasA2
+from npu_graphs import SYNCS, Graphs
 from npu_operators import Chip, need
 
 SCHEMAS = GOLDEN / "npu_schemas.json"
@@ -37,6 +38,7 @@ class StandIn:
 
     def __init__(self, chip: Chip, num_devices: int = 2) -> None:
         self.chip = chip
+        self.graphs = Graphs(chip)
         self.chosen: list[Any] = []
         self.npu = SimpleNamespace(
             config=_Config(chip),
@@ -46,6 +48,7 @@ class StandIn:
             set_compile_mode=lambda jit_compile: self.chosen.append(("jit_compile", jit_compile)),
             mem_get_info=lambda: (3 * 2**30, 64 * 2**30),
             max_memory_allocated=lambda: 2**30,
+            **self.graphs.surface(),
         )
 
     def get_npu_format(self, x: torch.Tensor) -> int:
@@ -111,9 +114,6 @@ class _Hosts(TorchFunctionMode):
 # What an NPU does with a matrix in tiles without laying it out anew.
 TAKE_TILES = {"aten.linear", "aten.t", "aten.addmm", "aten.mm", "aten.detach", "aten.new_zeros"}
 TAKE_TILES |= {"aten.alias", "aten.empty_like", "aten.new_empty"}
-# Each of them waits for the device and brings a number to the host.
-SYNCS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
-SYNCS |= {"aten.masked_select", "aten.unique_consecutive", "aten._unique2"}
 
 
 class Log(TorchDispatchMode):

@@ -346,8 +346,8 @@ def test_each_seat_takes_its_own_npu(module: StandIn, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module.npu, "get_soc_version", lambda: 203)
     Npu.open(seat=Seat(1, 2))
     assert made == [
-        ("AtlasA2", "npu:1", {"casts_weights": False}),
-        ("AtlasA2", "npu:0", {"casts_weights": True}),
+        ("AtlasA2", "npu:1", {"casts_weights": False, "records": False}),
+        ("AtlasA2", "npu:0", {"casts_weights": True, "records": False}),
         ("Atlas310P", "npu:1", {}),
     ]
     assert module.chosen == [1, 0, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from glimt.config import EngineConfig
 from glimt.demo.noise import FAMILIES, write_noise_model
 from glimt.devices.base import AttentionBatch, Device, KVCache, ModelStep
 from glimt.devices.cpu import CpuDevice
-from glimt.devices.replay import ReplayedStep, Size, size_for
+from glimt.devices.replay import Inputs, Replay, ReplayedStep, Size, size_for
 from glimt.engine import Engine
 from glimt.evaluate.stages import watching
 from glimt.layers.attention import cached_attention
@@ -31,14 +31,16 @@ class StandIn:
     def __init__(self) -> None:
         self.num_recorded = 0
         self.num_replayed = 0
+        self.context_lens: list[int] = []
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         self.num_recorded += 1
         function()  # a device warms up first
         result = function()
 
-        def replay() -> None:
+        def replay(context_lens: Sequence[int]) -> None:
             self.num_replayed += 1
+            self.context_lens = [*context_lens]
             result.copy_(function())
 
         return result, replay
@@ -117,6 +119,7 @@ def test_a_replayed_step_gives_the_steps_own_values(kv_dtype):
             replayed(*arguments), twin(*arguments), rtol=1e-5, atol=1e-6, msg=str(starts)
         )
     assert (record.num_recorded, record.num_replayed) == (4, 7)  # of 4, 1, 2 and 8 rows
+    assert record.context_lens == [7, 15, 8, 1]
 
 
 def test_rows_that_pad_write_the_scratch_block_alone():
@@ -133,8 +136,8 @@ def test_rows_that_pad_write_the_scratch_block_alone():
     for ours, theirs in zip(layers.caches, twin.caches, strict=True):
         for part, same in zip(ours.tensors(), theirs.tensors(), strict=True):
             torch.testing.assert_close(part[:NUM_BLOCKS], same[:NUM_BLOCKS])
-            assert not part[NUM_BLOCKS, 0].any(), "padding rows are zeros"
-            assert (part[NUM_BLOCKS, 1:] == 7.0).all()
+            assert not part[NUM_BLOCKS, :3].any(), "padding rows are zeros"  # of 5 rows, 8 - 5
+            assert (part[NUM_BLOCKS, 3:] == 7.0).all()
             assert (same[NUM_BLOCKS] == 7.0).all()
 
 
@@ -153,9 +156,25 @@ def test_what_an_earlier_step_left_in_padding_does_not_show():
     inputs.fill(*step_of([3, 11], 2))
     assert inputs.hidden[2:].tolist() == [[0.0] * SIZE] * 2
     assert inputs.decode_lens.tolist() == [4, 12, 1, 1]
-    assert inputs.slots.tolist() == [3, 31, 160, 160]
+    assert inputs.context_lens == [4, 12, 1, 1]
+    assert inputs.slots.tolist() == [3, 31, 160, 161]
     assert inputs.block_tables.tolist() == [[0] * 8, [5, 6, 7] + [5] * 5, [40] * 8, [40] * 8]
     assert inputs.positions.tolist() == [[3, 11, 0, 0]]
+
+
+def test_more_padding_rows_than_a_block_has_slots_stay_in_it():
+    """Would catch a padding row in the block behind the scratch block, which is nobody's memory."""
+    hidden, positions, batch = step_of([1], 0)
+    many = replace(
+        batch,
+        context_lens=(2,) * 17,
+        slots=batch.slots.repeat(17),
+        block_tables=batch.block_tables.repeat(17, 1),
+        decode_lens=batch.decode_lens.repeat(17),
+    )
+    inputs = Inputs.empty(Size(32, 8), hidden, positions, BLOCK_SIZE, NUM_BLOCKS)
+    inputs.fill(hidden.repeat(17, 1), positions.repeat(1, 17), many)
+    assert inputs.slots[17:].tolist() == [160, 161, 162, 163] * 3 + [160, 161, 162]
 
 
 def test_a_step_of_too_many_rows_is_run_as_it_is():
@@ -183,7 +202,7 @@ def test_a_device_that_cannot_record_is_asked_once(caplog):
     """Would catch a step that fails because it cannot be recorded, or one warning per token."""
     asked: list[int] = []
 
-    def refuse(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def refuse(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         asked.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

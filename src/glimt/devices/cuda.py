@@ -34,7 +34,7 @@ from glimt.devices.chunks import chunk_parts
 from glimt.devices.fused_attention import attend, attend_packed
 from glimt.devices.host import PROC, read_text
 from glimt.devices.low_bits import low_bit_product
-from glimt.devices.replay import ReplayedStep
+from glimt.devices.replay import Replay, ReplayedStep
 from glimt.errors import ConfigError
 
 _MODES = ("", "no-graphs", "plain")  # of GLIMT_CUDA
@@ -253,7 +253,7 @@ class CudaDevice(Device):
         """The step as CUDA graphs, one for each size of batch that comes."""
         return ReplayedStep(step, self._record, cache) if self.records else step
 
-    def _record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def _record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         """Run a function once, so that libraries and kernels are ready, and then record it.
 
         Source: PyTorch's notes on CUDA semantics, section CUDA graphs.
@@ -269,7 +269,7 @@ class CudaDevice(Device):
             with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 result = function()
             self._pool = graph.pool()
-        return result, graph.replay
+        return result, lambda context_lens: graph.replay()  # kernels read lengths on the card
 
 
 def read_mode(said: str) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glimt.devices.base import Activation, AttentionBatch, KVCache, RotaryStyle
+from glimt.devices.base import Activation, AttentionBatch, KVCache, ModelStep, RotaryStyle
 from glimt.devices.npu_base import HEAD, Kept, NpuDevice, Stretch, stretches, widened_heads
+from glimt.devices.npu_graphs import GraphRecorder
 from glimt.devices.npu_runtime import takes
+from glimt.devices.replay import ReplayedStep
 from glimt.errors import ConfigError
 
 _MASK_SIDE = 2048  # of the causal mask, whatever the lengths: the operator repeats it
@@ -45,12 +47,23 @@ class _Call:
 
 
 class AtlasA2(NpuDevice):
-    """Ascend 910B and 910_93."""
+    """Ascend 910B and 910_93.
+
+    records: whether decoding steps are recorded as NPU graphs
+    """
 
     product = "Atlas A2"
 
-    def __init__(self, torch_npu: Any, torch_device: str, casts_weights: bool = False) -> None:
+    def __init__(
+        self,
+        torch_npu: Any,
+        torch_device: str,
+        casts_weights: bool = False,
+        records: bool = False,
+    ) -> None:
         super().__init__(torch_npu, torch_device, casts_weights)
+        self.records = records
+        self.num_scratch_blocks = 1 if records else 0
         self._can_scatter = takes("npu.npu_scatter_pa_kv_cache", "cache_mode")
         mask = torch.ones(_MASK_SIDE, _MASK_SIDE, dtype=torch.int8).triu_(1)  # 1 hides
         self._mask = mask.to(self.torch_device)
@@ -63,6 +76,20 @@ class AtlasA2(NpuDevice):
             return wanted or _BLOCK_STEP
         said = f"is {wanted}, but {self.product} reads blocks of 128, 256, 384 or 512 tokens"
         raise ConfigError("block_size", [f"{said}; leave it out for 128"])
+
+    # --- recorded steps ---
+
+    def recorded(self, step: ModelStep, cache: KVCache) -> ModelStep:
+        """The step as NPU graphs, one for each size of batch that comes."""
+        if not self.records:
+            return step
+        recorder = GraphRecorder(self.torch_npu, self.torch_device, self.forget)
+        return ReplayedStep(step, recorder, cache)
+
+    def forget(self) -> None:
+        """Drop what was made for the other layers of a step."""
+        super().forget()
+        self._calls, self._slots = Kept(), Kept()
 
     # --- rows ---
 
@@ -185,11 +212,15 @@ def _call_for(chosen: Sequence[Stretch], has_all: bool, tables: Tensor) -> _Call
     for stretch in chosen:
         end += stretch.count
         ends.append(end)
-    rows = torch.tensor([stretch.row for stretch in chosen], device=tables.device)
-    tokens = [token for stretch in chosen for token in range(stretch.start, stretch.stop)]
+    tokens = None
+    if not has_all:  # a decode has all: nothing is brought from the host while it is recorded
+        rows = torch.tensor([stretch.row for stretch in chosen], device=tables.device)
+        tables = tables.index_select(0, rows)
+        places = [token for stretch in chosen for token in range(stretch.start, stretch.stop)]
+        tokens = torch.tensor(places, device=tables.device)
     return _Call(
-        tokens=None if has_all else torch.tensor(tokens, device=tables.device),
-        tables=tables if has_all else tables.index_select(0, rows),
+        tokens=tokens,
+        tables=tables,
         ends=ends,
         lengths=[stretch.length for stretch in chosen],
         is_open=chosen[0].is_open,

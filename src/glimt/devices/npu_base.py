@@ -99,6 +99,10 @@ class NpuDevice(Device, ABC):
         """Do the operators take tensors of such dtypes, all alike? Each: […], of any shape."""
         return tensors[0].dtype in self.fused_dtypes and len({x.dtype for x in tensors}) == 1
 
+    def forget(self) -> None:
+        """Drop what was made for the other layers of a step."""
+        self._tables = Kept()
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ConfigError for a dtype that this chip does not compute in at all."""
 

@@ -10,19 +10,22 @@ runners, by power-of-two batch sizes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from glimt.devices.base import AttentionBatch, KVCache, ModelStep
 
 log = logging.getLogger("glimt")
 
+# Takes how many tokens each row sees, rows that pad too, since operators may read it on the host.
+Replay: TypeAlias = Callable[[Sequence[int]], None]
 # Takes a function without arguments; returns where its result lies, and what computes it anew. It
 # may call the function more than once.
-Record: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+Record: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 
 _MOST_ROWS = 256  # beyond, a step is long enough to hide what its launches cost
 _LEAST_BLOCKS = 8  # of a table: a recording for each of 1, 2 and 4 would not be worth its memory
@@ -93,7 +96,8 @@ class Inputs:
     """Where a recording reads what it computes from.
 
     hidden: [rows, hidden_size]; positions: [channels, rows]; slots, decode_lens: [rows];
-    block_tables: [rows, blocks]; scratch: the block of rows that pad
+    block_tables: [rows, blocks]; scratch: the block of rows that pad, and spare_slots: [rows], its
+    slots in turn; context_lens: decode_lens on the host
     """
 
     size: Size
@@ -102,8 +106,10 @@ class Inputs:
     hidden: Tensor
     positions: Tensor
     slots: Tensor
+    spare_slots: Tensor
     block_tables: Tensor
     decode_lens: Tensor
+    context_lens: list[int]
 
     @classmethod
     def empty(
@@ -114,28 +120,35 @@ class Inputs:
         hidden: [num_rows, hidden_size]; positions: [channels, num_rows]
         """
         rows = size.rows
+        # Slots of their own as long as there are any: a device may refuse to write one twice.
+        offsets = torch.arange(rows, device=positions.device) % block_size
+        spare_slots = (scratch * block_size + offsets).to(positions.dtype)
         return cls(
             size=size,
             block_size=block_size,
             scratch=scratch,
             hidden=hidden.new_zeros(rows, hidden.shape[1]),
             positions=positions.new_zeros(len(positions), rows),
-            slots=positions.new_full((rows,), scratch * block_size),
+            slots=spare_slots.clone(),
+            spare_slots=spare_slots,
             block_tables=positions.new_full((rows, size.blocks), scratch),
             decode_lens=positions.new_ones(rows),
+            context_lens=[1] * rows,
         )
 
     def fill(self, hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> None:
         """Put a step's own values in, and make rows that pad of those behind it.
 
-        A padding row is the first token of a sequence that lies in the scratch block.
+        A padding row has a sequence of one token, the first of the scratch block. They are all
+        alike, so it does not matter which of them wrote that.
         hidden: [num_rows, hidden_size]; positions: [channels, num_rows]; rows at most size.rows
         """
-        blocks = batch.block_tables.shape[1]
+        blocks, num_spare = batch.block_tables.shape[1], self.size.rows - len(hidden)
         _put(self.hidden, hidden, 0)
         _put(self.positions.T, positions.T, 0)
-        _put(self.slots, batch.slots, self.scratch * self.block_size)
+        _put(self.slots, batch.slots, self.spare_slots[:num_spare])
         _put(self.decode_lens, batch.decode_lens, 1)
+        self.context_lens[:] = [*batch.context_lens, *[1] * num_spare]
         _put(self.block_tables[:, :blocks], batch.block_tables, self.scratch)
         # As in runner/batch.py: what is read beyond a row's end is the row's own.
         self.block_tables[:, blocks:] = self.block_tables[:, :1]
@@ -158,7 +171,7 @@ class Inputs:
         return self.hidden, self.positions, batch
 
 
-def _put(place: Tensor, values: Tensor, padding: int) -> None:
+def _put(place: Tensor, values: Tensor, padding: int | Tensor) -> None:
     place[: len(values)] = values
     place[len(values) :] = padding
 
@@ -169,9 +182,9 @@ class _Recording:
 
     inputs: Inputs
     result: Tensor
-    replay: Callable[[], None]
+    replay: Replay
 
     def run(self, hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         self.inputs.fill(hidden, positions, batch)
-        self.replay()
+        self.replay(self.inputs.context_lens)
         return self.result[: len(hidden)]

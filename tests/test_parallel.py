@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -106,25 +107,34 @@ def test_each_rank_holds_its_part_only(name: str, request: pytest.FixtureRequest
                         "adapter.project", "qformer", "project"}, kept  # fmt: skip
 
 
+def gloo_threads() -> set[str]:
+    """Numbers of this process's threads that gloo started."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # one that ends meanwhile
+            if "gloo" in (task / "comm").read_text():
+                found.add(task.name)
+    return found
+
+
 def test_a_group_that_is_left_has_no_threads(tmp_path: Path) -> None:
     """Catches a thread of gloo that lives until the interpreter ends, and then aborts the process.
 
-    A layer holds the group beyond its end, as here `group` does.
+    A layer holds the group beyond its end, as `group` does here, and so may an error.
     """
-
-    def threads() -> list[str]:
-        names = [(p / "comm").read_text().strip() for p in Path("/proc/self/task").iterdir()]
-        return [name for name in names if "gloo" in name]
-
+    before = gloo_threads()
     store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     assert dist.group.WORLD is not None
     group = TorchGroup(dist.group.WORLD)
     assert group.all_reduce(torch.ones(2)).tolist() == [1, 1]
-    assert threads()
+    with pytest.raises(RuntimeError) as raised:
+        group.all_reduce(torch.ones(2, dtype=torch.uint16))
+    assert gloo_threads() - before
     group.close()
     group.close()
-    assert not threads()
+    assert not gloo_threads() - before
+    assert raised.value.__traceback__ is not None
     assert not dist.is_initialized()
 
 

@@ -51,7 +51,9 @@ class AsyncEngine:
         self._subscribers: dict[str, _Subscriber] = {}  # only the engine thread touches it
         self._is_closed = False
         self._gate = threading.Lock()  # no command may slip in after the last drain
-        self._failure: Exception | None = None
+        # Its kind and its text. The error itself would keep every frame it came through, with the
+        # model in them, in memory for as long as somebody asks why.
+        self._failure: tuple[str, str] | None = None
         self._last_step_s = time.monotonic()  # written by the engine thread alone
         self._thread = threading.Thread(target=self._run, name="glimt-engine", daemon=True)
         self._thread.start()
@@ -184,7 +186,7 @@ class AsyncEngine:
         """Why the engine stopped; "" if it did not fail."""
         if self._failure is None:
             return self._engine.failure
-        return f"{type(self._failure).__name__}: {self._failure}"
+        return ": ".join(self._failure)
 
     @property
     def stalled_s(self) -> float:
@@ -202,11 +204,11 @@ class AsyncEngine:
     def _command(self, command: Callable[[], None]) -> None:
         with self._gate:
             if self._is_closed:
-                raise EngineError(f"the engine has stopped{self._because()}") from self._failure
+                raise EngineError(f"the engine has stopped{self._because()}")
             self._commands.put(command)
 
     def _because(self) -> str:
-        return f": {self._failure}" if self._failure else ""
+        return f": {self._failure[1]}" if self._failure else ""
 
     # --- the engine thread ---
 
@@ -217,7 +219,7 @@ class AsyncEngine:
                 self._last_step_s = time.monotonic()
         except Exception as error:
             log.exception("the engine stopped")
-            self._failure = error
+            self._failure = type(error).__name__, str(error)
         finally:
             with self._gate:
                 self._is_closed = True

@@ -7,6 +7,7 @@ tensors, no model and no request.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,21 +58,28 @@ class TorchGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         """[…] of each rank -> […], their sum; x is changed if it is contiguous."""
         x = x.contiguous()
-        torch.distributed.all_reduce(x, group=self._group)
+        self._join_in(torch.distributed.all_reduce, x)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[…, n] of each rank -> […, size * n]."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x, group=self._group)
+        self._join_in(torch.distributed.all_gather, parts, x)
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """[…] of each rank -> rank 0's; x must be contiguous."""
         assert x.is_contiguous(), "the others would get another order"
-        torch.distributed.broadcast(x, src=0, group=self._group)
+        self._join_in(torch.distributed.broadcast, x, 0)
         return x
+
+    def _join_in(self, collective: Callable[..., object], *arguments: object) -> None:
+        """Take part in a collective; an error of it does not hold the group by torch's frames."""
+        try:
+            collective(*arguments, group=self._group)
+        except Exception as error:
+            raise error.with_traceback(None) from None
 
     def close(self) -> None:
         """Leave the group and end its threads.

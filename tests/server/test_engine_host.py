@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,61 @@ def test_a_failed_engine_is_started_again_and_its_requests_are_told(folder):
         await until(lambda: host.num_restarts == 1 and host.is_ready)
         assert host.engine is not first
         assert (await host.engine.chat(ASKED, SamplingParams(max_tokens=2))).completions
+        await host.stop()
+
+    asyncio.run(scene())
+
+
+def test_a_failed_engine_leaves_before_the_next_is_loaded(folder, caplog):
+    """Catches a restart that needs memory for two models, by whatever still holds the first."""
+    caplog.set_level(logging.CRITICAL, "glimt")  # pytest keeps what is logged, with its traceback
+
+    async def scene() -> None:
+        models: list[weakref.ref[Any]] = []
+        alive: list[int] = []
+
+        def load() -> glimt.AsyncEngine:
+            alive.append(sum(model() is not None for model in models))
+            engine = loader(folder)()
+            models.append(weakref.ref(engine.engine.opened.model))
+            return engine
+
+        host = EngineHost(load, 3, 60)
+        await host.start()
+
+        def fail(*args: object) -> Any:
+            raise RuntimeError("the driver is gone")
+
+        host.engine.engine.scheduler.commit = fail  # type: ignore[method-assign]
+        with pytest.raises(EngineError, match="the driver is gone"):
+            await host.engine.chat(ASKED, SamplingParams(max_tokens=2))
+        await until(lambda: host.num_restarts == 1 and host.is_ready)
+        await host.stop()
+        assert alive == [0, 0]
+
+    asyncio.run(scene())
+
+
+def test_whatever_keeps_the_next_engine_from_loading_is_told(folder):
+    """Catches a server that says for ever that it loads."""
+
+    async def scene() -> None:
+        engines = [loader(folder)()]
+
+        def load() -> glimt.AsyncEngine:
+            if not engines:
+                raise OSError("the disk is gone")
+            return engines.pop()
+
+        host = EngineHost(load, 3, 60)
+        await host.start()
+        break_engine(host.engine)
+        with pytest.raises(EngineError):
+            await host.engine.chat(ASKED, SamplingParams(max_tokens=2))
+        await until(lambda: host.state == "failed")
+        assert not host.is_live
+        with pytest.raises(EngineUnavailable, match="not started again: the disk is gone"):
+            _ = host.engine
         await host.stop()
 
     asyncio.run(scene())

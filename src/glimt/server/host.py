@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from glimt.async_engine import AsyncEngine
-from glimt.errors import CapacityError, GlimtError
+from glimt.errors import CapacityError
 from glimt.types import SamplingParams
 
 log = logging.getLogger("glimt.server")
@@ -65,7 +66,7 @@ class EngineHost:
 
     @property
     def last_engine(self) -> AsyncEngine | None:
-        """The engine for its counters, whatever its state."""
+        """The engine for its counters, whatever its state; None while one loads."""
         return self._engine
 
     @property
@@ -128,12 +129,19 @@ class EngineHost:
         self.state = "loading"
         log.error("the engine failed (%s) and is started again", self.failure)
         try:
-            if self._engine is not None:
-                await asyncio.to_thread(self._engine.close)  # its memory is needed again
+            await asyncio.to_thread(self._let_go)
             await self._open()
-        except GlimtError as error:
+        except Exception as error:  # whatever it is, a probe must learn that nothing loads any more
             self.failure, self.state = str(error), "failed"
             log.exception("the engine could not be started again")
+
+    def _let_go(self) -> None:
+        """End the failed engine; its memory is needed for the next one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+            del engine
+            gc.collect()  # a model's parts refer to each other
 
     def drain(self) -> None:
         """Take no more requests; those that run go on."""

@@ -112,8 +112,8 @@ def body(text: str, shown: str | None = None, **fields: Any) -> dict[str, Any]:
 
 
 def test_a_burst_starts_a_second_replica_with_the_same_answers(idle, running, expected):
-    """Would catch a load that Serve's autoscaler does not hear of, a delay that it is not told, and
-    a second replica that nobody is sent to or that answers otherwise.
+    """Would catch a load that Serve's autoscaler does not hear of, and a second replica that nobody
+    is sent to or that answers otherwise.
     """
     assert idle == {"0": 1.0}
     text, shown, _ = kind(1)

@@ -39,6 +39,7 @@ def served(engine: glimt.AsyncEngine) -> Iterator[str]:
     """The application on a free port, in a thread."""
     app, context = create_app(lambda: engine, ServerConfig(num_decoders=0), "m", 0)
     options: dict[str, Any] = {"port": 0, "log_level": "warning", "lifespan": "on"}
+    options |= {"loop": "asyncio", "http": "h11"}  # as glimt serve, whatever else is installed
     server = uvicorn.Server(uvicorn.Config(app, **options))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

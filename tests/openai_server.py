@@ -32,6 +32,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "n", "stop", "seed", "ignore_eos",
 def serving(app: FastAPI) -> Iterator[str]:
     """Run an app in a thread; gives its address."""
     quiet = {"log_level": "critical", "lifespan": "off", "ws": "none"}
+    quiet |= {"loop": "asyncio", "http": "h11"}  # as glimt serve, whatever else is installed
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, **quiet))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

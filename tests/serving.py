@@ -49,7 +49,8 @@ def serving(
 def running(app: Any, **options: Any) -> Iterator[str]:
     """Any ASGI application on a free port; gives its address. options: more of uvicorn's."""
     usual = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "on"}
-    usual |= {"http": "h11", "ws": "none"}  # as glimt serve, whatever else is installed
+    # As glimt serve, whatever else is installed.
+    usual |= {"loop": "asyncio", "http": "h11", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(app, **{**usual, **options}))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

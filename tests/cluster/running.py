@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,23 @@ import requests
 COMMAND = [sys.executable, "-c", "from glimt.cli import main; main()", "cluster"]
 KEY = "sk-cluster"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+# Serve looks at the load every 6 s, a fifth of 30, and tells of it every 10, unless it is told to
+# do so more often.
+QUICK = {
+    "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "0.01",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """url: http://127.0.0.1:PORT. lines: what it has written to stderr so far."""
+    """url: http://127.0.0.1:PORT. lines: what it has written to stderr so far.
+
+    options: that it was started with, beside those of each test
+    """
 
     url: str
+    options: list[str]
     process: subprocess.Popen[str]
     environment: dict[str, str]
     lines: list[str] = field(default_factory=list)
@@ -60,16 +71,27 @@ def cluster(folder: Path, *options: str) -> Iterator[Cluster]:
 
     folder: for the home of its processes, so that nothing of Ray's stays behind
     """
+    # Its sockets are in there, and their addresses may have 107 bytes: pytest's folders are deep.
+    with tempfile.TemporaryDirectory(
+        prefix="glimt-", dir="/tmp", ignore_cleanup_errors=True
+    ) as sessions:
+        environment = {**os.environ, **QUICK, "RAY_AUTH_TOKEN": "0" * 64}
+        environment |= {"HOME": str(folder), "RAY_TMPDIR": sessions}
+        with _started(environment, *options) as running:
+            yield running
+
+
+@contextmanager
+def _started(environment: dict[str, str], *options: str) -> Iterator[Cluster]:
     port = free_port()
-    environment = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64, "HOME": str(folder)}
-    given = ["--port", str(port), "--ray-cpus", "2", "--ray-store", "80M", "--decoders", "0"]
+    given = ["--port", str(port), "--decoders", "0", "--api-key", KEY, "--drain-timeout", "5"]
     process = subprocess.Popen(
-        [*COMMAND, *given, "--api-key", KEY, "--drain-timeout", "5", *options],
+        [*COMMAND, *given, "--ray-cpus", "2", "--ray-store", "80M", *options],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
     )
-    running = Cluster(f"http://127.0.0.1:{port}", process, environment)
+    running = Cluster(f"http://127.0.0.1:{port}", given, process, environment)
     assert process.stderr is not None
     reading = threading.Thread(target=_read, args=(running,), daemon=True)
     reading.start()
@@ -82,6 +104,17 @@ def cluster(folder: Path, *options: str) -> Iterator[Cluster]:
         process.wait(60)
         reading.join(10)
         process.stderr.close()
+
+
+def restart(running: Cluster, *options: str) -> subprocess.CompletedProcess[str]:
+    """`glimt cluster --rolling-restart` with other options, to its end."""
+    return subprocess.run(
+        [*COMMAND, *running.options, *options, "--rolling-restart"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=running.environment,
+        timeout=120,
+    )
 
 
 def _read(running: Cluster) -> None:
@@ -122,15 +155,28 @@ def _parent(entry: Path) -> int:
 
 
 def replica_pids(running: Cluster) -> list[int]:
-    """The engines' processes."""
-    return [pid for pid in descendants(running.process.pid) if _title(pid).endswith(":replica")]
+    """The engines' processes, those that load too. While they work, a method ends their titles."""
+    name = "ServeReplica:glimt:replica"
+    return [pid for pid in descendants(running.process.pid) if name in words(pid)[0]]
 
 
-def _title(pid: int) -> str:
+def rank_pids(replica: int) -> list[int]:
+    """Of the ranks below an engine's process."""
+    return [pid for pid in descendants(replica) if "glimt.ranks" in words(pid)]
+
+
+def variable(pid: int, name: str) -> str | None:
+    """An environment variable as the process was given it."""
+    lines = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+    return dict(line.partition("=")[::2] for line in lines).get(name)
+
+
+def words(pid: int) -> list[str]:
+    """The process's command line, or the title in its place."""
     try:
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[0].decode().strip()
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode().split("\0")
     except OSError:
-        return ""
+        return [""]
 
 
 def listening(pids: list[int]) -> set[tuple[str, int]]:

@@ -1,10 +1,16 @@
-"""`glimt cluster` with two replicas of the demo model on a real Ray, over loopback."""
+"""`glimt cluster` with the demo model on a real Ray, over loopback: one replica, then two, then one
+of two ranks.
+
+Ray takes seconds to start, and so does each replica; therefore all tests share one cluster, and
+what changes it is a fixture: `started`, `running`, `divided`.
+"""
 
 from __future__ import annotations
 
 import base64
 import importlib.util
 import io
+import json
 import os
 import signal
 import threading
@@ -18,13 +24,18 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tests.cluster.running import (
     Cluster,
     cluster,
     descendants,
     events,
     listening,
+    rank_pids,
     replica_pids,
+    restart,
+    variable,
+    words,
 )
 
 import glimt
@@ -41,16 +52,47 @@ TEXTS = ("你好", "hello", "Who are you?", "图片里是什么？", "What can y
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("home"), "--replicas", "2") as found:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """With one replica, and room for a second when it has more than one request."""
+    by_load = ("--replicas", "1..2", "--target-ongoing", "1", "--scale-up-after", "0.5")
+    with cluster(tmp_path_factory.mktemp("home"), *by_load) as found:
         yield found
 
 
-def encoded(seed: int) -> str:
-    """A picture of its own as base64."""
+@pytest.fixture(scope="module")
+def idle(started: Cluster) -> dict[str, float]:
+    """The replicas that are ready before there is any load."""
+    return started.figures("glimt:engine_ready")
+
+
+@pytest.fixture(scope="module")
+def running(started: Cluster, idle: dict[str, float]) -> Cluster:
+    """With two replicas, since four asked at a time; none is taken away for 10 minutes."""
+    assert idle
+    long, has_second = body("hello", max_tokens=50, ignore_eos=True), threading.Event()
+
+    def ask() -> None:
+        while not has_second.is_set():
+            assert started.post(CHAT, long).status_code == 200
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask) for _ in range(4)]
+        try:
+            assert_soon(lambda: len(replica_pids(started)) == 2)
+        finally:
+            has_second.set()
+    for each in asked:
+        each.result()
+    assert_two_ready(started)
+    return started
+
+
+def encoded(seed: int, comment: str = "") -> str:
+    """A picture of its own as base64. comment: makes other bytes of the same pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    stream, said = io.BytesIO(), PngInfo()
+    said.add_text("Comment", comment)
+    Image.fromarray(pixels).save(stream, "PNG", pnginfo=said)
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -64,6 +106,29 @@ def messages(text: str, shown: str | None = None) -> list[dict[str, Any]]:
 
 def body(text: str, shown: str | None = None, **fields: Any) -> dict[str, Any]:
     return {"model": "demo", "messages": messages(text, shown), **GREEDY, **fields}
+
+
+# --- more load -------------------------------------------------------------------------------
+
+
+def test_a_burst_starts_a_second_replica_with_the_same_answers(idle, running, expected):
+    """Would catch a load that Serve's autoscaler does not hear of, and a second replica that nobody
+    is sent to or that answers otherwise.
+    """
+    assert idle == {"0": 1.0}
+    text, shown, _ = kind(1)
+    assert shown == encoded(1)
+    answers: dict[str, set[str]] = {"0": set(), "1": set()}
+    for number in range(12):  # other bytes of the same picture: other keys, so other replicas
+        reply = running.post(CHAT, body(text, encoded(1, str(number))))
+        answers[reply.headers["X-Glimt-Replica"]].add(said_in(reply))
+    assert answers == {"0": {expected[1]}, "1": {expected[1]}}
+
+
+def said_in(reply: requests.Response) -> str:
+    """A whole answer's text."""
+    assert reply.status_code == 200
+    return str(reply.json()["choices"][0]["message"]["content"])
 
 
 # --- the door --------------------------------------------------------------------------------
@@ -105,6 +170,14 @@ def test_ports_are_on_loopback_or_ask_for_the_token(running):
     assert len(found) > 10
     for port in open_ports:
         assert refusal_of(port) == "UNAUTHENTICATED"
+
+
+def test_ray_is_told_to_report_no_start(running):
+    """Would catch Ray's dashboard, which runs without a page too, telling its maker of it."""
+    (dashboard,) = (
+        pid for pid in descendants(running.process.pid) if "dashboard.py" in " ".join(words(pid))
+    )
+    assert variable(dashboard, "RAY_USAGE_STATS_ENABLED") == "0"
 
 
 def refusal_of(port: int) -> str:
@@ -159,7 +232,7 @@ def num_running(running: Cluster) -> float:
     return sum(running.figures("vllm:num_requests_running").values())
 
 
-def assert_soon(is_so: Callable[[], bool], timeout_s: float = 30) -> None:
+def assert_soon(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
     """Look again and again until it is so."""
     tick = threading.Event()
     for _ in range(int(10 * timeout_s)):
@@ -260,7 +333,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(running, expected):
             each.result(120)
     assert load.answers == {n: expected[n % 20] for n in range(NUM_REQUESTS)}
     assert len(load.failures) <= IN_FLIGHT
-    assert_healed(running)
+    assert_two_ready(running)
     assert {n: home_of(running, n) for n in range(8)} == homes
 
 
@@ -271,10 +344,80 @@ def home_of(running: Cluster, seed: int) -> str:
     return reply.headers["X-Glimt-Replica"]
 
 
-def assert_healed(running: Cluster) -> None:
-    """Wait until two replicas tell their figures again."""
+def assert_two_ready(running: Cluster) -> None:
+    """Wait until two replicas tell their figures."""
     both = {"0": 1.0, "1": 1.0}
     assert_soon(lambda: running.figures("glimt:engine_ready") == both)
+
+
+# --- a divided model -------------------------------------------------------------------------
+
+DIVIDED = ("--replicas", "1", "--tp", "2", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def divided(running: Cluster) -> Cluster:
+    """The same cluster with one replica of two ranks in the place of two replicas."""
+    done = restart(running, *DIVIDED)
+    assert done.returncode == 0, done.stderr
+    assert "every replica is new" in done.stderr
+    assert_soon(lambda: len(replica_pids(running)) == 1)
+    return running
+
+
+def test_a_replica_of_two_ranks_answers_like_one_process(divided):
+    """Would catch a rolling restart that keeps an old replica, ranks that do not meet within Ray,
+    and a part of a model that one rank reads wrongly there.
+    """
+    (replica,) = replica_pids(divided)
+    assert len(rank_pids(replica)) == 1  # the replica itself is the other
+    llm = glimt.LLM("demo", dtype="float32")
+    sampling = glimt.SamplingParams(**GREEDY)
+    for number in range(5):
+        text, shown, _ = kind(number)
+        reply = divided.post(CHAT, body(text, shown))
+        assert reply.headers["X-Glimt-Replica"] == "0"
+        assert said_in(reply) == llm.chat(messages(text, shown), sampling).text
+
+
+def test_a_killed_rank_ends_its_request_with_an_error_and_its_replica_serves_again(divided):
+    """Would catch a caller that waits for ever, a stream that ends as if it were whole, a replica
+    that stays down, and one that leaves half of a model behind.
+    """
+    (replica,) = replica_pids(divided)
+    (killed,) = rank_pids(replica)
+    before = said_in(divided.post(CHAT, body("hello")))
+    long = body("hello", stream=True, max_tokens=900, ignore_eos=True)
+    pieces = divided.post(CHAT, long, stream=True).iter_content(None)
+    first = next(pieces)
+    os.kill(killed, signal.SIGKILL)
+    assert_failed((first + b"".join(pieces)).decode(), "rank 1 is gone")
+    answers: list[str] = []
+    assert_soon(lambda: is_answered(divided, answers))
+    assert answers == [before]
+    assert replica_pids(divided) == [replica]
+    assert killed not in rank_pids(replica)
+    assert len(rank_pids(replica)) == 1
+
+
+def assert_failed(stream: str, why: str) -> None:
+    """It ends with one error that says why, and with no reason to finish before it."""
+    *begun, last, end = [line[6:] for line in stream.split("\n\n") if line.startswith("data: ")]
+    assert end == "[DONE]"
+    assert why in json.loads(last)["error"]["message"]
+    choices = [each for line in begun for each in json.loads(line)["choices"]]
+    assert {each["finish_reason"] for each in choices} == {None}
+
+
+def is_answered(divided: Cluster, answers: list[str]) -> bool:
+    """Ask once; until the ranks are back, the caller is told to come again."""
+    reply = divided.post(CHAT, body("hello"))
+    if reply.status_code == 200:
+        answers.append(said_in(reply))
+        return True
+    assert reply.status_code == 503
+    assert reply.headers["Retry-After"]
+    return False
 
 
 # --- its end ---------------------------------------------------------------------------------
@@ -285,7 +428,7 @@ def test_it_ends_when_told_with_its_answers_finished(running):
     begun, ends = threading.Event(), {"text": b""}
 
     def listen() -> None:
-        long = body("hello", stream=True, max_tokens=400, ignore_eos=True)
+        long = body("hello", stream=True, max_tokens=100, ignore_eos=True)
         reply = running.post(CHAT, long, stream=True)
         for piece in reply.iter_content(None):
             begun.set()

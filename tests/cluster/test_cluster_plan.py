@@ -36,6 +36,8 @@ def test_what_is_no_range_is_refused_with_an_example(text):
         ({"min_replicas": 3, "max_replicas": 2}, "3..2; the second number must not be less"),
         ({"replica_cpus": 0}, "replica_cpus is 0"),
         ({"target_ongoing": 0}, "target_ongoing is 0"),
+        ({"scale_up_after_s": -1.0}, "scale_up_after_s is -1.0; seconds from 0 to 3600"),
+        ({"scale_up_after_s": float("nan")}, "scale_up_after_s is nan"),
         ({"full_at": 0}, "full_at is 0"),
         ({"num_ingresses": 0}, "num_ingresses is 0"),
         ({"server": {"management_port": 9000}}, "management_port is of one server"),

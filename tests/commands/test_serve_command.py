@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -90,6 +91,21 @@ def test_a_server_loads_answers_probes_and_ends_with_0(folder):
         assert b"vllm:num_requests_running" in get(f"{url}/metrics")[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("uvloop", "httptools"))),
+    reason="needs uvloop and httptools, which ray[serve] brings: pip install 'glimt[cluster]'",
+)
+def test_what_uvicorn_finds_installed_changes_neither_loop_nor_parser(folder):
+    """Catches limits of headers and connections that are h11's and hold only where uvloop and
+    httptools are missing: uvicorn takes both by itself.
+    """
+    with served(folder) as (url, process):
+        until_ready(url)
+        loaded = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "uvloop" not in loaded
+    assert "httptools" not in loaded
 
 
 def ask(url: str, num_tokens: int) -> tuple[int, int]:

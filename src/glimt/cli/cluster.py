@@ -41,6 +41,15 @@ def cluster(
             "N",
         ),
     ] = None,
+    scale_up_after: Annotated[
+        float,
+        option(
+            "--scale-up-after",
+            "With MIN..MAX: seconds of more than that until an engine is added.",
+            CLUSTER,
+            "S",
+        ),
+    ] = 30.0,
     full_at: Annotated[
         int,
         option(
@@ -100,6 +109,7 @@ def cluster(
             "max_replicas": most,
             "replica_cpus": replica_cpus,
             "target_ongoing": target_ongoing,
+            "scale_up_after_s": scale_up_after,
             "full_at": full_at,
             "num_ingresses": ingresses,
         },

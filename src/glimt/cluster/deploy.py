@@ -155,4 +155,5 @@ def _scaling(plan: ClusterPlan) -> dict[str, Any]:
         "min_replicas": plan.min_replicas,
         "max_replicas": plan.max_replicas,
         "target_ongoing_requests": plan.target_ongoing or half,
+        "upscale_delay_s": plan.scale_up_after_s,
     }

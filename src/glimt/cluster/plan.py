@@ -19,6 +19,7 @@ from glimt.server.config import ServerConfig
 
 _RANGE = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 _CARDS = {"cuda": "GPU", "npu": "NPU"}  # what Ray calls a device's cards
+_LONGEST_S = 3600.0
 _PATHS = ("media_path", "tls_cert", "tls_key", "tls_ca")
 
 
@@ -36,6 +37,7 @@ class ClusterPlan:
     max_replicas: int = 1
     replica_cpus: int | None = None  # cores of one replica; None: threads times tp_size
     target_ongoing: int | None = None  # answers per replica to scale by; None: half of a full batch
+    scale_up_after_s: float = 30.0  # of more than that, until a replica is added
     full_at: int = 8  # answers of one replica, beyond which others take its pictures too
     num_ingresses: int = 1  # processes that take requests and pass them on
     log_level: str = "info"
@@ -52,6 +54,9 @@ class ClusterPlan:
             for name in ("replica_cpus", "target_ongoing")
             if (value := getattr(self, name)) is not None and value < 1
         ]
+        if not 0 <= self.scale_up_after_s <= _LONGEST_S:
+            said = f"scale_up_after_s is {self.scale_up_after_s!r}"
+            problems.append(f"{said}; seconds from 0 to {_LONGEST_S:.0f} are needed")
         if self.max_replicas < self.min_replicas:
             said = f"replicas are {self.min_replicas}..{self.max_replicas}"
             problems.append(f"{said}; the second number must not be less than the first")

@@ -153,6 +153,7 @@ class _Server:
 
     def _options(self) -> dict[str, Any]:
         return {
+            "loop": "asyncio",  # the loop that runs this already; not uvloop where it is installed
             "log_level": "warning",
             "access_log": False,
             "timeout_keep_alive": int(self._job.server.idle_timeout_s),

@@ -109,6 +109,14 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed(divided: glimt.AsyncEngi
     assert "rank 1 is gone" in divided.failure
 
 
+@pytest.mark.parametrize("device", ["abacus", "cuda", "npu"])
+def test_a_device_that_is_not_here_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of torch's, which knows no sums for what is not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=f"^device: .*{device}"):
+        start_ranks(EngineConfig(model="demo", tp_size=2, device=device))
+
+
 def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
     """Catches orphans of a program that is killed and can end nothing itself."""
     program = (

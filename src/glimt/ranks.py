@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from glimt.config import EngineConfig
-from glimt.devices.base import Seat, all_devices
+from glimt.devices.base import Seat, find_device
 from glimt.errors import ConfigError, EngineError, GlimtError, RankError
 from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
@@ -231,6 +231,7 @@ def start_ranks(config: EngineConfig) -> Ranks:
 
     config: with tp_size over 1. Raises ConfigError, or EngineError if they do not come.
     """
+    find_device(config.device)  # before processes are started that could only say so one by one
     if dist.is_initialized():
         said = "a divided model runs in this process already; close it first"
         raise ConfigError("tp_size", [said])
@@ -354,7 +355,7 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
-    backend = all_devices()[config.device].collectives
+    backend = find_device(config.device).collectives
     if backend == "gloo" and _host(os.environ).startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(

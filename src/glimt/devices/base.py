@@ -599,11 +599,8 @@ def all_devices() -> dict[str, type[Device]]:
     return found
 
 
-def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
-    """The device of that name; num_threads and seat as of Device.open.
-
-    Raises ConfigError if it is unknown or not usable here.
-    """
+def find_device(name: str) -> type[Device]:
+    """The device of that name. Raises ConfigError if it is unknown or not usable here."""
     devices = all_devices()
     if name not in devices:
         known = ", ".join(sorted(devices))
@@ -611,4 +608,9 @@ def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEA
     reason = devices[name].unavailable_reason()
     if reason:
         raise ConfigError("device", [f"{name} cannot be used here: {reason}"])
-    return devices[name].open(num_threads, seat)
+    return devices[name]
+
+
+def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
+    """The device of that name, as `find_device` raises; num_threads and seat as of Device.open."""
+    return find_device(name).open(num_threads, seat)

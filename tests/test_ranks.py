@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,12 @@ def test_a_rank_that_is_stopped_is_noticed(
     (other,) = rank_pids(divided)
     os.kill(other, signal.SIGSTOP)
     monkeypatch.setattr(ranks_module, "_SILENT_S", 4.0)
-    with pytest.raises(EngineError, match="rank 1 stands still"):
-        asyncio.run(asyncio.wait_for(divided.chat(chats()[1], GREEDY), 60))
+    try:
+        with pytest.raises(EngineError, match="rank 1 stands still"):
+            asyncio.run(asyncio.wait_for(divided.chat(chats()[1], GREEDY), 60))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(other, signal.SIGCONT)  # one that nobody has noticed
     while is_running(other):
         pass
 

@@ -523,17 +523,27 @@ def _as_matrices(x: Tensor, weight: MatrixWeight) -> tuple[Tensor, Tensor]:
     if isinstance(weight, Tensor):
         return x, weight
     assert isinstance(weight, LowBitWeight), "only its own device multiplies with another form"
-    rounded = _rounded_to_int8(x, weight.group) if weight.quantises_x else x
+    rounded = rounded_to_int8(x, weight.group) if weight.quantises_x else x
     return rounded, weight.dequantise().to(x.dtype)
 
 
-def _rounded_to_int8(x: Tensor, group: int) -> Tensor:
-    """Every row, or every group of its columns, in steps of its largest magnitude / 127."""
+def rounded_to_int8(x: Tensor, group: int) -> Tensor:
+    """[…, k] -> the same, with the values that `int8_steps` leaves."""
+    values, steps = int8_steps(x, group)
+    return (values * steps).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def int8_steps(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Every row, or every group of its columns, in steps of its largest magnitude / 127.
+
+    x: […, k]; group: columns, 0 for whole rows. Returns float32 of whole numbers, […, num_groups,
+    group], with zeros behind the last column, and steps, […, num_groups, 1]. A group that is not
+    finite has numbers that are not.
+    """
     wide, size = x.float(), group or x.shape[-1]
     wide = F.pad(wide, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-    step = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rounded = (wide / step).round() * step
-    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    steps = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / steps).round(), steps
 
 
 def rounded_heads(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -220,6 +220,31 @@ def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
         pass
 
 
+def test_ranks_meet_again_where_others_failed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a server with a MASTER_PORT of its own that cannot start its ranks again, because
+    the error that it keeps keeps the port.
+    """
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    config = EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2, kv_bytes=2**24)
+    kept: list[Exception] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "all_say", lambda ranks, kind: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as failed:
+            start_ranks(config)
+    kept.append(failed.value)
+    engine = Engine.load(config)
+    ranks = engine.opened.ranks
+    assert isinstance(ranks, Ranks)
+    ranks._processes[1].kill()
+    with pytest.raises(RankError) as failed:
+        run_greedy(engine, engine.prepare_chat(chats()[0], GREEDY))
+    kept.append(failed.value)
+    engine.close()
+    start_ranks(config).stop()
+
+
 def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
     """Catches ranks that each answer the command for themselves, or that never end."""
     told = ["generate", "--model", str(folders["glm4v_9b"]), "--prompt", "Hello", "--tp", "2"]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -138,6 +139,7 @@ class Ranks:
 
     def why(self, error: Exception) -> RankError:
         """The rank that is gone, if one is; all of them are ended."""
+        _let_go(error)
         with self._changed:
             self._changed.wait_for(lambda: self._failure, _WHY_S)
         self._break(f"rank 0 failed: {type(error).__name__}: {error}")
@@ -266,7 +268,19 @@ def start_ranks(config: EngineConfig) -> Ranks:
         raise ConfigError("tp_size", [said])
     host = _host(os.environ)
     with _listener(host, 0) as listener:
-        return _Start(config, place, host, listener).run()
+        try:
+            return _Start(config, place, host, listener).run()
+        except BaseException as error:
+            _let_go(error)
+            raise
+
+
+def _let_go(error: BaseException) -> None:
+    """Forget what the failed calls were about, for the group and the store are among it.
+
+    Whoever keeps the error, as an engine does, would keep the port where the ranks meet.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from exporting import exported
 from glimt.config import EngineConfig
 from glimt.engine import Engine
 from glimt.errors import ConfigError
 from glimt.loader import open_model
 from glimt.memory_plan import weight_bytes
+from glimt.weights import is_vision
 
 GLM4V = "synthetic:glm-4v-9b"
 
@@ -109,6 +111,21 @@ def test_a_cache_beyond_the_limit_is_refused(tiny, asked):
     limit = engine(tiny).memory.total
     with pytest.raises(ConfigError, match=r"memory_limit_bytes: is .* are needed: .*kv .*iB"):
         engine(tiny, memory_limit_bytes=limit, max_model_len=100_000, **asked)
+
+
+def test_a_compiled_tower_is_counted_in_place_of_the_models_own(tmp_path):
+    """Catches a limit that counts a tower in bfloat16, where onnxruntime holds float32."""
+    model, file = "demo-visualglm", tmp_path / "tower.onnx"
+    exported(model, file, dtype="float16", checks=False)
+    options = {"model": model, "dtype": "bfloat16", "kv_bytes": 2**20}
+    own = Engine.load(EngineConfig(**options)).memory
+    compiled = Engine.load(
+        EngineConfig(**options, vision_runtime="onnxruntime", vision_model=str(file))
+    ).memory
+    named = open_model(EngineConfig(model=model)).model.named_parameters()
+    values = sum(weight.numel() for name, weight in named if is_vision(name))
+    assert compiled.vision == 6 * values
+    assert dataclasses.replace(compiled, vision=own.vision) == own
 
 
 def test_weights_beyond_the_limit_are_refused_before_they_are_made():

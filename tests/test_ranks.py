@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import itertools
+import json
 import os
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,10 +26,11 @@ import glimt.ranks as ranks_module
 from conftest import run_greedy
 from glimt import EngineConfig, SamplingParams
 from glimt.commands.quantize import plan_quantize, quantize
+from glimt.devices.base import Seat
 from glimt.engine import Engine
-from glimt.errors import ConfigError, EngineError
+from glimt.errors import ConfigError, EngineError, RankError
 from glimt.quant.plan import QuantOptions
-from glimt.ranks import Place, start_ranks
+from glimt.ranks import Place, Ranks, start_ranks
 from glimt.runner.messages import Channel, Message
 from processes import is_running, rank_pids
 
@@ -109,6 +118,90 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed(divided: glimt.AsyncEngi
     assert "rank 1 is gone" in divided.failure
 
 
+def test_a_rank_that_is_stopped_is_noticed(
+    divided: glimt.AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a request that waits for a sum, or for room to say something, for minutes."""
+    (other,) = rank_pids(divided)
+    os.kill(other, signal.SIGSTOP)
+    monkeypatch.setattr(ranks_module, "_SILENT_S", 4.0)
+    try:
+        with pytest.raises(EngineError, match="rank 1 stands still"):
+            asyncio.run(asyncio.wait_for(divided.chat(chats()[1], GREEDY), 60))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(other, signal.SIGCONT)  # one that nobody has noticed
+    while is_running(other):
+        pass
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        return server.accept()[0], far
+
+
+@pytest.fixture
+def talk() -> Iterator[tuple[Ranks, Channel]]:
+    """Rank 0's side, and the end at which rank 1 would be. Descriptors are as in a busy server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    near, far = connected()
+    high = socket.socket(fileno=fcntl.fcntl(near, fcntl.F_DUPFD, 1100))
+    near.close()
+    ranks = Ranks(Seat(0, 2), {1: Channel(high)}, {})
+    with far:
+        yield ranks, Channel(far)
+    ranks.stop()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_signs_of_life_are_enough(
+    talk: tuple[Ranks, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a false alarm while a rank computes, and a sign that is given only once."""
+    monkeypatch.setattr(ranks_module, "_SILENT_S", 1.0)
+    monkeypatch.setattr(ranks_module, "_BEAT_S", 0.01)
+    ranks, far = talk
+    ranks_module._show_life(far)
+    time.sleep(2.5)
+    far.send(Message("loaded", {"num_blocks": 7}))
+    assert ranks.agree(9) == 7
+    assert far.receive().values == {"num_blocks": 7}
+    assert ranks.failure == ""
+
+
+def test_a_rank_behind_a_high_descriptor_is_missed(talk: tuple[Ranks, Channel]) -> None:
+    """Catches a watcher that ends in silence in a server with a thousand connections."""
+    ranks, far = talk
+    far.close()
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        ranks.all_say("loaded")
+
+
+def test_a_rank_that_dies_before_it_joins_is_noticed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches five minutes in which the group waits for a rank that has come and is gone."""
+    begun = Ranks.all_say
+
+    def all_say(ranks: Ranks, kind: str) -> list[Message]:
+        ranks._processes[1].kill()
+        return begun(ranks, kind)
+
+    monkeypatch.setattr(Ranks, "all_say", all_say)
+    with pytest.raises(RankError, match="rank 1 is gone: killed by signal 9"):
+        start_ranks(EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda", "npu"])
+def test_a_device_that_is_not_here_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of torch's, which knows no sums for what is not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=f"^device: .*{device}"):
+        start_ranks(EngineConfig(model="demo", tp_size=2, device=device))
+
+
 def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
     """Catches orphans of a program that is killed and can end nothing itself."""
     program = (
@@ -125,6 +218,31 @@ def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
         first.kill()
     while is_running(other):
         pass
+
+
+def test_ranks_meet_again_where_others_failed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a server with a MASTER_PORT of its own that cannot start its ranks again, because
+    the error that it keeps keeps the port.
+    """
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    config = EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2, kv_bytes=2**24)
+    kept: list[Exception] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "all_say", lambda ranks, kind: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as failed:
+            start_ranks(config)
+    kept.append(failed.value)
+    engine = Engine.load(config)
+    ranks = engine.opened.ranks
+    assert isinstance(ranks, Ranks)
+    ranks._processes[1].kill()
+    with pytest.raises(RankError) as failed:
+        run_greedy(engine, engine.prepare_chat(chats()[0], GREEDY))
+    kept.append(failed.value)
+    engine.close()
+    start_ranks(config).stop()
 
 
 def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
@@ -225,6 +343,71 @@ def test_a_stranger_is_hung_up_on(
     llm = glimt.LLM(str(folders["glm4v_9b"]), tp_size=2, kv_bytes=2**24)
     llm.close()
     assert answers == [b""]
+
+
+def framed(head: object) -> bytes:
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    return struct.pack("<I", len(text)) + text
+
+
+def hello(values: object, **arrays: object) -> bytes:
+    return framed({"kind": "hello", "values": values, "arrays": arrays})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        hello({"rank": 1, "word": "wörd"}),
+        hello({"rank": 1, "word": "\ud800"}),
+        hello({"rank": 2, "word": "word"}),
+        hello({"rank": 0, "word": "word"}),
+        hello({"rank": [1], "word": "word"}),
+        hello(["word"]),
+        hello({"rank": 1, "word": "word"}, pixels=["uint8", [4097]]),
+        hello({"rank": 1, "word": "word", "more": "x" * 4096}),
+        framed(b"[" * 4000),
+    ],
+)
+def test_what_a_stranger_says_ends_nothing(said: bytes) -> None:
+    """Catches a start that fails for a stranger's words, and memory that he asks for."""
+    start = ranks_module._Start(
+        EngineConfig(model="demo", tp_size=2), None, "127.0.0.1", socket.socket()
+    )
+    channels: dict[int, Channel] = {}
+    with start.listener:
+        for words, found in ((said, []), (hello({"rank": 1, "word": "word"}), [1])):
+            near, far = connected()
+            with far:
+                far.sendall(words)
+                start._greet(Channel(near), channels, "word")
+            assert list(channels) == found
+    channels[1].close()
+
+
+def test_who_says_hello_by_single_bytes_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stranger for whom the start waits as long as he likes."""
+    monkeypatch.setattr(ranks_module, "_GREET_S", 0.2)
+    start = ranks_module._Start(
+        EngineConfig(model="demo", tp_size=2), None, "127.0.0.1", socket.socket()
+    )
+    channels: dict[int, Channel] = {}
+    near, far = connected()
+    is_over = threading.Event()
+
+    def drip() -> None:
+        for byte in itertools.chain(framed(b" " * 400)[:4], itertools.repeat(32)):
+            if is_over.wait(0.05):
+                return
+            far.send(bytes([byte]))
+
+    stranger = threading.Thread(target=drip)
+    stranger.start()
+    with start.listener, far:
+        start._greet(Channel(near), channels, "word")
+        is_over.set()
+        stranger.join()
+    assert channels == {}
+    assert near.fileno() == -1
 
 
 def test_a_second_divided_model_in_a_process_is_refused(divided: glimt.AsyncEngine) -> None:

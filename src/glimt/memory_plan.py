@@ -25,6 +25,9 @@ _MAX_DEFAULT_KV_BYTES = 8 * 2**30
 _RESERVE = 512 * 2**20  # Python, torch and its libraries, prompts and pictures that wait
 # Values that live beside a block's outputs: its inputs, and float32 copies inside norms.
 _COPIES = 2
+# Of a compiled tower's value: onnxruntime computes in float32, and keeps what a float16 file holds
+# beside it. An OM takes less.
+_COMPILED_BYTES = 6
 _BYTES_PER_LOGIT = 12  # as they come, in float32, and sorted
 
 
@@ -33,7 +36,7 @@ class MemoryPlan:
     """Bytes of each part; limit: what all of them together may take, None for no limit.
 
     language, head, embedding, vision: weights; vision: tower, adapter and all that only
-        pictures pass through
+        pictures pass through, or a compiled tower, whose size is estimated
     features:  the cache of picture features
     workspace: the most that one step holds besides, estimated
     reserve:   Python, torch and what waits
@@ -119,8 +122,11 @@ def _kv_room(config: EngineConfig, bare: MemoryPlan, device: Device) -> int:
 
 def _bare_plan(config: EngineConfig, model: Model, dtype: torch.dtype) -> MemoryPlan:
     """All but the KV cache."""
+    weights = weight_bytes(model)
+    if config.vision_model is not None:  # then the model's own tower is not loaded
+        weights["vision"] = _COMPILED_BYTES * _vision_values(model)
     return MemoryPlan(
-        **weight_bytes(model),
+        **weights,
         kv=0,
         features=config.feature_cache_bytes if _has_vision(model) else 0,
         workspace=_workspace_bytes(config, model, dtype),
@@ -165,6 +171,10 @@ def _part_of(module: str) -> str:
     if first in ("embedding", "head"):
         return first
     return "vision" if first in VISION_MODULES else "language"
+
+
+def _vision_values(model: Model) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if _part_of(name) == "vision")
 
 
 def _has_vision(model: Model) -> bool:

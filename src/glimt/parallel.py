@@ -200,4 +200,5 @@ def divided_vocabulary(group: Group, num_rows: int) -> Shard | None:
 
 def share(group: Group, count: int) -> int:
     """How many of so many units a rank holds: at least one."""
+    assert count % group.size == 0 or group.size % count == 0, f"{count} units, {group.size} ranks"
     return max(1, count // group.size)

@@ -13,12 +13,13 @@ import contextlib
 import logging
 import os
 import secrets
-import select
+import selectors
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from glimt.config import EngineConfig
-from glimt.devices.base import Seat, all_devices
+from glimt.devices.base import Seat, find_device
 from glimt.errors import ConfigError, EngineError, GlimtError, RankError
 from glimt.loader import OpenedModel, open_model
 from glimt.memory_plan import plan_memory
@@ -43,7 +44,10 @@ TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch forgot to s
 
 _MEET_S = 120.0  # until every rank has come; a loaded machine takes its time to import torch
 _GREET_S = 5.0  # for a rank that is connected to say who it is
-_SUM_S = 300.0  # a sum that takes longer is one whose rank stands still
+_MAX_HELLO = 4096  # bytes of that
+_SUM_S = 300.0  # a sum that takes longer waits for a rank that lives but does not compute
+_BEAT_S = 1.0  # between two signs of life of a rank
+_SILENT_S = 30.0  # without one a rank stands still: stopped, or its machine is gone
 _LOOK_S = 0.1  # between two looks at the others
 _END_S = 5.0  # for a rank to end by itself
 _WHY_S = 3.0  # to learn which rank made a sum fail
@@ -73,7 +77,7 @@ class Place:
 
 def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name, default)
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise ConfigError(name, [f"is {text!r}; a whole number from 0 to 65535 is needed"])
     return int(text)
 
@@ -88,27 +92,27 @@ def _host(environment: Mapping[str, str]) -> str:
 class Ranks:
     """The other ranks, as rank 0 knows them.
 
-    group:     all of them, with sums
-    seat:      of rank 0 on this machine
-    processes: those that were started here, by rank
+    group: all of them, with sums; nobody until they have joined
+    seat:  of rank 0 on this machine
     """
 
     def __init__(
         self,
-        group: Group,
         seat: Seat,
         channels: Mapping[int, Channel],
         processes: Mapping[int, subprocess.Popen[bytes]],
     ) -> None:
-        self.group = group
+        """channels, processes: by rank; the processes are those that were started here."""
+        self.group = Group()
         self.seat = seat
-        self._channels = dict(channels)
-        self._processes = dict(processes)
+        self._channels = channels
+        self._processes = processes
         self._failure = ""
-        self._room: int | None = None  # cache blocks that each of the others can hold
-        self._is_broken = threading.Event()
+        self._said: dict[int, dict[str, Message]] = {rank: {} for rank in channels}
+        self._changed = threading.Condition()  # of the failure, and of what was said
         self._is_stopping = False
-        self._watcher: threading.Thread | None = None
+        self._watcher = threading.Thread(target=self._watch, name="glimt-ranks", daemon=True)
+        self._watcher.start()
         atexit.register(self.stop)  # of a program that forgets it
 
     @property
@@ -123,10 +127,22 @@ class Ranks:
         for channel in self._channels.values():
             channel.send(message)
 
+    def all_say(self, kind: str) -> list[Message]:
+        """What each rank says of this kind, once all have said it. Raises RankError."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or all(kind in said for said in self._said.values())
+            )
+        if self._failure:
+            raise RankError(self._failure)
+        return [said[kind] for said in self._said.values()]
+
     def why(self, error: Exception) -> RankError:
         """The rank that is gone, if one is; all of them are ended."""
-        self._is_broken.wait(_WHY_S)
-        self._break(self._failure or f"rank 0 failed: {type(error).__name__}: {error}")
+        _let_go(error)
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure, _WHY_S)
+        self._break(f"rank 0 failed: {type(error).__name__}: {error}")
         return RankError(self._failure)
 
     def agree(self, num_blocks: int) -> int:
@@ -134,38 +150,43 @@ class Ranks:
 
         num_blocks: what rank 0 has room for. Raises RankError with what one of them could not do.
         """
-        if self._room is None:
-            self._room = min(self._offer(rank) for rank in self._channels)
-            self._watcher = threading.Thread(target=self._watch, name="glimt-ranks", daemon=True)
-            self._watcher.start()
-        agreed = min(self._room, num_blocks)
+        offers = [int(message.values["num_blocks"]) for message in self.all_say("loaded")]
+        agreed = min(num_blocks, *offers)
         self.tell(Message("cache", {"num_blocks": agreed}))
         return agreed
 
-    def _offer(self, rank: int) -> int:
-        """Cache blocks that a rank has room for, which it says when it has loaded."""
-        message = self._channels[rank].receive()
-        if message.kind != "loaded":
-            self._break(f"rank {rank} failed: {message.values.get('why', message.kind)}")
-            raise RankError(self._failure)
-        return int(message.values["num_blocks"])
-
     def _watch(self) -> None:
-        """Nothing comes from a rank that is well; see who hangs up, and say it."""
-        by_socket = {channel.fileno(): rank for rank, channel in self._channels.items()}
-        while not self._is_stopping and not self._failure:
-            readable, _, _ = select.select(list(by_socket), [], [], _LOOK_S)
-            for descriptor in readable:
-                if not self._is_stopping:
-                    self._break(self._last_words(by_socket[descriptor]))
-                return
+        """Hear the ranks, and end all when one fails, hangs up or shows no sign of life.
 
-    def _last_words(self, rank: int) -> str:
+        Silence is counted in looks of a bounded length: where this process stood still itself, as
+        when its machine sleeps, nobody is to blame.
+        """
+        silent_s = dict.fromkeys(self._channels, 0.0)
+        with selectors.DefaultSelector() as talking:
+            for rank, channel in self._channels.items():
+                talking.register(channel, selectors.EVENT_READ, rank)
+            while not self._is_stopping and not self._failure:
+                began_s = time.monotonic()
+                heard = [key.data for key, _ in talking.select(_LOOK_S)]
+                spent_s = min(time.monotonic() - began_s, 2 * _LOOK_S)
+                silent_s = {r: 0.0 if r in heard else s + spent_s for r, s in silent_s.items()}
+                for rank in heard:
+                    self._hear(rank)
+                rank, seconds = max(silent_s.items(), key=lambda item: item[1])
+                if seconds > _SILENT_S:
+                    self._break(f"rank {rank} stands still: no sign of life for {seconds:.0f} s")
+
+    def _hear(self, rank: int) -> None:
         try:
             message = self._channels[rank].receive()
         except RankError:
-            return f"rank {rank} is gone{self._exit_text(rank)}"
-        return f"rank {rank} failed: {message.values.get('why', message.kind)}"
+            self._break(f"rank {rank} is gone{self._exit_text(rank)}")
+            return
+        if message.kind == "failed":
+            self._break(f"rank {rank} failed: {message.values.get('why')}")
+        with self._changed:
+            self._said[rank][message.kind] = message
+            self._changed.notify_all()
 
     def _exit_text(self, rank: int) -> str:
         process = self._processes.get(rank)
@@ -178,12 +199,15 @@ class Ranks:
 
     def _break(self, failure: str) -> None:
         """Remember the first failure and end all ranks: sums that wait for them then fail."""
-        if not self._failure:
-            self._failure = failure
-            log.error("the ranks are ended: %s", failure)
-        self._is_broken.set()
+        with self._changed:
+            if not self._failure:
+                self._failure = failure
+                log.error("the ranks are ended: %s", failure)
+            self._changed.notify_all()
         for process in self._processes.values():
             process.kill()
+        for channel in self._channels.values():
+            channel.hang_up()
 
     def stop(self) -> None:
         """End the others, and forget the group. Does nothing the second time."""
@@ -191,24 +215,27 @@ class Ranks:
             return
         self._is_stopping = True
         atexit.unregister(self.stop)
-        for channel in self._channels.values():
-            with contextlib.suppress(RankError):
-                channel.send(Message("stop"))
-            channel.close()
-        end_s = time.monotonic() + _END_S
-        for process in self._processes.values():
-            _end(process, end_s - time.monotonic())
-        if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join()
+        self._watcher.join()  # or it would look at connections that are closed
+        _end_all(self._channels, self._processes)
         self.group.close()
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    try:
-        process.wait(max(0.0, patience_s))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _end_all(
+    channels: Mapping[int, Channel], processes: Mapping[int, subprocess.Popen[bytes]]
+) -> None:
+    """Tell the ranks to end, and end those that do not."""
+    end_s = time.monotonic() + _END_S
+    for channel in channels.values():
+        channel.wait_at_most(_END_S)
+        with contextlib.suppress(RankError):
+            channel.send(Message("stop"))
+        channel.close()
+    for process in processes.values():
+        try:
+            process.wait(max(0.0, end_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def open_on_ranks(config: EngineConfig) -> OpenedModel:
@@ -231,6 +258,7 @@ def start_ranks(config: EngineConfig) -> Ranks:
 
     config: with tp_size over 1. Raises ConfigError, or EngineError if they do not come.
     """
+    find_device(config.device)  # before processes are started that could only say so one by one
     if dist.is_initialized():
         said = "a divided model runs in this process already; close it first"
         raise ConfigError("tp_size", [said])
@@ -240,7 +268,19 @@ def start_ranks(config: EngineConfig) -> Ranks:
         raise ConfigError("tp_size", [said])
     host = _host(os.environ)
     with _listener(host, 0) as listener:
-        return _Start(config, place, host, listener).run()
+        try:
+            return _Start(config, place, host, listener).run()
+        except BaseException as error:
+            _let_go(error)
+            raise
+
+
+def _let_go(error: BaseException) -> None:
+    """Forget what the failed calls were about, for the group and the store are among it.
+
+    Whoever keeps the error, as an engine does, would keep the port where the ranks meet.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,19 +296,33 @@ class _Start:
         store = self._store()
         word = secrets.token_hex(16)
         store.set(_ADDRESS, f"{self.host} {self.listener.getsockname()[1]} {word}")
-        processes = {} if self.place else self._start_processes(store.port)
         channels: dict[int, Channel] = {}
-        seat = self.place.seat if self.place else Seat(0, self.config.tp_size)
+        processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
+            if self.place is None:
+                self._start_processes(processes, store.port)
             self._accept_all(channels, processes, word)
-            told = Message("start", {"config": asdict(self.config)})
-            for channel in channels.values():
-                channel.send(told)
-            group = _join(self.config, store, 0, self.config.tp_size)
         except BaseException:
-            Ranks(Group(), seat, channels, processes).stop()
+            _end_all(channels, processes)
             raise
-        return Ranks(group, seat, channels, processes)
+        ranks = Ranks(self._seat(), channels, processes)
+        try:
+            ranks.group = self._joined(ranks, store)
+        except BaseException:
+            ranks.stop()
+            raise
+        return ranks
+
+    def _joined(self, ranks: Ranks, store: Store) -> Group:
+        ranks.tell(Message("start", {"config": asdict(self.config)}))
+        ranks.all_say("joins")  # the group waits for the whole of _SUM_S for who does not
+        try:
+            return _join(self.config, store, 0, self.config.tp_size)
+        except RuntimeError as error:
+            raise ranks.why(error) from error
+
+    def _seat(self) -> Seat:
+        return self.place.seat if self.place else Seat(0, self.config.tp_size)
 
     def _store(self) -> Any:
         size, patience = self.config.tp_size, timedelta(seconds=_MEET_S)
@@ -281,9 +335,10 @@ class _Start:
             self.host, port, size, True, patience, False, master_listen_fd=bound.detach()
         )
 
-    def _start_processes(self, port: int) -> dict[int, subprocess.Popen[bytes]]:
+    def _start_processes(self, processes: dict[int, subprocess.Popen[bytes]], port: int) -> None:
         size = self.config.tp_size
-        return {rank: _start_process(rank, size, self.host, port) for rank in range(1, size)}
+        for rank in range(1, size):
+            processes[rank] = _start_process(rank, size, self.host, port)
 
     def _accept_all(
         self,
@@ -300,8 +355,19 @@ class _Start:
                 raise EngineError(f"ranks {missing} did not come within {_MEET_S:.0f} s")
             with contextlib.suppress(TimeoutError):
                 connection, _ = self.listener.accept()
-                rank = _greeted(Channel(connection), word, channels)
-                log.info("rank %s has come", rank)
+                self._greet(Channel(connection), channels, word)
+
+    def _greet(self, channel: Channel, channels: dict[int, Channel], word: str) -> None:
+        """Take in the rank at the other end; anybody else is hung up on."""
+        with contextlib.suppress(RankError):
+            values = channel.first(_MAX_HELLO, _GREET_S).values
+            rank, said = values.get("rank", 0), str(values.get("word")).encode(errors="replace")
+            is_free = rank in range(1, self.config.tp_size) and rank not in channels
+            if secrets.compare_digest(said, word.encode()) and is_free:
+                log.info("rank %d has come", rank)
+                channels[rank] = channel
+                return
+        channel.close()
 
 
 def _check_running(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
@@ -309,23 +375,6 @@ def _check_running(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
         code = process.poll()
         if code is not None:
             raise EngineError(f"rank {rank} ended with status {code} before it was ready")
-
-
-def _greeted(channel: Channel, word: str, channels: dict[int, Channel]) -> int | None:
-    """The rank at the other end; anybody else is hung up on."""
-    channel.wait_at_most(_GREET_S)
-    try:
-        message = channel.receive()
-    except RankError:
-        channel.close()
-        return None
-    channel.wait_at_most(None)
-    rank, said = message.values.get("rank"), str(message.values.get("word"))
-    if not secrets.compare_digest(said, word) or not isinstance(rank, int) or rank in channels:
-        channel.close()
-        return None
-    channels[rank] = channel
-    return rank
 
 
 def _start_process(rank: int, size: int, host: str, port: int) -> subprocess.Popen[bytes]:
@@ -354,7 +403,7 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
-    backend = all_devices()[config.device].collectives
+    backend = find_device(config.device).collectives
     if backend == "gloo" and _host(os.environ).startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
@@ -370,12 +419,13 @@ def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
 
 def serve_rank(place: Place) -> int:
     """Be a rank other than the first until rank 0 ends it. Returns the exit status."""
+    _end_with(os.environ.get("GLIMT_PARENT"))
     patience = timedelta(seconds=_MEET_S)
     store = TCPStore(place.host, place.port, place.size, False, patience)
     host, port, word = store.get(_ADDRESS).decode().split()
     channel = Channel(socket.create_connection((host, int(port)), _MEET_S))
     channel.send(Message("hello", {"rank": place.rank, "word": word}))
-    _end_with(os.environ.get("GLIMT_PARENT"))
+    _show_life(channel)
     try:
         _serve(channel, store, place)
     except RankError as error:
@@ -391,6 +441,7 @@ def serve_rank(place: Place) -> int:
 
 def _serve(channel: Channel, store: Store, place: Place) -> None:
     config = EngineConfig.from_dict(channel.receive().values["config"])
+    channel.send(Message("joins"))
     group = _join(config, store, place.rank, place.size)
     try:
         _work(channel, config, group, place.seat)
@@ -411,6 +462,18 @@ def _work(channel: Channel, config: EngineConfig, group: Group, seat: Seat) -> N
         return allocate_kv(opened.model, num_blocks, block_size, stored, opened.device)
 
     Worker(opened.model, allocate, group, where, opened.dtype).serve(channel)
+
+
+def _show_life(channel: Channel) -> None:
+    """Say again and again that this process is not stopped, whatever it computes meanwhile."""
+
+    def beat() -> None:
+        with contextlib.suppress(RankError):  # rank 0 is gone, which the others notice as well
+            while True:
+                channel.send(Message("alive"))
+                time.sleep(_BEAT_S)
+
+    threading.Thread(target=beat, name="glimt-life", daemon=True).start()
 
 
 def _end_with(parent: str | None) -> None:

@@ -1,13 +1,15 @@
 """Files and folders are written whole or not at all, and what stood in the way is told."""
 
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from glimt.commands import writing
 from glimt.commands.reporting import check_file
-from glimt.commands.writing import whole_folder, write_file
+from glimt.commands.writing import whole_files, whole_folder, write_file
 from glimt.errors import ConfigError
 
 
@@ -83,3 +85,46 @@ def test_a_link_stays_a_link(tmp_path):
     write_file(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_is_ended_leaves_nothing_half_written(tmp_path, number):
+    """Catches gigabytes under a hidden name, for each job that a cluster ends."""
+
+    def write() -> None:
+        with whole_folder(tmp_path / "out", 10) as partial:
+            (partial / "file").write_text("half")
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as ended:
+        write()
+    assert ended.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_who_has_the_number_of_a_killed_process_can_write(tmp_path, monkeypatch):
+    """Catches a container whose process always finds the folder of the one before."""
+    monkeypatch.setattr(writing.shutil, "rmtree", lambda *given, **options: None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", 10):
+            raise KeyboardInterrupt  # as if it was killed: what it wrote stays
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_manifest_never_lies_beside_files_that_it_does_not_describe(tmp_path, monkeypatch):
+    """Catches an export over an older one that ends half way, and is then taken for whole."""
+    for name in ("tower.onnx", "tower.onnx.json"):
+        (tmp_path / name).write_text("old")
+    replace = Path.replace
+
+    def ended(self: Path, target: Path) -> Path:
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", ended)
+    with suppress(KeyboardInterrupt), whole_files(tmp_path / "tower.onnx", 10) as partial:
+        for name in ("tower.onnx", "tower.onnx.json"):
+            (partial / name).write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"tower.onnx": "new"}

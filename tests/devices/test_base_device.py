@@ -21,10 +21,10 @@ from glimt.devices.base import (
     Device,
     KVCache,
     RotaryStyle,
-    _rounded_to_int8,
     all_devices,
     open_device,
     rounded_heads,
+    rounded_to_int8,
 )
 from glimt.devices.card_check import FUSED_ATTENTION, INTEGER_PRODUCTS
 from glimt.devices.cpu import NativeCpuDevice
@@ -448,7 +448,7 @@ def exact_linear(x, weight, bias, activation, residual, residual_scale):
     if isinstance(weight, Tensor):
         y = wide @ weight.double().T
     else:
-        rounded = _rounded_to_int8(x.float(), weight.group).double() if weight.quantises_x else wide
+        rounded = rounded_to_int8(x.float(), weight.group).double() if weight.quantises_x else wide
         y = rounded @ weight.dequantise().double().T
     y = Device().activate(y + bias.double() if bias is not None else y, activation)
     return y if residual is None else y + residual_scale * residual.double()

@@ -70,6 +70,9 @@ def framed(head: object) -> bytes:
         framed({"kind": "x", "values": {}, "arrays": {"a": ["int64", [-1]]}}),
         framed({"kind": "x", "values": {}, "arrays": {"a": ["int64", [2**40]]}}),
         framed({"kind": "x", "values": {}, "arrays": {"a": ["int64", "no"]}}),
+        framed({"kind": "x", "values": {}, "arrays": {"a": ["int64", [0, 10**30]]}}),
+        framed({"kind": "x", "values": [1], "arrays": {}}),
+        struct.pack("<I", 10**5) + b"[" * 10**5,
     ],
 )
 def test_nonsense_is_refused(said: bytes, ends: tuple[socket.socket, socket.socket]) -> None:
@@ -85,3 +88,16 @@ def test_a_peer_that_hangs_up_is_noticed(ends: tuple[socket.socket, socket.socke
     ends[0].close()
     with pytest.raises(RankError, match="closed"):
         Channel(ends[1]).receive()
+
+
+def test_only_the_first_message_is_bounded(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Catches a bound that a picture then breaks, or a wait that ends while nothing is to do."""
+    speaker, reader = Channel(ends[0]), Channel(ends[1])
+    speaker.send(Message("hello", {"rank": 1}))
+    assert reader.first(100, 5.0).values == {"rank": 1}
+    assert ends[1].gettimeout() is None
+    speaker.send(Message("pixels", arrays={"0": np.zeros(1000, dtype=np.uint8)}))
+    assert reader.receive().arrays["0"].nbytes == 1000
+    speaker.send(Message("hello", {"text": "x" * 100}))
+    with pytest.raises(RankError, match="bytes"):
+        reader.first(100, 5.0)

@@ -182,3 +182,10 @@ def test_a_runtime_that_is_none_is_told_with_those_that_are():
     assert find_runtime("onnxruntime").format == "onnx"
     with pytest.raises(ConfigError, match="'tensorrt' is unknown; choose one of torch, om, onnx"):
         find_runtime("tensorrt")
+
+
+@pytest.mark.parametrize("name", [".", "/", ""])
+def test_a_name_of_no_file_is_said(name):
+    """Catches the traceback of a path that has no name to put .json behind."""
+    with pytest.raises(ConfigError, match=r"vision_model: .* is no file"):
+        read_manifest(Path(name))

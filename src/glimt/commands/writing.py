@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import torch
@@ -70,13 +74,16 @@ def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
     """A folder to write into whose files move to where `target` is, or vanish on any error.
 
     Files of their names there are replaced; what ends in .json, which says that the others are
-    whole, comes last. Raises ConfigError as `whole_folder` does.
+    whole, goes first and comes last. Raises ConfigError as `whole_folder` does.
     """
     with _partial_folder(target, nbytes, "output") as partial:
         yield partial
         files = sorted(partial.iterdir(), key=lambda file: file.suffix == ".json")
         for file in files:
             _sync(file)
+        for file in files:
+            if file.suffix == ".json":  # of the old files: half of them may be replaced
+                (target.parent / file.name).unlink(missing_ok=True)
         for file in files:
             file.replace(target.parent / file.name)
         _sync(target.parent)
@@ -85,16 +92,40 @@ def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
 @contextmanager
 def _partial_folder(target: Path, nbytes: int, field: str) -> Iterator[Path]:
     """A new folder beside `target`, which is gone at the end unless it was given another name."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    # Not by the process alone: in a container it has the number of the one that was killed.
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        _check_room(target, nbytes, field)
-        partial.mkdir(parents=True)
-        yield partial
+        with _ending_in_order():
+            _check_room(target, nbytes, field)
+            partial.mkdir(parents=True)
+            yield partial
     except OSError as error:
         said = f"{target} cannot be written: {error.strerror or error}"
         raise ConfigError(field, [f"{said}; make room, or choose another folder"]) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Inside, a signal that would end the process at once raises SystemExit instead.
+
+    Gigabytes that are half written would stay, under a hidden name.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGTERM, signal.SIGHUP] if is_main else []
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _check_room(target: Path, nbytes: int, field: str) -> None:

@@ -523,17 +523,27 @@ def _as_matrices(x: Tensor, weight: MatrixWeight) -> tuple[Tensor, Tensor]:
     if isinstance(weight, Tensor):
         return x, weight
     assert isinstance(weight, LowBitWeight), "only its own device multiplies with another form"
-    rounded = _rounded_to_int8(x, weight.group) if weight.quantises_x else x
+    rounded = rounded_to_int8(x, weight.group) if weight.quantises_x else x
     return rounded, weight.dequantise().to(x.dtype)
 
 
-def _rounded_to_int8(x: Tensor, group: int) -> Tensor:
-    """Every row, or every group of its columns, in steps of its largest magnitude / 127."""
+def rounded_to_int8(x: Tensor, group: int) -> Tensor:
+    """[…, k] -> the same, with the values that `int8_steps` leaves."""
+    values, steps = int8_steps(x, group)
+    return (values * steps).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def int8_steps(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Every row, or every group of its columns, in steps of its largest magnitude / 127.
+
+    x: […, k]; group: columns, 0 for whole rows. Returns float32 of whole numbers, […, num_groups,
+    group], with zeros behind the last column, and steps, […, num_groups, 1]. A group that is not
+    finite has numbers that are not.
+    """
     wide, size = x.float(), group or x.shape[-1]
     wide = F.pad(wide, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-    step = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rounded = (wide / step).round() * step
-    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    steps = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / steps).round(), steps
 
 
 def rounded_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -599,11 +609,8 @@ def all_devices() -> dict[str, type[Device]]:
     return found
 
 
-def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
-    """The device of that name; num_threads and seat as of Device.open.
-
-    Raises ConfigError if it is unknown or not usable here.
-    """
+def find_device(name: str) -> type[Device]:
+    """The device of that name. Raises ConfigError if it is unknown or not usable here."""
     devices = all_devices()
     if name not in devices:
         known = ", ".join(sorted(devices))
@@ -611,4 +618,9 @@ def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEA
     reason = devices[name].unavailable_reason()
     if reason:
         raise ConfigError("device", [f"{name} cannot be used here: {reason}"])
-    return devices[name].open(num_threads, seat)
+    return devices[name]
+
+
+def open_device(name: str, num_threads: int | None = None, seat: Seat = ONLY_SEAT) -> Device:
+    """The device of that name, as `find_device` raises; num_threads and seat as of Device.open."""
+    return find_device(name).open(num_threads, seat)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glimt.devices.base import LowBitWeight, _rounded_to_int8
+from glimt.devices.base import LowBitWeight, int8_steps, rounded_to_int8
 
 _PART_ELEMENTS = 2**23  # of a matrix in floats at once: 120 MB with what is made on the way
 _LEAST_ROWS = 32  # of an integer product: cuBLAS takes none of 16 rows or fewer
@@ -21,7 +21,7 @@ def low_bit_product(
     """
     if has_integers and _takes_integers(weight):
         return _integer_product(x, weight, bias)
-    rounded = _rounded_to_int8(x, weight.group) if weight.quantises_x else x
+    rounded = rounded_to_int8(x, weight.group) if weight.quantises_x else x
     out = x.new_empty(len(x), weight.n)
     step = max(1, _PART_ELEMENTS // weight.k)
     for start in range(0, weight.n, step):
@@ -38,9 +38,7 @@ def _takes_integers(weight: LowBitWeight) -> bool:
 
 def _integer_product(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
     """Exact sums of int8 products, scaled by the row's step and the weight's."""
-    wide = x.float()
-    steps = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rounded = (wide / steps).round()
+    rounded, steps = (part[:, 0] for part in int8_steps(x, 0))  # one group: the row
     values = rounded.to(torch.int8)
     if len(x) < _LEAST_ROWS:
         values = F.pad(values, (0, 0, 0, _LEAST_ROWS - len(x)))

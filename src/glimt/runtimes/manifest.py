@@ -64,10 +64,10 @@ def read_manifest(model: Path) -> Manifest:
     Raises ConfigError if the model or its manifest is missing, cannot be read, or is of a size that
     the exporter did not write.
     """
-    path = manifest_path(model)
     if not model.is_file():
         said = f"{model} is no file; name one that `glimt export vision` wrote"
         raise ConfigError("vision_model", [said])
+    path = manifest_path(model)
     if not path.is_file():
         said = f"{path} is missing; copy it too, or run `glimt export vision` again"
         raise ConfigError("vision_model", [said])

@@ -139,7 +139,6 @@ class Ranks:
 
     def why(self, error: Exception) -> RankError:
         """The rank that is gone, if one is; all of them are ended."""
-        _let_go(error)
         with self._changed:
             self._changed.wait_for(lambda: self._failure, _WHY_S)
         self._break(f"rank 0 failed: {type(error).__name__}: {error}")

@@ -66,6 +66,22 @@ def use_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIMT_ISA", isa)
 
 
+# Files that take a minute or more: begun first, so that none of them is left alone at the end.
+LONGEST = (
+    "training/test_quick.py",
+    "cluster/test_cluster.py",
+    "test_parallel.py",
+    "test_ranks.py",
+    "test_engine.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    paths = [folder / name for name in LONGEST]
+    items.sort(key=lambda item: paths.index(item.path) if item.path in paths else len(paths))
+
+
 @pytest.fixture(params=CHOICES)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What every device opened in this test computes with."""

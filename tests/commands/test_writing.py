@@ -96,11 +96,28 @@ def test_a_process_that_is_ended_leaves_nothing_half_written(tmp_path, number):
             (partial / "file").write_text("half")
             os.kill(os.getpid(), number)
 
-    with pytest.raises(SystemExit) as ended:
-        write()
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has these tests ignore one
+    try:
+        with pytest.raises(SystemExit) as ended:
+            write()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_ends_nothing(tmp_path):
+    """Catches a job under nohup that ends when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with whole_folder(tmp_path / "out", 10) as partial:
+            os.kill(os.getpid(), signal.SIGHUP)
+            (partial / "file").write_text("whole")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "out" / "file").read_text() == "whole"
 
 
 def test_who_has_the_number_of_a_killed_process_can_write(tmp_path, monkeypatch):

@@ -396,7 +396,7 @@ def test_urls_are_never_downloaded(monkeypatch, url, allow_files):
         b"\xff\xd8\xff",
         b"hello",
     ],
-    ids=repr,
+    ids=lambda data: type(data).__name__ if isinstance(data, io.BytesIO) else repr(data),
 )
 @pytest.mark.parametrize("allow_files", [True, False])
 def test_what_is_no_picture_is_refused_with_its_field(source, allow_files):

@@ -270,6 +270,7 @@ BODY = b'{"prompt": "hi", "max_tokens": 1, "temperature": 0}'
         gzip.compress(BODY) + gzip.compress(BODY),
         b"\x1f\x8b" + b"\0" * 40,
     ],
+    ids=["plain", "empty", "cut", "more", "two", "zeros"],
 )
 def test_a_body_that_is_not_the_gzip_it_says_is_refused(upstream, content):
     """Catches a second half that is dropped in silence, and a broken one that ends in a 500."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,14 @@ NUM_ASKED = 60
 
 
 @pytest.mark.timeout(2700)  # two cores take two minutes, but others may use them too
-def test_quick_training_beats_chance_by_far(tmp_path: Path, fashion: Path, font: Path) -> None:
-    """Catches a training path that runs and learns nothing; a guess is right one time in ten."""
+def test_quick_training_beats_chance_by_far(
+    tmp_path: Path, fashion: Path, font: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a training path that runs and learns nothing; a guess is right one time in ten.
+
+    Fewer steps than a user's, which name four of ten; by chance 15 of 60 come once in 1,000 times.
+    """
+    monkeypatch.setattr(train, "QUICK", replace(train.QUICK, steps=100, tower_steps=30))
     train.main("visualglm", out=tmp_path, quick=True)
     llm = LLM(str(tmp_path), max_num_seqs=16)
     right = 0
@@ -29,4 +36,4 @@ def test_quick_training_beats_chance_by_far(tmp_path: Path, fashion: Path, font:
             [{"role": "user", "content": parts}], SamplingParams(temperature=0, max_tokens=24)
         ).text
         right += answer == llm.engine.opened.processor.finish_text(exchange.answer)
-    assert right >= NUM_ASKED * 0.4
+    assert right >= NUM_ASKED * 0.25

@@ -219,6 +219,26 @@ def test_a_device_that_cannot_record_is_asked_once(caplog):
     ]
 
 
+def test_what_was_recorded_before_a_failure_is_still_replayed():
+    """Would catch recordings that keep their memory, and are of no use any more."""
+    layers = Layers()
+    twin = layers.same()
+    record = StandIn()
+
+    def twice(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+        if record.num_recorded == 2:
+            raise RuntimeError("out of memory")
+        return record(function)
+
+    replayed = ReplayedStep(layers, twice, layers.caches[0])
+    for seed, starts in enumerate([[1], [2, 9], [3, 10, 4], [4], [5, 11], [6, 12, 5]]):
+        arguments = step_of(starts, seed)
+        torch.testing.assert_close(
+            replayed(*arguments), twin(*arguments), rtol=1e-5, atol=1e-6, msg=str(starts)
+        )
+    assert (record.num_recorded, record.num_replayed) == (2, 4)
+
+
 # --- in an engine ----------------------------------------------------------------------------
 
 

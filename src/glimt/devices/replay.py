@@ -54,7 +54,7 @@ class ReplayedStep:
     """Does what a step does, by recordings; it is called as the step is.
 
     What it returns is overwritten by the next call. A device that fails to record once is not asked
-    again: the step is then run as it is.
+    again: what it has recorded is used, and a step of another size is run as it is.
     """
 
     def __init__(self, step: ModelStep, record: Record, cache: KVCache) -> None:
@@ -69,26 +69,24 @@ class ReplayedStep:
         """As the step's; every row of the batch has one token."""
         assert batch.is_decode, "chunks of prompts are of too many sizes"
         size = size_for(*batch.block_tables.shape)
-        if size is None or self._record is None:
+        if size is None:
             return self.step(hidden, positions, batch)
-        recording = self._recordings.get(size)
-        if recording is None:
+        if size not in self._recordings and self._record is not None:
             inputs = Inputs.empty(size, hidden, positions, self._block_size, self._scratch)
             inputs.fill(hidden, positions, batch)
-            recording = self._try_to_record(self._record, inputs)
-        if recording is None:
-            return self.step(hidden, positions, batch)
-        self._recordings[size] = recording
-        return recording.run(hidden, positions, batch)
+            self._try_to_record(self._record, inputs)
+        recording = self._recordings.get(size)
+        step = self.step if recording is None else recording.run
+        return step(hidden, positions, batch)
 
-    def _try_to_record(self, record: Record, inputs: Inputs) -> _Recording | None:
+    def _try_to_record(self, record: Record, inputs: Inputs) -> None:
         try:
-            return _Recording(inputs, *record(lambda: self.step(*inputs.arguments())))
+            result, replay = record(lambda: self.step(*inputs.arguments()))
+            self._recordings[inputs.size] = _Recording(inputs, result, replay)
         except RuntimeError as error:  # an operation that cannot be recorded, or no memory for it
             said = str(error).partition("\n")[0]
             log.warning("decoding steps cannot be recorded and run one by one: %s", said)
             self._record = None
-            return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -29,6 +30,17 @@ from glimt.cli import app
 from glimt.demo.noise import write_noise_model
 
 COMMAND = [sys.executable, "-c", "from glimt.cli import main; main()", "serve", "--port", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process() -> Iterator[None]:
+    """A server that is started in this process sets them: logs would go to a stream that ended."""
+    root = logging.getLogger()
+    handlers, level, interval = list(root.handlers), root.level, sys.getswitchinterval()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(scope="module")

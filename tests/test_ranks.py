@@ -91,7 +91,8 @@ def test_a_killed_rank_ends_every_request_and_every_rank(divided: glimt.AsyncEng
         try:
             async for output in divided.stream(request):
                 if output.token_ids:
-                    os.kill(other, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # by another of the requests
+                        os.kill(other, signal.SIGKILL)
         except EngineError as error:
             return error
         raise AssertionError("it ended as if nothing had happened")

@@ -48,11 +48,10 @@ class Pace:
         One that was held up, or is full of a prompt's tokens, has no time for a part: these cannot
         be cut short. After a few such steps one runs all the same.
         """
-        is_late = False
-        if self.max_stretch is not None and self.decode_s is not None:
-            usual_s = (self.max_stretch - 1) * self.decode_s
-            room_s = self.max_stretch * self.decode_s - spent_s
-            is_late = room_s < _LEAST_ROOM * usual_s and self._num_waits < _MOST_WAITS
+        room_s, usual_s = self.tower_s(spent_s), self.tower_s(self.decode_s or 0.0)
+        if room_s is None or usual_s is None:
+            return False
+        is_late = room_s < _LEAST_ROOM * usual_s and self._num_waits < _MOST_WAITS
         self._num_waits = self._num_waits + 1 if is_late else 0
         return is_late
 

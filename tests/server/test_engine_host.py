@@ -48,6 +48,13 @@ def break_engine(engine: glimt.AsyncEngine) -> None:
     engine.engine.step = step  # type: ignore[method-assign]
 
 
+async def break_by_a_request(host: EngineHost) -> None:
+    """Its engine fails in a step, which that request is told."""
+    break_engine(host.engine)
+    with pytest.raises(EngineError):
+        await host.engine.chat(ASKED, SamplingParams(max_tokens=2))
+
+
 async def until(is_true: Callable[[], bool], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
@@ -151,9 +158,7 @@ def test_whatever_keeps_the_next_engine_from_loading_is_told(folder):
 
         host = EngineHost(load, 3, 60)
         await host.start()
-        break_engine(host.engine)
-        with pytest.raises(EngineError):
-            await host.engine.chat(ASKED, SamplingParams(max_tokens=2))
+        await break_by_a_request(host)
         await until(lambda: host.state == "failed")
         assert not host.is_live
         with pytest.raises(EngineUnavailable, match="not started again: the disk is gone"):
@@ -171,9 +176,7 @@ def test_an_engine_that_fails_again_and_again_is_given_up(folder):
         await host.start()
         for _ in range(2):
             await until(lambda: host.is_ready)
-            break_engine(host.engine)
-            with pytest.raises(EngineError):
-                await host.engine.chat(ASKED, SamplingParams(max_tokens=2))
+            await break_by_a_request(host)
             await until(lambda: not host.is_ready or host.state == "failed")
         await until(lambda: host.state == "failed")
         assert not host.is_live

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from tests.exporting import stand_in_ais_bench, stand_in_atc
 from training.data import easy_vqa
@@ -45,6 +46,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # A shell starts what runs in the background with Ctrl-C ignored, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Property tests try the same examples each time, so that a commit fails by what it changed alone;
+# `./check --hypothesis-profile explore` draws new ones, and prints how to repeat what failed.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile("same")
 
 
 def shared_path(relative: str) -> Path:

@@ -70,6 +70,8 @@ def test_ids_of_any_text_are_the_librarys_own(ours, theirs, text):
     """Catches characters that nobody thought of."""
     if text.lower() != "".join(map(str.lower, text)):
         return  # a final sigma, which Python knows and the library does not
+    if oracle.START in text or oracle.END in text:
+        return  # text like any other here, and there an end: the test after the next
     assert list(ours.encode(text, ALL).ids) == theirs(text)["input_ids"]
 
 
@@ -81,11 +83,12 @@ def test_merges_are_applied_by_rank(ours):
     assert ours.encode("ta", ALL).ids == (START, ids["t"], ids["a</w>"], END)
 
 
-def test_an_end_spelt_in_a_text_is_text(ours):
-    """Catches an answer that ends its own judgement."""
-    ids = ours.encode(f"cat {oracle.END} dog", ALL).ids
-    assert ids.count(END) == 1
-    assert ids[-1] == END
+@pytest.mark.parametrize("spelt", [oracle.START, oracle.END])
+def test_an_end_spelt_in_a_text_is_text(ours, spelt):
+    """Catches an answer that ends its own judgement; the library takes both for ends."""
+    ids = ours.encode(f"cat {spelt} dog", ALL).ids
+    assert (ids.count(START), ids.count(END)) == (1, 1)
+    assert (ids[0], ids[-1]) == (START, END)
 
 
 def test_a_long_text_is_cut_and_keeps_its_end(ours):

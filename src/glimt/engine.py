@@ -222,6 +222,7 @@ class Engine:
         try:
             logits = self.runner.run(plan)
             tokens = verify(self.sampler.sample(logits.logits, plan), plan)
+            scores = self.sampler.score(logits.scored, plan)
         except RankError:
             raise  # there is no other request that could go on
         except Exception as error:  # whatever it is, the other requests must go on
@@ -232,6 +233,7 @@ class Engine:
             return self._run(plan.without_drafts)
         self.vision.finish_step(plan)
         self.outputs.note_step(plan, logits.image_s, began_s)
+        self.outputs.note_scores(plan, scores)
         outcomes = self.scheduler.commit(plan, tokens)
         outputs = self.outputs.collect(outcomes)
         self._settle(plan, outputs)

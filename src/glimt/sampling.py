@@ -26,15 +26,22 @@ keeps exactly k tokens, so top_k 1 is greedy also when bfloat16 makes two logits
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from itertools import islice, takewhile
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain, islice, takewhile
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glimt.types import SampledToken, SamplingParams, StepPlan, StepRow, TokenLogprob
+from glimt.types import (
+    PromptLogprob,
+    SampledToken,
+    SamplingParams,
+    StepPlan,
+    StepRow,
+    TokenLogprob,
+)
 
 _GROWTH = 16  # candidates per retry over the last try: 1,024, then 16,384, then all 151,552
 _GROUPS_PER_CANDIDATE = 4  # an eighth more tokens than candidates then reach the floor
@@ -74,6 +81,18 @@ class Sampler:
             return [
                 _report(row, choice, logits[i])
                 for i, (row, choice) in enumerate(zip(rows, choices, strict=True))
+            ]
+
+    def score(self, pieces: Iterable[Tensor], plan: StepPlan) -> list[PromptLogprob]:
+        """How likely the model had each of plan.targets, in their order.
+
+        pieces: of the logits that predict them, [rows, vocab_size] each
+        """
+        logits = chain.from_iterable(piece.detach().to("cpu", torch.float32) for piece in pieces)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return [
+                _prompt_logprob(target.token_id, raw, _given(row.sampling.prompt_logprobs))
+                for (row, target), raw in zip(plan.targets, logits, strict=True)
             ]
 
     def _load(self, logits: Tensor) -> np.ndarray:
@@ -375,6 +394,15 @@ def _report(row: StepRow, choice: int | str, logits: Tensor) -> SampledToken:
         return SampledToken(row.sequence_id, choice)
     logprob, top = _logprobs(logits, choice, row.sampling.logprobs)
     return SampledToken(row.sequence_id, choice, logprob, top)
+
+
+def _prompt_logprob(token_id: int, logits: Tensor, num_top: int) -> PromptLogprob:
+    """logits: [vocab_size], raw. Of equal logits all have the best rank among them."""
+    logprob, top = _logprobs(logits, token_id, num_top)
+    if math.isnan(logprob):
+        return PromptLogprob(token_id)
+    rank = 1 + int((logits > logits[token_id]).sum())
+    return PromptLogprob(token_id, logprob, rank, top)
 
 
 def _logprobs(

@@ -205,6 +205,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # kept as a tuple
     ignore_eos: bool = False  # go on past the family's stop ids; stop_token_ids still end it
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens
     n: int = 1
     include_stop_str_in_output: bool = False  # the text ends with what stopped it
     skip_special_tokens: bool = True  # false: special tokens show as their names
@@ -222,7 +223,8 @@ class SamplingParams:
         _check_range("seed", self.seed, -(2**63), 2**64 - 1, integer=True)
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1, integer=True)
         _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, integer=True)
-        _check_range("logprobs", self.logprobs, 0, _MAX_TOP_LOGPROBS, integer=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_range(name, getattr(self, name), 0, _MAX_TOP_LOGPROBS, integer=True)
         _check_range("n", self.n, 1, _MAX_N, integer=True, optional=False)
         self._check_logit_bias()
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
@@ -275,7 +277,7 @@ class SamplingParams:
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, optional=False)
 
     def with_defaults(self, defaults: SamplingDefaults, prompt_tokens: int) -> SamplingParams:
-        """Fill every None but seed, max_tokens and logprobs from the family's defaults.
+        """Fill every None but seed, max_tokens and the logprobs from the family's defaults.
 
         prompt_tokens: length of the prompt as the original counts it, which its minimum length
         includes.
@@ -396,6 +398,10 @@ class EncodedPrompt:
     decode_step: tuple[int, ...]
     bidirectional_len: int = 0
 
+    def is_text(self, at: int) -> bool:
+        """Whether no picture stands at a cache index."""
+        return not any(0 <= at - span.start < span.length for span in self.spans)
+
     def positions_between(self, start: int, stop: int) -> np.ndarray:
         """Rotary positions [channels, stop - start] of prompt and output tokens alike.
 
@@ -489,6 +495,7 @@ class StepRow:
     drafts:      tokens that may follow; they are the last of token_ids, and the logits of each
                  are wanted besides those of the last known token
     filter:      which tokens may be chosen; None: all
+    targets:     tokens of the prompt that this step predicts and that are to be scored
     """
 
     sequence_id: int
@@ -509,6 +516,7 @@ class StepRow:
     upcoming: tuple[ImageInput, ...] = ()
     drafts: tuple[int, ...] = ()
     filter: TokenFilter | None = None
+    targets: tuple[PromptTarget, ...] = ()
 
     @property
     def images_by_digest(self) -> dict[bytes, ImageInput]:
@@ -533,6 +541,14 @@ class StepRow:
         """The row as sampling sees it: once, and once more behind each draft, taken as output."""
         behind = (self.drafts[:count] for count in range(1, len(self.drafts) + 1))
         return [self, *(replace(self, output_ids=[*self.output_ids, *d]) for d in behind)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptTarget:
+    """A prompt token to score: at cache index `place`, predicted by the token before."""
+
+    place: int
+    token_id: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -566,6 +582,11 @@ class StepPlan:
         return [each for row in self.rows if row.samples for each in row.sampled_rows]
 
     @property
+    def targets(self) -> list[tuple[StepRow, PromptTarget]]:
+        """Every prompt token to score, with its row, in the order the runner scores them."""
+        return [(row, target) for row in self.rows for target in row.targets]
+
+    @property
     def without_drafts(self) -> StepPlan:
         """The same step with nothing drafted; rows that decode come first again."""
         rows = sorted((row.without_drafts for row in self.rows), key=lambda row: not row.is_decode)
@@ -588,6 +609,21 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """A token of the prompt, and how likely the model had it after the tokens before.
+
+    logprob, rank: None for the first token, for a picture's, and where the model gave no number;
+        rank 1 is the likeliest
+    top_logprobs: the likeliest tokens in its place, as many as the request asked for
+    """
+
+    token_id: int
+    logprob: float | None = None
+    rank: int | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -678,6 +714,8 @@ class StepOutput:
     text:  the new text; may be empty while a character or a stop string is incomplete
     finish_reason: set exactly once, in the last output of the choice
     stop_reason:   the stop string or stop id that ended it, if one did
+    prompt_logprobs: in the first output of the first choice, one for each token of the prompt, its
+        pictures expanded; None where they were not asked for
     """
 
     request_id: str
@@ -690,6 +728,7 @@ class StepOutput:
     error: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -710,6 +749,7 @@ class RequestOutput:
     """A finished request: its choices, counts and times.
 
     prompt_token_ids: the prompt as the original implementation writes it
+    prompt_logprobs:  as StepOutput says
     """
 
     request_id: str
@@ -717,6 +757,7 @@ class RequestOutput:
     completions: tuple[Completion, ...]
     usage: Usage
     timings: Timings
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -297,6 +297,9 @@ class RequestFactory:
     ) -> Request:
         self._check_ids("logit_bias", sampling.logit_bias)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        if sampling.prompt_logprobs is not None and prompt.bidirectional_len:
+            said = "are not possible with this model: every token of its prompts sees those behind"
+            raise RequestError("prompt_logprobs", f"{said} it; leave it out")
         filled = sampling.with_defaults(
             self.processor.sampling_defaults, len(prompt.original_token_ids)
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from glimt.types import (
     Completion,
     FinishReason,
+    PromptLogprob,
     Request,
     RequestOutput,
     SampledToken,
@@ -28,6 +29,7 @@ class OutputAssembler:
     def __init__(self, request: Request) -> None:
         self.request = request
         self._choices = [_Choice() for _ in range(request.sampling.n)]
+        self._prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
     def add(self, output: StepOutput) -> RequestOutput | None:
         """Take one step's output. Returns the whole once the last choice has finished."""
@@ -35,6 +37,7 @@ class OutputAssembler:
         choice.text.append(output.text)
         choice.token_ids += output.token_ids
         choice.logprobs += output.logprobs
+        self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
         if output.finish_reason:
             choice.last = output
         if any(choice.last is None for choice in self._choices):
@@ -50,6 +53,7 @@ class OutputAssembler:
             completions=tuple(self._completion(i) for i in range(len(self._choices))),
             usage=last.usage,
             timings=last.timings,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _completion(self, index: int) -> Completion:

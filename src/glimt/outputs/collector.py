@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from glimt.models.base import Processor, TokenDecoder
 from glimt.outputs.detokenizer import ExactDecoder, NamingDecoder, TextStream
 from glimt.types import (
     FinishReason,
+    PromptLogprob,
     Request,
     SampledToken,
     StepOutput,
@@ -35,6 +36,8 @@ class _Record:
     image_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    scores: dict[int, PromptLogprob] = field(default_factory=dict)
+    has_scores: bool = False  # to tell, with the first choice's first token
 
     def usage(self) -> Usage:
         prompt = self.request.prompt
@@ -46,6 +49,14 @@ class _Record:
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
         )
+
+    def tell_scores(self, gained: Sequence[TokenOutcome]) -> tuple[PromptLogprob, ...] | None:
+        """Of every token of the prompt, once: with the first token of the choice that scored it."""
+        if not self.has_scores or not gained or gained[0].index:
+            return None
+        self.has_scores, scores = False, self.scores
+        ids = enumerate(self.request.prompt.token_ids)
+        return tuple(scores.get(at) or PromptLogprob(token_id) for at, token_id in ids)
 
     def timings(self, now_s: float) -> Timings:
         """A phase that was never reached took no time."""
@@ -74,7 +85,9 @@ class OutputCollector:
     def add(self, request: Request) -> None:
         """Start collecting a request."""
         streams = [self._stream(request) for _ in range(request.sampling.n)]
-        self._records[request.request_id] = _Record(request, streams, len(streams))
+        record = _Record(request, streams, len(streams))
+        record.has_scores = request.sampling.prompt_logprobs is not None
+        self._records[request.request_id] = record
 
     def _stream(self, request: Request) -> TextStream:
         sampling, processor = request.sampling, self.processor
@@ -120,6 +133,14 @@ class OutputCollector:
             if record.started_s is None:
                 record.started_s = began_s
 
+    def note_scores(self, plan: StepPlan, scores: Sequence[PromptLogprob]) -> None:
+        """Remember how likely tokens of prompts were; a place may come again.
+
+        scores: one for each of plan.targets, in their order
+        """
+        for (row, target), score in zip(plan.targets, scores, strict=True):
+            self._records[row.request_id].scores[target.place] = score
+
     def collect(self, outcomes: Sequence[TokenOutcome]) -> list[StepOutput]:
         """One output per choice that gained tokens, in order."""
         now_s = self.clock()
@@ -147,6 +168,7 @@ class OutputCollector:
             text=text,
             token_ids=_token_ids(gained),
             logprobs=_logprobs(gained),
+            prompt_logprobs=record.tell_scores(gained),
         )
 
     def _feed(self, record: _Record, outcome: TokenOutcome, now_s: float) -> str:
@@ -185,6 +207,7 @@ class OutputCollector:
             finish_reason=reason,
             stop_reason=_stop_reason(reason, stream, gained),
             error=error,
+            prompt_logprobs=record.tell_scores(gained),
             usage=record.usage(),
             timings=record.timings(self.clock()),
         )

@@ -21,6 +21,7 @@ class Batch:
     token_ids: [num_tokens] int64; positions: [channels, num_tokens] int64
     sampled: [num_sampled] int64, indices of the tokens whose logits are wanted
     drafted: [num_drafted] int64, indices of the drafts
+    scored: [num_targets] int64, indices of the tokens that predict plan.targets
     opened_blocks: cache blocks that get their first tokens now and stay partly empty
     """
 
@@ -28,6 +29,7 @@ class Batch:
     positions: Tensor
     sampled: Tensor
     drafted: Tensor
+    scored: Tensor
     attention: AttentionBatch
     opened_blocks: tuple[int, ...]
 
@@ -48,9 +50,16 @@ def flatten(plan: StepPlan, block_size: int, torch_device: torch.device) -> Batc
         positions=torch.from_numpy(positions).to(torch_device),
         sampled=_indices((at for places in wanted for at in places), torch_device),
         drafted=_indices((at for places in wanted for at in places[1:]), torch_device),
+        scored=_indices(_before_targets(plan.rows, starts), torch_device),
         attention=_attention(plan.rows, starts, block_size, torch_device),
         opened_blocks=tuple(_opened_blocks(plan.rows, block_size)),
     )
+
+
+def _before_targets(rows: Sequence[StepRow], starts: Sequence[int]) -> Iterator[int]:
+    for row, first in zip(rows, starts, strict=False):  # starts has the end besides
+        for target in row.targets:
+            yield first + target.place - 1 - row.start
 
 
 def _indices(indices: Iterable[int], torch_device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,21 @@ from glimt.types import ImageSlice, StepPlan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepLogits:
-    """logits: [num_sampled, vocab_size]; image_s: tower seconds by request id."""
+    """What a step gives.
+
+    logits:  [num_sampled, vocab_size]
+    image_s: tower seconds by request id
+    scored:  pieces [at most 64, vocab_size] of the logits that plan.targets are scored by, in
+        order; each is computed when it is asked for, before the next step
+    """
 
     logits: Tensor
     image_s: dict[str, float] = field(default_factory=dict)
+    scored: Iterable[Tensor] = ()
+
+
+# Rows of logits at one time: of 151,552 tokens 39 MB, less than the layers have just given back.
+_SCORED_ROWS = 64
 
 
 class ModelRunner:
@@ -60,7 +71,14 @@ class ModelRunner:
         forward = self._decode if is_repeated else self._forward
         hidden = forward(hidden, batch.positions, batch.attention)
         self._clear_broken_drafts(batch, hidden)
-        return StepLogits(self.model.logits(hidden[batch.sampled]), image_s)
+        scored = self._scored(hidden, batch.scored) if len(batch.scored) else ()
+        return StepLogits(self.model.logits(hidden[batch.sampled]), image_s, scored)
+
+    def _scored(self, hidden: Tensor, places: Tensor) -> Iterator[Tensor]:
+        for piece in places.split(_SCORED_ROWS):
+            with torch.inference_mode(), saying_what_fits(step_too_large):
+                logits = self.model.logits(hidden[piece])
+            yield logits
 
     def _forward(self, hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         result: Tensor = self.model(hidden, positions, batch, self.caches)

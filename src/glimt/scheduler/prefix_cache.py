@@ -39,8 +39,11 @@ class PrefixCache:
         self.is_enabled = is_enabled
 
     def find(self, sequence: Sequence) -> CachedPrefix:
-        """What is cached of the tokens known; never all, for the last one's logits are wanted."""
-        if not self.is_enabled:
+        """What is cached of the tokens known; never all, for the last one's logits are wanted.
+
+        Nothing for a prompt that is to be scored: the logits of all its tokens are wanted.
+        """
+        if not self.is_enabled or sequence.scores_prompt:
             return CachedPrefix([], None, 0)
         wanted = sequence.num_tokens - 1
         blocks = self.pool.find(sequence.hashes(wanted // self.block_size))

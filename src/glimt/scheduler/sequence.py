@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence as Seq
 
 from glimt.scheduler.drafting import Drafter
-from glimt.types import ImageInput, ImageSlice, Request, StepRow
+from glimt.types import ImageInput, ImageSlice, PromptTarget, Request, StepRow
 
 
 class Sequence:
@@ -40,6 +40,15 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Some prompt token is not in the cache yet."""
         return self.num_computed < self.num_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Its prompt's tokens are still to be scored, all of them, so none may come from a cache.
+
+        One choice scores for all. Preempted before its first token, it begins again.
+        """
+        wants = self.request.sampling.prompt_logprobs is not None
+        return wants and self.index == 0 and not self.output_ids
 
     @property
     def least_chunk(self) -> int:
@@ -92,7 +101,14 @@ class Sequence:
             upcoming=self.images_from(stop),
             drafts=drafts,
             filter=self._filter,
+            targets=self._targets(start, stop) if self.scores_prompt else (),
         )
+
+    def _targets(self, start: int, stop: int) -> tuple[PromptTarget, ...]:
+        """The prompt's text tokens that the tokens of cache indices start … stop-1 predict."""
+        prompt = self.request.prompt
+        places = range(start + 1, min(stop + 1, self.num_prompt))
+        return tuple(PromptTarget(at, prompt.token_ids[at]) for at in places if prompt.is_text(at))
 
     def _image_slices(self, start: int, stop: int) -> tuple[ImageSlice, ...]:
         """The parts of pictures that stand between two cache indices."""

@@ -250,6 +250,7 @@ def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
     """Catches ranks that each answer the command for themselves, or that never end."""
     told = ["generate", "--model", str(folders["glm4v_9b"]), "--prompt", "Hello", "--tp", "2"]
     settings = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12", "--ignore-eos"]
+    settings += ["--json", "--prompt-logprobs", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     started = subprocess.run(
         [*torchrun, "--master-port", str(free_port()), "-m", "glimt", *told, *settings],
@@ -263,8 +264,11 @@ def test_torchrun_starts_the_ranks_instead(folders: dict[str, Path]) -> None:
         timeout=280,
         check=True,
     )
-    assert started.stdout == alone.stdout
-    assert alone.stdout.strip()
+    divided, whole = json.loads(started.stdout), json.loads(alone.stdout)
+    assert divided["token_ids"] == whole["token_ids"]
+    assert len(whole["token_ids"]) == 12
+    scores = [[each["logprob"] for each in said["prompt_logprobs"]] for said in (divided, whole)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def free_port() -> int:

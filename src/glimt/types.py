@@ -402,6 +402,20 @@ class EncodedPrompt:
         """Whether no picture stands at a cache index."""
         return not any(0 <= at - span.start < span.length for span in self.spans)
 
+    def original_places(self) -> list[int | None]:
+        """Of each of original_token_ids its cache index; None where it stands for a picture.
+
+        Every span has as many original ids as every other.
+        """
+        num_text = len(self.token_ids) - sum(span.length for span in self.spans)
+        per_span = (len(self.original_token_ids) - num_text) // max(1, len(self.spans))
+        places: list[int | None] = []
+        start = 0
+        for span in self.spans:
+            places += [*range(start, span.start), *[None] * per_span]
+            start = span.start + span.length
+        return [*places, *range(start, len(self.token_ids))]
+
     def positions_between(self, start: int, stop: int) -> np.ndarray:
         """Rotary positions [channels, stop - start] of prompt and output tokens alike.
 

@@ -171,6 +171,19 @@ def test_logprobs_name_every_token_and_the_likeliest(glm4v):
         assert isinstance(entry["token"], str)
 
 
+def test_prompt_logprobs_name_every_token_of_the_prompt(glm4v):
+    """Catches a list that leaves out a token, or tells of the answer's."""
+    said = run_json(glm4v, "-p", "Hello", *GREEDY, "--prompt-logprobs", "2")
+    assert [each["token_id"] for each in said["prompt_logprobs"]] == said["prompt_token_ids"]
+    first, *others = said["prompt_logprobs"]
+    assert (first["logprob"], first["rank"], first["top"]) == (None, None, [])
+    for each in others:
+        best = max(top["logprob"] for top in each["top"])
+        assert (len(each["top"]), each["logprob"] <= best <= 0) == (2, True)
+        assert (each["rank"] == 1) == (each["logprob"] == best)
+    assert "prompt_logprobs" not in run_json(glm4v, "-p", "Hello", *GREEDY)
+
+
 def test_the_same_seed_gives_the_same_answer_and_another_another(glm4v):
     """Catches a seed that is accepted and dropped."""
     ids = [run_json(glm4v, "-p", "x", "--seed", s, "--max-tokens", "8") for s in ("1", "1", "2")]
@@ -281,11 +294,12 @@ def test_a_refusal_in_json_is_one_object_and_exit_2(glm4v, arguments, kind, fiel
     assert result.stderr.startswith("error: ")
 
 
-def test_logprobs_without_json_are_refused(glm4v):
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_logprobs_without_json_are_refused(glm4v, name):
     """Catches an option that is accepted and shows nothing."""
-    result = run(glm4v, "-p", "x", "--logprobs", "3")
+    result = run(glm4v, "-p", "x", f"--{name.replace('_', '-')}", "3")
     assert result.exit_code == 2
-    assert "logprobs: are told in JSON only; add --json" in result.stderr
+    assert f"error: {name}: are told in JSON only; add --json" in result.stderr
 
 
 def test_without_json_a_refusal_leaves_stdout_empty(glm4v):

@@ -12,7 +12,8 @@ import pytest
 from glimt.errors import RequestError
 from glimt.server.openai_asks import chat_ask, completion_asks
 from glimt.server.openai_bodies import ChatBody, CompletionBody
-from glimt.server.openai_render import ChatChunks, CompletionChunks, Head, TokenTexts, chat_logprobs
+from glimt.server.openai_render import ChatChunks, CompletionChunks, Head
+from glimt.server.openai_texts import TokenTexts, chat_logprobs
 from glimt.server.replying import one_line
 from glimt.types import (
     EncodedPrompt,

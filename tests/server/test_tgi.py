@@ -11,7 +11,7 @@ from forms import BASE64, DATA_URL, GREEDY, PARTS, QUESTION, call, chat
 from glimt.errors import GlimtError
 from glimt.server.config import ServerConfig
 from glimt.server.tgi_body import parse
-from glimt.types import ImagePart
+from glimt.types import ImagePart, SamplingParams
 
 MARKDOWN = f"![]({DATA_URL}){QUESTION}"
 UPSTREAM, MINDIE = ServerConfig(), ServerConfig(profile="mindie")
@@ -175,11 +175,23 @@ def test_details_have_what_was_asked_for(upstream):
     more = {**parameters, "top_n_tokens": 2, "decoder_input_details": True}
     told = call(upstream.url, "/generate", {"inputs": "hi", "parameters": more}).json["details"]
     assert [len(each) for each in told["top_tokens"]] == [2, 2, 2]
-    assert told["prefill"][0] == {
-        "id": told["prefill"][0]["id"],
-        "text": "[gMASK]",
-        "logprob": None,
-    }
+    first, *others = told["prefill"]
+    assert first == {"id": first["id"], "text": "[gMASK]", "logprob": None}
+    assert all(each["logprob"] < 0 for each in others)
+
+
+def test_prefill_tells_what_the_engine_tells(upstream, llm):
+    """Catches figures that slip by a picture, which the engine counts at its full length."""
+    body = {"inputs": MARKDOWN, "parameters": {"max_new_tokens": 1, "decoder_input_details": True}}
+    prefill = call(upstream.url, "/generate", body).json["details"]["prefill"]
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    output = llm.chat(chat(PARTS), sampling)
+    assert [each["id"] for each in prefill] == list(output.prompt_token_ids)
+    told = [each["logprob"] for each in prefill if each["logprob"] is not None]
+    expected = [each.logprob for each in output.prompt_logprobs if each.logprob is not None]
+    assert told == pytest.approx(expected, abs=1e-4)
+    # The first token, and those that stand for the picture.
+    assert len(prefill) - len(told) == 1 + 3
 
 
 def test_a_stream_is_one_event_per_token_and_adds_up(upstream, answer):
@@ -273,13 +285,14 @@ def test_best_of_shows_the_likeliest_and_the_others(upstream):
 
 
 def test_truncate_keeps_the_last_tokens_and_never_cuts_a_picture(upstream):
-    """Catches the first ones being kept, and half a picture."""
+    """Catches the first ones being kept, figures of what was cut, and half a picture."""
     parameters = {"max_new_tokens": 2, "truncate": 3, "decoder_input_details": True}
     body = {"inputs": "hello there", "parameters": parameters}
     cut = call(upstream.url, "/generate", body).json["details"]["prefill"]
     del parameters["truncate"]
     whole = call(upstream.url, "/generate", body).json["details"]["prefill"]
-    assert cut == whole[-3:]
+    assert [each["text"] for each in cut] == [each["text"] for each in whole[-3:]]
+    assert [each["logprob"] is None for each in cut] == [True, False, False]
     body = {"inputs": MARKDOWN, "parameters": {"truncate": 3}}
     assert call(upstream.url, "/generate", body).status == 422
 

@@ -117,6 +117,10 @@ def generate(
         int | None,
         option("--logprobs", "With --json: log-probabilities, and the K likeliest.", SAMPLE, "K"),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        option("--prompt-logprobs", "The same of the prompt's own tokens.", SAMPLE, "K"),
+    ] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, option("--quiet -q", "Nothing but the answer.", OUT)] = False,
     verbose: Verbose = False,
@@ -127,7 +131,7 @@ def generate(
 
     job = GenerateJob(
         engine=engine,
-        sampling={**sampling, "n": n, "logprobs": logprobs},
+        sampling={**sampling, "n": n, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs},
         prompt=prompt,
         messages=messages,
         images=tuple(image or ()),

@@ -22,6 +22,7 @@ from glimt.inputs.request import RequestOptions
 from glimt.types import (
     Completion,
     ImagePart,
+    PromptLogprob,
     Request,
     RequestOutput,
     SampledToken,
@@ -58,8 +59,9 @@ def generate(job: GenerateJob) -> None:
     """
     with told_as_json(job.as_json):
         sampling = SamplingParams(**job.sampling)
-        if sampling.logprobs is not None and not job.as_json:
-            raise RequestError("logprobs", "are told in JSON only; add --json")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(sampling, name) is not None and not job.as_json:
+                raise RequestError(name, "are told in JSON only; add --json")
         config = EngineConfig(**job.engine, max_num_seqs=sampling.n)
         check_language(job.language)
         messages = _messages(job, config.image_limits)
@@ -162,6 +164,7 @@ def _as_dict(engine: Engine, request: Request, output: RequestOutput) -> dict[st
         **first,
         **several,
         "prompt_token_ids": list(output.prompt_token_ids),
+        **_prompt(engine, output),
         "usage": asdict(output.usage) | {"total_tokens": output.usage.total_tokens},
         "timings": output.timings.as_dict(),
         "model": engine.opened.family.name,
@@ -170,6 +173,14 @@ def _as_dict(engine: Engine, request: Request, output: RequestOutput) -> dict[st
         "max_tokens": request.max_tokens,
         "sampling": _sampling(request.sampling),
     }
+
+
+def _prompt(engine: Engine, output: RequestOutput) -> dict[str, Any]:
+    """What was asked to be told of the prompt's tokens, its pictures at their full length."""
+    if output.prompt_logprobs is None:
+        return {}
+    told = [{**_logprobs(engine, each), "rank": each.rank} for each in output.prompt_logprobs]
+    return {"prompt_logprobs": told}
 
 
 def _choice(engine: Engine, choice: Completion) -> dict[str, Any]:
@@ -187,7 +198,7 @@ def _choice(engine: Engine, choice: Completion) -> dict[str, Any]:
     return fields
 
 
-def _logprobs(engine: Engine, token: SampledToken) -> dict[str, Any]:
+def _logprobs(engine: Engine, token: SampledToken | PromptLogprob) -> dict[str, Any]:
     top = [_logprob(engine, entry.token_id, entry.logprob) for entry in token.top_logprobs]
     return {**_logprob(engine, token.token_id, token.logprob), "top": top}
 

@@ -14,23 +14,30 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from glimt.errors import GlimtError
+from glimt.errors import GlimtError, RequestError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.app import Context, Protocol
 from glimt.server.bodies import StrictRoute
 from glimt.server.failures import Failure, HttpFailure, body_of, failure_of
-from glimt.server.openai_asks import chat_ask, completion_asks
+from glimt.server.openai_asks import (
+    chat_ask,
+    chat_report,
+    completion_asks,
+    completion_reports,
+)
 from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
+from glimt.server.openai_prompt import PromptReport
 from glimt.server.openai_render import (
     ChatChunks,
     Chunks,
     ChunksMaker,
     CompletionChunks,
     Head,
-    TokenTexts,
     chat_reply,
     completion_reply,
 )
+from glimt.server.openai_texts import TokenTexts
+from glimt.server.replies import in_words_of
 from glimt.server.replying import data_event, json_reply
 from glimt.server.service import Answer, Ask, check_output
 from glimt.server.streaming import EventStream, begun, unless_left
@@ -51,16 +58,18 @@ def routes(context: Context) -> APIRouter:
         if body.stream:
             kind = partial(ChatChunks, offer=ask.offer)
             return await _streamed(context, request, body, [ask], head, kind)
-        return await unless_left(request, _chat_whole(context, ask, head))
+        return await unless_left(request, _chat_whole(context, ask, head, chat_report(body)))
 
     @router.post("/completions", summary="Continue texts, without a chat template")
     async def complete(request: Request, body: CompletionBody) -> Response:
         context.check_model(body.model)
         asks = completion_asks(body, request.state.request_id)
+        reports = completion_reports(body)
         head = Head(f"cmpl-{request.state.request_id}", int(time.time()), context.model_name)
         if body.stream:
-            return await _streamed(context, request, body, asks, head, CompletionChunks)
-        return await unless_left(request, _completions_whole(context, asks, head))
+            kind = partial(CompletionChunks, reports=reports)
+            return await _streamed(context, request, body, asks, head, kind, reports)
+        return await unless_left(request, _completions_whole(context, asks, head, reports))
 
     @router.get("/models", summary="What is served")
     async def models() -> Response:
@@ -103,19 +112,33 @@ def _texts(context: Context) -> TokenTexts:
 # --- whole answers ---------------------------------------------------------------------------
 
 
-async def _chat_whole(context: Context, ask: Ask, head: Head) -> Response:
+async def _chat_whole(context: Context, ask: Ask, head: Head, report: PromptReport) -> Response:
     texts = _texts(context)
     async with context.service.answer(ask) as answer:
         whole = await answer.whole()
-        return json_reply(chat_reply(head, whole, answer.request, texts, ask.offer))
+        return json_reply(chat_reply(head, whole, answer.request, texts, ask.offer, report))
 
 
-async def _completions_whole(context: Context, asks: Sequence[Ask], head: Head) -> Response:
+async def _completions_whole(
+    context: Context, asks: Sequence[Ask], head: Head, reports: Sequence[PromptReport]
+) -> Response:
     texts = _texts(context)
     async with AsyncExitStack() as stack:
-        answers = [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
+        answers = await _entered(context, stack, asks, reports)
         requests = [answer.request for answer in answers]
-        return json_reply(completion_reply(head, await _all_whole(answers), requests, texts))
+        outputs = await _all_whole(answers)
+        return json_reply(completion_reply(head, outputs, requests, texts, reports))
+
+
+async def _entered(
+    context: Context, stack: AsyncExitStack, asks: Sequence[Ask], reports: Sequence[PromptReport]
+) -> list[Answer]:
+    """All answers, begun. Raises what the service raises, in the words of the body."""
+    try:
+        return [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
+    except RequestError as error:
+        asks_by_echo = any(report.num_top is None for report in reports)
+        raise in_words_of(error, {"prompt_logprobs": "echo"} if asks_by_echo else {}) from error
 
 
 async def _all_whole(answers: Sequence[Answer]) -> list[RequestOutput]:
@@ -168,16 +191,14 @@ async def _streamed(
     asks: Sequence[Ask],
     head: Head,
     kind: ChunksMaker,
+    reports: Sequence[PromptReport] = (),
 ) -> Response:
     """Everything that can be refused is refused before the first byte."""
     texts = _texts(context)
     stack = AsyncExitStack()
 
-    async def enter() -> list[Answer]:
-        return [await stack.enter_async_context(context.service.answer(ask)) for ask in asks]
-
     try:
-        answers = await unless_left(request, enter())
+        answers = await unless_left(request, _entered(context, stack, asks, reports))
     except BaseException:
         await stack.aclose()
         raise

@@ -10,6 +10,7 @@ from typing import Any
 from glimt.errors import RequestError
 from glimt.server.conversation import read_messages
 from glimt.server.openai_bodies import ChatBody, CompletionBody, SamplingBody
+from glimt.server.openai_prompt import PromptReport
 from glimt.server.parameters import schema_grammar
 from glimt.server.service import Ask, checked_id
 from glimt.server.tools import Offer, read_offer
@@ -41,7 +42,7 @@ def chat_ask(body: ChatBody, request_id: str) -> Ask:
     offer = _offer(body)
     form = _grammar(body) if offer is None else _form_of_call(offer, _grammar(body))
     wanted = body.max_completion_tokens or body.max_tokens
-    sampling = _sampling(body, {}, wanted, top, form)
+    sampling = _sampling(body, {}, wanted, (top, body.prompt_logprobs), form)
     return Ask(
         protocol="openai",
         request_id=checked_id(body.request_id or request_id),
@@ -61,6 +62,25 @@ def _offer(body: ChatBody) -> Offer | None:
     return offer
 
 
+def chat_report(body: ChatBody) -> PromptReport:
+    """What is told of a conversation's tokens."""
+    return PromptReport(num_top=body.prompt_logprobs)
+
+
+def completion_reports(body: CompletionBody) -> list[PromptReport]:
+    """What is told of each prompt."""
+    return [
+        PromptReport(
+            echo=bool(body.echo),
+            is_alone=body.max_tokens == 0,
+            text=prompt if isinstance(prompt, str) else None,
+            num_top=body.prompt_logprobs,
+            echo_top=body.logprobs if body.echo else None,
+        )
+        for prompt in body.prompts()
+    ]
+
+
 def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
     """One for each prompt. Raises RequestError naming the field."""
     body.check()
@@ -71,8 +91,10 @@ def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
         raise RequestError("prompt", said)
     if "" in prompts:
         raise RequestError("prompt", "is empty; there is nothing to continue")
-    wanted = body.max_tokens or _COMPLETION_TOKENS
-    sampling = _sampling(body, _PLAIN, wanted, body.logprobs, _grammar(body))
+    # A prompt is scored in the step that gives the first token: none at all costs no less.
+    wanted = _COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    scored = completion_reports(body)[0].wanted
+    sampling = _sampling(body, _PLAIN, wanted, (body.logprobs, scored), _grammar(body))
     base_id = checked_id(body.request_id or request_id)
     ids = [base_id] if len(prompts) == 1 else [f"{base_id[:250]}-{i}" for i in range(len(prompts))]
     keep = body.truncate_prompt_tokens
@@ -104,9 +126,10 @@ def _sampling(
     body: SamplingBody,
     defaults: Mapping[str, Any],
     max_tokens: int | None,
-    logprobs: int | None,
+    logprobs: tuple[int | None, int | None],
     grammar: Grammar | None,
 ) -> SamplingParams:
+    """logprobs: of the answer and of the prompt."""
     given = {name: getattr(body, name) for name in _TAKEN_OVER}
     values = {**defaults, **{name: v for name, v in given.items() if v is not None}}
     ids = [token_id for token_id in body.stop_token_ids or () if token_id in _INT32]
@@ -116,7 +139,8 @@ def _sampling(
         stop=body.stop or (),
         stop_token_ids=ids,
         logit_bias=_logit_bias(body.logit_bias or {}),
-        logprobs=logprobs,
+        logprobs=logprobs[0],
+        prompt_logprobs=logprobs[1],
         grammar=grammar,
     )
 

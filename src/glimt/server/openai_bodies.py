@@ -33,7 +33,6 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "bad_words": ([],),
     "allowed_token_ids": (),
-    "prompt_logprobs": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "mm_processor_kwargs": ({},),
@@ -90,6 +89,7 @@ class SamplingBody(Body):
     guided_choice: list[Text] | None = None
     cache_salt: Text | None = None
     request_id: Text | None = None
+    prompt_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
 
     @property
     def includes_usage(self) -> bool:
@@ -112,6 +112,8 @@ class SamplingBody(Body):
         options = self.stream_options
         if options is not None and not self.stream and options.model_dump(exclude_none=True):
             raise RequestError("stream_options", "is only allowed with stream: true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs", "is only possible without stream: true")
         if (self.n or 1) > 1 and self.temperature == 0:
             said = f"is {self.n}, but with temperature 0 all answers are the same; ask for one"
             raise RequestError("n", said)
@@ -165,6 +167,8 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
     prompt: Text | list[Text] | list[Int] | list[list[Int]]
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    echo: Bool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=5)] | None = None
     best_of: Int | None = None
 
@@ -173,6 +177,9 @@ class CompletionBody(SamplingBody):
         super().check()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of", "is not supported, unless it equals n")
+        if self.max_tokens == 0 and not self.echo:
+            said = "is 0, which leaves nothing to answer; with echo: true the prompt is shown"
+            raise RequestError("max_tokens", said)
         if self.truncate_prompt_tokens is not None and not self._is_ids():
             said = "is supported only where prompt is token ids: a text's own are not known before"
             raise RequestError("truncate_prompt_tokens", said)

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glimt import __version__
-from glimt.models.base import Tokenizer
 from glimt.server.ending import usage_before
-from glimt.server.tokens import LEAST_LOGPROB, is_end_of_text
+from glimt.server.openai_prompt import NOTHING, PromptReport
+from glimt.server.openai_texts import TokenTexts, ToldTokens, chat_logprobs, told_tokens
+from glimt.server.tokens import is_end_of_text
 from glimt.server.tools import CallReader, Delta, Offer, whole_message
 from glimt.types import (
     Completion,
     FinishReason,
+    PromptLogprob,
     Request,
     RequestOutput,
     SampledToken,
     StepOutput,
-    TokenLogprob,
     Usage,
 )
 
@@ -92,33 +92,6 @@ class RunningUsage:
 # --- tokens ----------------------------------------------------------------------------------
 
 
-class TokenTexts:
-    """What single tokens are called in log-probabilities."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_bytes = tokenizer.token_bytes
-        self._names = {i: name for name, i in tokenizer.special_ids.items()}
-
-    def content(self, token_id: int) -> bytes:
-        """The token's bytes, of a special one its name's."""
-        if token_id in self._names:
-            return self._names[token_id].encode()
-        return self._token_bytes(token_id)
-
-    def text(self, token_id: int) -> str:
-        """The token decoded alone: half a character is U+FFFD."""
-        return self.content(token_id).decode("utf-8", "replace")
-
-    def entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        """One token of a chat's log-probabilities."""
-        content = self.content(token_id)
-        return {
-            "token": content.decode("utf-8", "replace"),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": list(content),
-        }
-
-
 def shown_tokens(
     tokens: Sequence[SampledToken], reason: FinishReason | None, stop: Any, request: Request
 ) -> list[SampledToken]:
@@ -127,41 +100,6 @@ def shown_tokens(
     if is_by_token and not request.sampling.include_stop_str_in_output:
         return list(tokens[:-1])
     return list(tokens)
-
-
-def chat_logprobs(tokens: Sequence[SampledToken], texts: TokenTexts) -> dict[str, Any]:
-    """`logprobs` of a chat's choice."""
-    content = [
-        {
-            **texts.entry(token.token_id, token.logprob or 0.0),
-            "top_logprobs": [texts.entry(top.token_id, top.logprob) for top in token.top_logprobs],
-        }
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(
-    tokens: Sequence[SampledToken], texts: TokenTexts, offset: int
-) -> dict[str, Any]:
-    """`logprobs` of a completion's choice; offset: of the first token in the text."""
-    names = [texts.text(token.token_id) for token in tokens]
-    *starts, _ = accumulate(map(len, names), initial=offset)
-    return {
-        "tokens": names,
-        "token_logprobs": [max(token.logprob or 0.0, LEAST_LOGPROB) for token in tokens],
-        "top_logprobs": [_top(token, texts) for token in tokens],
-        "text_offset": starts,
-    }
-
-
-def _top(token: SampledToken, texts: TokenTexts) -> dict[str, float]:
-    """By text; of two tokens with one text, the likelier counts. The chosen one is always there."""
-    chosen = TokenLogprob(token.token_id, token.logprob or 0.0)
-    found: dict[str, float] = {}
-    for each in (*token.top_logprobs, chosen):
-        found.setdefault(texts.text(each.token_id), max(each.logprob, LEAST_LOGPROB))
-    return found
 
 
 # --- whole replies ---------------------------------------------------------------------------
@@ -183,10 +121,19 @@ def chat_reply(
     request: Request,
     texts: TokenTexts,
     offer: Offer | None = None,
+    report: PromptReport = NOTHING,
 ) -> Any:
     """The body of a whole chat answer; offer: functions that it may call."""
     choices = [_chat_choice(each, request, texts, offer) for each in output.completions]
-    return head.body("chat.completion", choices) | {"usage": usage_body([output.usage])}
+    body = head.body("chat.completion", choices) | {"usage": usage_body([output.usage])}
+    return body | _prompt_logprobs(report, output, texts)
+
+
+def _prompt_logprobs(
+    report: PromptReport, output: RequestOutput, texts: TokenTexts
+) -> dict[str, Any]:
+    told = report.logprobs(output.prompt_logprobs, texts)
+    return {} if told is None else {"prompt_logprobs": told}
 
 
 def _chat_choice(
@@ -210,25 +157,60 @@ def _word_of_chat(reason: FinishReason, reader: CallReader | None) -> str:
 
 
 def completion_reply(
-    head: Head, outputs: Sequence[RequestOutput], requests: Sequence[Request], texts: TokenTexts
+    head: Head,
+    outputs: Sequence[RequestOutput],
+    requests: Sequence[Request],
+    texts: TokenTexts,
+    reports: Sequence[PromptReport],
 ) -> Any:
     """The body of whole completions, those of every prompt in order."""
-    choices = []
+    choices, counts = [], []
     for number, (output, request) in enumerate(zip(outputs, requests, strict=True)):
+        report = reports[number]
+        counts.append(_shown_usage(output.usage, report))
         for done in output.completions:
-            tokens = _tokens_of(done, request)
-            logprobs = None if tokens is None else completion_logprobs(tokens, texts, 0)
-            choices.append(
-                {
-                    "index": number * request.sampling.n + done.index,
-                    "text": done.text,
-                    "logprobs": logprobs,
-                    "finish_reason": finish_word(done.finish_reason),
-                    "stop_reason": stop_reason(done.stop_reason, request),
-                }
-            )
-    usage = usage_body([output.usage for output in outputs])
-    return head.body("text_completion", choices) | {"usage": usage}
+            shown = _completion_choice(done, output.prompt_logprobs, request, texts, report)
+            first = {"index": number * request.sampling.n + done.index}
+            choices.append(first | shown | _prompt_logprobs(report, output, texts))
+    return head.body("text_completion", choices) | {"usage": usage_body(counts)}
+
+
+def _completion_choice(
+    done: Completion,
+    scores: Sequence[PromptLogprob] | None,
+    request: Request,
+    texts: TokenTexts,
+    report: PromptReport,
+) -> dict[str, Any]:
+    text = report.shown_text(request, texts)
+    told = report.shown_tokens(scores, texts)
+    if report.is_alone:
+        return {"text": text, "logprobs": told and told.body(0), **_END_OF_PROMPT}
+    told = _joined(told, _tokens_of(done, request), texts)
+    return {
+        "text": text + done.text,
+        "logprobs": told and told.body(0),
+        "finish_reason": finish_word(done.finish_reason),
+        "stop_reason": stop_reason(done.stop_reason, request),
+    }
+
+
+# How a prompt ends that was only to be scored.
+_END_OF_PROMPT = {"finish_reason": "length", "stop_reason": None}
+
+
+def _shown_usage(usage: Usage, report: PromptReport) -> Usage:
+    return replace(usage, completion_tokens=0) if report.is_alone else usage
+
+
+def _joined(
+    told: ToldTokens | None, tokens: Sequence[SampledToken] | None, texts: TokenTexts
+) -> ToldTokens | None:
+    """Tokens of a prompt, if they are told, and those of the completion behind it."""
+    if tokens is None:
+        return told
+    own = told_tokens(tokens, texts)
+    return own if told is None else told + own
 
 
 def _tokens_of(done: Completion, request: Request) -> list[SampledToken] | None:
@@ -350,28 +332,54 @@ class ChatChunks(Chunks):
 
 
 class CompletionChunks(Chunks):
-    """Chunks of completions: text, the last with the reason for the end."""
+    """Chunks of completions: text, the last with the reason for the end.
+
+    reports: what is told of each prompt, with the first chunk of each of its completions
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        requests: Sequence[Request],
+        texts: TokenTexts,
+        reports: Sequence[PromptReport] | None = None,
+    ) -> None:
+        super().__init__(head, requests, texts)
+        self._reports = reports or [NOTHING] * len(requests)
+        # Kept for the later choices of a prompt: only the first one's output brings them.
+        self._scores: dict[int, Sequence[PromptLogprob]] = {}
 
     def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head.body("text_completion", choices)
 
+    def feed(self, number: int, output: StepOutput) -> list[dict[str, Any]]:
+        """Chunks of one output of request `number`; none while its text is held back."""
+        if output.prompt_logprobs is not None:
+            self._scores[number] = output.prompt_logprobs
+        if self._reports[number].is_alone:
+            usage = output.usage and _shown_usage(output.usage, self._reports[number])
+            output = replace(output, text="", token_ids=(), logprobs=(), usage=usage)
+        return super().feed(number, output)
+
     def _choices(
         self, index: int, held: _Held, output: StepOutput, request: Request
     ) -> list[dict[str, Any]]:
-        if not output.text and not output.finish_reason:
+        number = index // request.sampling.n
+        report, is_first = self._reports[number], not held.has_begun
+        held.has_begun = True
+        text = (report.shown_text(request, self._texts) if is_first else "") + output.text
+        if not text and not output.finish_reason:
             return []
-        tokens = self._take_logprobs(held, request)
-        logprobs = None
-        if tokens is not None:
-            logprobs = completion_logprobs(tokens, self._texts, held.offset)
-            held.offset += sum(map(len, logprobs["tokens"]))
+        told = report.shown_tokens(self._scores.get(number), self._texts) if is_first else None
+        told = _joined(told, self._take_logprobs(held, request), self._texts)
+        offset, held.offset = held.offset, held.offset + (sum(told.widths) if told else 0)
         reason = output.finish_reason
+        ending: dict[str, Any] = {
+            "finish_reason": finish_word(reason) if reason else None,
+            "stop_reason": stop_reason(output.stop_reason, request),
+        }
+        if reason and report.is_alone:
+            ending = _END_OF_PROMPT
         return [
-            {
-                "index": index,
-                "text": output.text,
-                "logprobs": logprobs,
-                "finish_reason": finish_word(reason) if reason else None,
-                "stop_reason": stop_reason(output.stop_reason, request),
-            }
+            {"index": index, "text": text, "logprobs": told and told.body(offset), **ending},
         ]

@@ -34,6 +34,7 @@ class Ask:
     keep_last:  tokens of the prompt, the last ones; None: all
     total_tokens: least and most tokens of prompt and answer, in place of the sampling's own
     offer:      functions that the model may call, in a conversation
+    scores_prompt: prompt_logprobs are wanted of a model that can give them
     """
 
     protocol: str
@@ -52,6 +53,7 @@ class Ask:
     keep_last: int | None = None
     total_tokens: tuple[int, int] | None = None
     offer: Offer | None = None
+    scores_prompt: bool = False
 
 
 class Preparation:
@@ -69,7 +71,11 @@ class Preparation:
         wanted, sampling = ask.sampling.max_tokens, ask.sampling
         if ask.takes_room or ask.total_tokens:
             sampling = replace(sampling, max_tokens=None)
-        request = await self._encoded(engine, replace(ask, sampling=sampling), request_id)
+        is_causal = engine.engine.opened.family.prompt_attention == "causal"
+        if ask.scores_prompt and is_causal:
+            sampling = replace(sampling, prompt_logprobs=0)
+        ask = replace(ask, sampling=sampling)
+        request = await self._encoded(engine, ask, request_id)
         if ask.keep_last is not None and len(request.prompt.token_ids) > ask.keep_last:
             request = await self._last_tokens(engine, request, ask, request_id)
         if ask.takes_room and wanted is not None:

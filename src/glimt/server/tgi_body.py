@@ -131,6 +131,7 @@ def parse(
         timeout_s=parameters.timeout,
         takes_room=is_mindie,
         keep_last=parameters.truncate,
+        scores_prompt=parameters.decoder_input_details,
     )
     return TgiRequest(
         with_prompt(ask, parts, "inputs", config), text_of(parts), parameters, is_mindie

@@ -76,11 +76,17 @@ def _seed(request: Request, index: int) -> int | None:
 
 
 def _prefill(finished: Finished, asked: TgiRequest, texts: TokenTexts) -> list[dict[str, Any]]:
-    """The prompt's tokens; the engine gives no log-probabilities of a prompt."""
+    """The prompt's tokens, of a picture its few; they have no log-probabilities."""
     if not asked.parameters.decoder_input_details:
         return []
-    shown = (texts.shown(token_id) for token_id in finished.output.prompt_token_ids)
-    return [{"id": token.id, "text": token.text, "logprob": None} for token in shown]
+    output, prompt = finished.output, finished.request.prompt
+    scores = output.prompt_logprobs or [None] * len(prompt.token_ids)
+    told = [None if at is None else scores[at] for at in prompt.original_places()]
+    shown = [
+        texts.shown(token_id, score.logprob if score else None)
+        for token_id, score in zip(output.prompt_token_ids, told, strict=True)
+    ]
+    return [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in shown]
 
 
 def _token(token: ShownToken) -> dict[str, Any]:

@@ -112,6 +112,21 @@ def test_evaluation_tools_score_token_ids(client, served, ids, num_tokens):
         assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (0, len(ids) + 5)
 
 
+def test_the_token_that_ends_an_answer_is_told_behind_a_prompt(served, client):
+    """Catches evaluation tools that cut off one token and lose the prompt's last."""
+    ended = text_output(served, PROMPT)
+    end = ended.completions[0].token_ids[0]
+    body = {
+        "model": "demo", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 1,
+        "temperature": 0, "extra_body": {"stop_token_ids": [end]},
+    }  # fmt: skip
+    (whole,) = client.completions.create(**body).choices
+    (chunk, *_) = client.completions.create(**body, stream=True)
+    assert (whole.finish_reason, whole.text) == ("stop", PROMPT)
+    for choice in (whole, chunk.choices[0]):
+        assert len(choice.logprobs.tokens) == len(ended.prompt_token_ids) + 1
+
+
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_a_stream_begins_with_the_prompt(client, num_tokens):
     """Catches a prompt that is repeated in every chunk, and offsets that begin anew behind it."""

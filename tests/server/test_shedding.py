@@ -170,6 +170,7 @@ def test_every_route_that_takes_a_body_says_whether_it_makes_answers():
     prefixes = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     assert others == {
         "/tokenize",
+        "/detokenize",
         "/v1/tokenizer",
         "/v2/repository/index",
         "/v2/repository/models/{model}/{action}",

@@ -174,6 +174,7 @@ PATHS = {
     "/generate_stream": (422, 422),
     "/": (422, 422),
     "/tokenize": (422, 422),
+    "/detokenize": (400, 400),
     "/infer": (400, 400),
     "/infer_token": (400, 400),
     "/v1/tokenizer": (400, 400),

@@ -184,3 +184,24 @@ def test_tokenize_counts_with_and_without_template(upstream, llm):
     told = call(upstream.url, "/tokenize", {"messages": chat(content)}).json
     expected = len(llm.engine.prepare_chat(chat(content)).prompt.token_ids)
     assert told["count"] == len(told["tokens"]) == expected
+
+
+def test_detokenize_is_the_way_back(upstream, llm):
+    """Catches ids that come back as another text, and one of no token that ends in a 500."""
+    text = "a 猫 in the house"
+    tokens = call(upstream.url, "/tokenize", {"prompt": text}).json["tokens"]
+    told = call(upstream.url, "/detokenize", {"tokens": tokens}).json
+    assert told == {"prompt": f"[gMASK]<sop>{text}"}
+    assert call(upstream.url, "/detokenize", {"tokens": []}).json == {"prompt": ""}
+    for wrong in ([-1], [10**9], ["a"], None, [True]):
+        reply = call(upstream.url, "/detokenize", {"tokens": wrong})
+        assert reply.status == 400
+        assert reply.json["error"]["param"].startswith("tokens")
+
+
+def test_the_tokenizer_tells_how_much_fits(upstream, llm):
+    """Catches a limit that is not the engine's, and names that /tokenize takes for text."""
+    told = call(upstream.url, "/tokenizer_info").json
+    assert told.pop("model_max_length") == llm.engine.inputs.limits.max_model_len
+    assert told.pop("tokenizer_class") == type(llm.engine.inputs.processor.tokenizer).__name__
+    assert told == dict.fromkeys(["bos_token", "eos_token", "pad_token", "chat_template"])

@@ -215,7 +215,7 @@ class RequestFactory:
         arrival_s = time.monotonic()
         sampling = _or_defaults(sampling, SamplingParams, "sampling")
         options = _or_defaults(options, RequestOptions, "options")
-        self._check_ids("prompt", token_ids)
+        self.check_ids("prompt", token_ids)
         _refuse_tools(options)
         prompt = self.processor.encode_tokens(token_ids)
         max_tokens = self._check_fit(prompt, sampling)
@@ -295,8 +295,8 @@ class RequestFactory:
         arrival_s: float,
         options: RequestOptions,
     ) -> Request:
-        self._check_ids("logit_bias", sampling.logit_bias)
-        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self.check_ids("logit_bias", sampling.logit_bias)
+        self.check_ids("stop_token_ids", sampling.stop_token_ids)
         if sampling.prompt_logprobs is not None and prompt.bidirectional_len:
             said = "are not possible with this model: every token of its prompts sees those behind"
             raise RequestError("prompt_logprobs", f"{said} it; leave it out")
@@ -323,8 +323,8 @@ class RequestFactory:
         family = frozenset() if sampling.ignore_eos else self.processor.stop_token_ids
         return family | frozenset(sampling.stop_token_ids)
 
-    def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
-        """An id outside the vocabulary would index another row's logits."""
+    def check_ids(self, field: str, token_ids: Iterable[int]) -> None:
+        """Raises RequestError for an id outside the vocabulary: it would index another row."""
         for token_id in token_ids:
             if not 0 <= token_id < self.limits.vocab_size:
                 last = self.limits.vocab_size - 1

@@ -93,9 +93,19 @@ class RunningUsage:
 
 
 def shown_tokens(
-    tokens: Sequence[SampledToken], reason: FinishReason | None, stop: Any, request: Request
+    tokens: Sequence[SampledToken],
+    reason: FinishReason | None,
+    stop: Any,
+    request: Request,
+    is_echoed: bool = False,
 ) -> list[SampledToken]:
-    """Those that are told of: not the one that ended the answer, unless it is part of its text."""
+    """Those that are told of: not the one that ended the answer, unless it is part of its text.
+
+    Behind an echoed prompt it is told: evaluation tools cut off one token, whatever it is, and
+    would lose the prompt's last.
+    """
+    if is_echoed:
+        return list(tokens)
     is_by_token = reason == "stop" and isinstance(stop, int)
     if is_by_token and not request.sampling.include_stop_str_in_output:
         return list(tokens[:-1])
@@ -186,7 +196,7 @@ def _completion_choice(
     told = report.shown_tokens(scores, texts)
     if report.is_alone:
         return {"text": text, "logprobs": told and told.body(0), **_END_OF_PROMPT}
-    told = _joined(told, _tokens_of(done, request), texts)
+    told = _joined(told, _tokens_of(done, request, report.echo), texts)
     return {
         "text": text + done.text,
         "logprobs": told and told.body(0),
@@ -213,10 +223,12 @@ def _joined(
     return own if told is None else told + own
 
 
-def _tokens_of(done: Completion, request: Request) -> list[SampledToken] | None:
+def _tokens_of(
+    done: Completion, request: Request, is_echoed: bool = False
+) -> list[SampledToken] | None:
     if done.logprobs is None:
         return None
-    return shown_tokens(done.logprobs, done.finish_reason, done.stop_reason, request)
+    return shown_tokens(done.logprobs, done.finish_reason, done.stop_reason, request, is_echoed)
 
 
 # --- chunks ----------------------------------------------------------------------------------
@@ -249,10 +261,13 @@ class Chunks(ABC):
         index = number * request.sampling.n + output.index
         held = self._held.setdefault(index, _Held())
         self.usage.add(number, output)
-        held.tokens += shown_tokens(
-            output.logprobs, output.finish_reason, output.stop_reason, request
-        )
+        ending = output.finish_reason, output.stop_reason
+        held.tokens += shown_tokens(output.logprobs, *ending, request, self._is_echoed(number))
         return [self._chunk(each) for each in self._choices(index, held, output, request)]
+
+    def _is_echoed(self, number: int) -> bool:
+        """Whether the prompt of request `number` stands before its answers."""
+        return False
 
     def last(self) -> dict[str, Any]:
         """The chunk of counts, without a choice."""
@@ -351,6 +366,9 @@ class CompletionChunks(Chunks):
 
     def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head.body("text_completion", choices)
+
+    def _is_echoed(self, number: int) -> bool:
+        return self._reports[number].echo
 
     def feed(self, number: int, output: StepOutput) -> list[dict[str, Any]]:
         """Chunks of one output of request `number`; none while its text is held back."""

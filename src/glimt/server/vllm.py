@@ -1,7 +1,9 @@
-"""vLLM's old `/generate`, and MindIE's variant of it. Its route is in `shared_paths`.
+"""vLLM's old `/generate`, and MindIE's variant of it; what vLLM tells of its tokenizer.
+
+The routes of `/generate` and `/tokenize`, which TGI has too, are in `shared_paths`.
 
 Source: vllm-project/vllm, vllm/entrypoints/api_server.py before its removal; Ascend/MindIE-LLM,
-single_req_vllm_infer_interface.cpp.
+single_req_vllm_infer_interface.cpp; vLLM 0.33.0, entrypoints/serve/tokenize/protocol.py.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from glimt.errors import RequestError
-from glimt.server.app import Context
-from glimt.server.bodies import Body, Bool, Text, parsed
+from glimt.server.app import Context, Protocol
+from glimt.server.bodies import Body, Bool, Int, StrictRoute, Text, parsed
 from glimt.server.config import ServerConfig
 from glimt.server.conversation import read_messages
 from glimt.server.failures import Failure
+from glimt.server.openai_texts import TokenTexts
 from glimt.server.parameters import VllmParameters, fixed_sampling
 from glimt.server.parts import MINDIE, Part, prompt_parts, text_of, user_message
 from glimt.server.replies import Finished, streamed, whole
@@ -208,3 +212,41 @@ class TokenizeBody(Body):
     tools: Tools | None = None
     add_special_tokens: Bool = True
     model: Text | None = None
+
+
+class DetokenizeBody(Body):
+    """What vLLM's clients send to /detokenize."""
+
+    tokens: list[Int]
+    model: Text | None = None
+
+
+def routes(context: Context) -> APIRouter:
+    """Those that no other family has."""
+    router = APIRouter(route_class=StrictRoute, tags=["vLLM"])
+
+    @router.post("/detokenize", summary="vLLM: the text of tokens")
+    async def detokenize(body: DetokenizeBody) -> Response:
+        context.check_model(body.model)
+        inputs = context.service.host.engine.engine.inputs
+        inputs.check_ids("tokens", body.tokens)
+        texts = TokenTexts(inputs.processor.tokenizer)
+        return json_reply({"prompt": await asyncio.to_thread(texts.whole, body.tokens)})
+
+    @router.get("/tokenizer_info", summary="vLLM: what /tokenize is done with")
+    async def tokenizer_info() -> Response:
+        engine = context.service.host.engine.engine
+        # A name that is sent to /tokenize is text there like any other, so none is told.
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "chat_template"))
+        return json_reply(
+            {
+                "tokenizer_class": type(engine.inputs.processor.tokenizer).__name__,
+                "model_max_length": engine.inputs.limits.max_model_len,
+                **names,
+            }
+        )
+
+    return router
+
+
+PROTOCOL = Protocol("vllm", routes)

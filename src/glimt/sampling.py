@@ -88,11 +88,12 @@ class Sampler:
 
         pieces: of the logits that predict them, [rows, vocab_size] each
         """
-        logits = chain.from_iterable(piece.detach().to("cpu", torch.float32) for piece in pieces)
+        copies = (piece.detach().to("cpu", torch.float32).numpy() for piece in pieces)
+        rows = chain.from_iterable(copies)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return [
                 _prompt_logprob(target.token_id, raw, _given(row.sampling.prompt_logprobs))
-                for (row, target), raw in zip(plan.targets, logits, strict=True)
+                for (row, target), raw in zip(plan.targets, rows, strict=True)
             ]
 
     def _load(self, logits: Tensor) -> np.ndarray:
@@ -392,31 +393,34 @@ def _report(row: StepRow, choice: int | str, logits: Tensor) -> SampledToken:
         return SampledToken(row.sequence_id, -1, error=choice)
     if row.sampling.logprobs is None:
         return SampledToken(row.sequence_id, choice)
-    logprob, top = _logprobs(logits, choice, row.sampling.logprobs)
+    raw = logits.detach().to("cpu", torch.float32).numpy()
+    logprob, top = _logprobs(raw, choice, row.sampling.logprobs)
     return SampledToken(row.sequence_id, choice, logprob, top)
 
 
-def _prompt_logprob(token_id: int, logits: Tensor, num_top: int) -> PromptLogprob:
-    """logits: [vocab_size], raw. Of equal logits all have the best rank among them."""
-    logprob, top = _logprobs(logits, token_id, num_top)
+def _prompt_logprob(token_id: int, raw: np.ndarray, num_top: int) -> PromptLogprob:
+    """raw: [vocab_size] float32 logits. Of equal ones all have the best rank among them."""
+    logprob, top = _logprobs(raw, token_id, num_top)
     if math.isnan(logprob):
         return PromptLogprob(token_id)
-    rank = 1 + int((logits > logits[token_id]).sum())
+    rank = 1 + int(np.count_nonzero(raw > raw[token_id]))
     return PromptLogprob(token_id, logprob, rank, top)
 
 
 def _logprobs(
-    logits: Tensor, token_id: int, num_top: int
+    raw: np.ndarray, token_id: int, num_top: int
 ) -> tuple[float, tuple[TokenLogprob, ...]]:
-    """Log-softmax of the raw logits for a token and for the num_top best, ties by lower id.
+    """Log-softmax of raw logits for a token and for the num_top best, ties by lower id.
 
+    raw: [vocab_size] float32
     Tokens of probability 0 (-inf) are never listed, so there may be fewer than num_top.
     """
-    raw = logits.detach().to("cpu", torch.float32).numpy()
     best = raw.max()
     log_total = float(best) + math.log(_weights(raw, best, 1.0).sum())
-    floor = _floors(raw[None], max(num_top, 1))[0]
-    ids = _best_first(raw, floor)[:num_top]
+    ids: np.ndarray = np.empty(0, np.int64)
+    if num_top:
+        floor = float(np.partition(raw, -num_top)[-num_top]) if num_top < len(raw) else -math.inf
+        ids = _best_first(raw, floor)[:num_top]
     top = tuple(TokenLogprob(int(i), float(raw[i]) - log_total) for i in ids)
     return float(raw[token_id]) - log_total, top
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any
@@ -116,7 +116,15 @@ async def _chat_whole(context: Context, ask: Ask, head: Head, report: PromptRepo
     texts = _texts(context)
     async with context.service.answer(ask) as answer:
         whole = await answer.whole()
-        return json_reply(chat_reply(head, whole, answer.request, texts, ask.offer, report))
+        write = partial(chat_reply, head, whole, answer.request, texts, ask.offer, report)
+        return await _written(write, [report])
+
+
+async def _written(write: Callable[[], Any], reports: Sequence[PromptReport]) -> Response:
+    """The reply; one of a prompt's tokens is written beside the loop, which others wait for."""
+    if all(report.wanted is None for report in reports):
+        return json_reply(write())
+    return await asyncio.to_thread(lambda: json_reply(write()))
 
 
 async def _completions_whole(
@@ -127,7 +135,8 @@ async def _completions_whole(
         answers = await _entered(context, stack, asks, reports)
         requests = [answer.request for answer in answers]
         outputs = await _all_whole(answers)
-        return json_reply(completion_reply(head, outputs, requests, texts, reports))
+        write = partial(completion_reply, head, outputs, requests, texts, reports)
+        return await _written(write, reports)
 
 
 async def _entered(

@@ -86,7 +86,8 @@ def watch(engine: Engine, stopwatch: Stopwatch) -> None:
         (engine.vision, ("complete", "finish_step")),
         (engine.sampler, ("sample",)),
         (engine.outputs, ("note_step", "collect")),
-        (model_runner, ("flatten", "clear_blocks")),
+        (model_runner, ("flatten",)),
+        (type(engine.runner.caches), ("clear_blocks",)),
         (engine.runner.model, MODEL),
     ):
         for name in names:

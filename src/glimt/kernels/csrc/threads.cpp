@@ -137,6 +137,7 @@ struct Slot {
 
 std::unique_ptr<Pool> pool;
 Slot slots[kNumSlots];
+bool is_alone = false;  // of the one call at a time; the workers sleep while it is set
 
 Pool& the_pool() {
     if (!pool) pool = std::make_unique<Pool>(1);
@@ -147,7 +148,15 @@ Pool& the_pool() {
 
 void run_parallel(void (*body)(void*, int, int), void* context) { the_pool().run(body, context); }
 
-void wait_for_all() { the_pool().barrier().wait(); }
+void run_alone(void (*body)(void*, int, int), void* context) {
+    is_alone = true;
+    body(context, 0, 1);
+    is_alone = false;
+}
+
+void wait_for_all() {
+    if (!is_alone) the_pool().barrier().wait();
+}
 
 int num_workers() { return the_pool().count(); }
 

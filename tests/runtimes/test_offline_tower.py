@@ -187,7 +187,10 @@ def test_an_older_export_is_opened_with_a_warning(opened, tmp_path, caplog):
     manifest_path(path).write_text(json.dumps(raw))
     open_tower("still", path, OWNER, None, PLACE).load()
     assert opened == [path]
-    assert "what is in tower.onnx is not checked: its manifest has no digest" in caplog.text
+    said = "what is in tower.onnx is not checked: its manifest has no digest; "
+    assert f"{said}export it again to have one" in caplog.text
+    open_tower("still", written(tmp_path, files={}), OWNER, None, PLACE).load()
+    assert f"{said}compiled elsewhere" in caplog.text
 
 
 def test_a_runtime_that_is_absent_is_told_before_anything_is_loaded(opened, tmp_path, monkeypatch):

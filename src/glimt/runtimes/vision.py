@@ -122,14 +122,15 @@ class TowerFile:
         MissingDependency without the runtime's package.
         """
         if unchecked := sorted(self._unchecked()):
+            why = "export it again to have one" if self._manifest.files else "compiled elsewhere"
             said = f"what is in {', '.join(unchecked)} is not checked: its manifest has no digest"
-            log.warning("%s; one that `glimt export vision` writes now has", said)
+            log.warning("%s; %s", said, why)
         check_digests(self._manifest, self.path.parent, on_bytes)
         session = self._runtime.open(self.path, self._num_threads)
         self._tower = OfflineTower(session, self._manifest, *self._place)
 
     def _unchecked(self) -> set[str]:
-        """An OM that was compiled elsewhere is in no manifest."""
+        """Files without a digest; of an OM that was compiled elsewhere no file is known."""
         return {self.path.name, *self._manifest.files} - self._manifest.sha256.keys()
 
 

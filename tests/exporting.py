@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def stand_in_ais_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("ais_bench", "ais_bench.infer", "ais_bench.infer.interface")
     for name in names:
         module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
         module.__path__ = []  # type: ignore[attr-defined]
         module.InferSession = InferSession  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)

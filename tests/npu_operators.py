@@ -99,6 +99,21 @@ class Chip:
         rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
         return (x.float() * rstd * gamma.float()).to(x.dtype), rstd
 
+    def npu_add_rms_norm(
+        self, x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The norm is of the sum before it is rounded, which is the larger of two differences."""
+        self.floats(x1, x2, gamma)
+        need(x1.shape == x2.shape, "what is added is of other shapes")
+        need(gamma.shape == x1.shape[-1:], "gamma is not of the last axis' length")
+        need(x1.numel() > 0, "empty tensors are not taken")
+        total = x1.float() + x2.float()
+        rstd = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + epsilon)
+        normed = (total * rstd * gamma.float()).to(x1.dtype)
+        if self.kind == "310p":
+            rstd = torch.full_like(rstd, torch.nan)  # documented as not valid there
+        return normed, rstd, total.to(x1.dtype)
+
     def npu_swiglu(self, x: Tensor, dim: int = -1) -> Tensor:
         self.only("a2", "npu_swiglu")
         self.floats(x)

@@ -29,6 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("async_engine", "llm"),
     ("engine",),
     ("ranks",),
+    ("children",),
     ("loader", "memory_plan", "pace", "synthetic"),
     ("inputs", "outputs", "runner", "sampling", "scheduler"),
     ("runtimes", "weights"),

@@ -30,7 +30,7 @@ from glimt.devices.base import Seat
 from glimt.engine import Engine
 from glimt.errors import ConfigError, EngineError, RankError
 from glimt.quant.plan import QuantOptions
-from glimt.ranks import Place, Ranks, start_ranks
+from glimt.ranks import Place, Ranks, TCPStore, start_ranks
 from glimt.runner.messages import Channel, Message
 from processes import is_running, rank_pids
 
@@ -203,7 +203,8 @@ def test_a_device_that_is_not_here_is_named(device: str, monkeypatch: pytest.Mon
         start_ranks(EngineConfig(model="demo", tp_size=2, device=device))
 
 
-def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_ranks_end_with_the_first(folders: dict[str, Path], is_stopped: bool) -> None:
     """Catches orphans of a program that is killed and can end nothing itself."""
     program = (
         "import sys, time, glimt\n"
@@ -216,9 +217,15 @@ def test_ranks_end_with_the_first(folders: dict[str, Path]) -> None:
     ) as first:
         assert first.stdout is not None
         (other,) = map(int, first.stdout.readline().split())
+        if is_stopped:
+            os.kill(other, signal.SIGSTOP)
         first.kill()
-    while is_running(other):
-        pass
+    try:
+        while is_running(other):
+            pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(other, signal.SIGKILL)  # one that did not end
 
 
 def test_ranks_meet_again_where_others_failed(
@@ -283,6 +290,85 @@ def test_a_port_in_use_is_named(folders: dict[str, Path], monkeypatch: pytest.Mo
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match=f"MASTER_PORT.*127.0.0.1:{port}"):
             start_ranks(EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2))
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_ranks_meet_over_ipv6(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """Catches an address that a socket of IPv4, or a ':' between host and port, does not take."""
+    alone = answers(folders["glm4v_9b"])
+    monkeypatch.setenv("MASTER_ADDR", address)
+    assert answers(folders["glm4v_9b"], tp_size=2) == alone
+
+
+@needs_ipv6
+def test_torchrun_meets_over_ipv6(folders: dict[str, Path]) -> None:
+    """Catches a rank of torchrun's that looks for the store, or for rank 0, by another name."""
+    told = ["generate", "--model", str(folders["glm4v_9b"]), "--prompt", "Hello", "--tp", "2"]
+    program = [sys.executable, "-m", "glimt", *told, "--temperature", "0", "--max-tokens", "4"]
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+    where = {"MASTER_ADDR": "::1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    # As torchrun sets it up: the store is held by who starts the ranks.
+    store = TCPStore("::1", port, 2, True, wait_for_workers=False)
+    ranks = [
+        subprocess.Popen(program, env=os.environ | where | {"RANK": rank}, stdout=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=280)[0] for rank in ranks]
+    del store
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said[0].strip()
+    assert not said[1]
+
+
+@needs_ipv6
+def test_a_port_in_use_over_ipv6_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ::1:29500, in which nobody finds the port."""
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "::1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT.*\[::1\]:{port}: Address .* in use"):
+            start_ranks(EngineConfig(model="demo", tp_size=2))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("192.0.2.1", "is '192.0.2.1', where nobody can listen: "),
+        ("no..name", "is 'no..name', which is not found: "),
+        ("[::1", r"is '\[::1', which is not found: "),
+    ],
+)
+def test_an_address_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, address: str, said: str
+) -> None:
+    """Catches another setting blamed, and a traceback."""
+    known = socket.getaddrinfo
+
+    def without_asking(host: str, *given: object, **options: object) -> list[object]:
+        if host.startswith("["):  # no name server is asked in a test
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(host, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_asking)
+    monkeypatch.setenv("MASTER_ADDR", address)
+    with pytest.raises(ConfigError, match=f"^MASTER_ADDR: {said}.*; give an address of this mach"):
+        start_ranks(EngineConfig(model="demo", tp_size=2))
 
 
 @pytest.mark.parametrize("size", [0, 3, 16, True, "2", None])

@@ -325,7 +325,7 @@ def _build_vision(config: EngineConfig, opened: OpenedModel, model: Model) -> Vi
     token = torch.zeros(1, dtype=torch.int64, device=opened.device.torch_device)
     features = FeatureCache(config.feature_cache_bytes // model.embed(token).nbytes)
     sizes = config.tower_patches, config.tower_slice_patches
-    return VisionRunner(opened.tower or model, features, *sizes)
+    return VisionRunner(opened.tower.loaded if opened.tower else model, features, *sizes)
 
 
 def _build_caches(config: EngineConfig, opened: OpenedModel, num_blocks: int) -> KVCaches:

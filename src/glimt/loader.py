@@ -30,7 +30,7 @@ from glimt.parallel import ALONE, Group
 from glimt.quant.base import NONE
 from glimt.quant.plan import QuantOptions, plan_formats, read_options, remaining
 from glimt.runner.lead import Others
-from glimt.runtimes.vision import OfflineTower, TowerOwner, open_tower
+from glimt.runtimes.vision import TowerFile, TowerOwner, open_tower
 from glimt.synthetic import (
     SyntheticName,
     SyntheticTokenizer,
@@ -76,7 +76,7 @@ class OpenedModel:
     max_model_len: int
     formats: WeightFormats = AS_FLOATS
     ranks: Others | None = None
-    tower: OfflineTower | None = None
+    tower: TowerFile | None = None
 
     @property
     def _chooses(self) -> Chooses:
@@ -86,12 +86,20 @@ class OpenedModel:
         """What loading will read."""
         return plan_weights(self.checkpoint, self.model, self.formats, self._chooses)
 
-    def load(self, on_tensor: Callable[[int], None] | None = None) -> None:
-        """Fill the model's parameters. Raises CheckpointError listing all that is wrong, and
-        ConfigError where a card has no room for them.
+    @property
+    def load_bytes(self) -> int:
+        """Bytes that loading reads, those of a compiled tower among them."""
+        return self.plan().nbytes + (self.tower.nbytes if self.tower else 0)
 
-        on_tensor: called with the bytes of each tensor done
+    def load(self, on_tensor: Callable[[int], None] | None = None) -> None:
+        """Fill the model's parameters, and check and load the compiled tower, if there is one.
+
+        on_tensor: called with the bytes of each tensor done, and of the tower's files
+        Raises CheckpointError listing all that is wrong, ConfigError where a card has no room for
+        the weights, and as `TowerFile.load` does.
         """
+        if self.tower is not None:
+            self.tower.load(on_tensor)
         where = self.dtype, self.device.torch_device
         with saying_what_fits(_weights_too_large):
             load_weights(
@@ -153,7 +161,7 @@ def _open_tower(
     model: Model,
     stored: WeightFormats,
     place: tuple[torch.device, torch.dtype],
-) -> OfflineTower | None:
+) -> TowerFile | None:
     """The compiled tower that the configuration names; None where the model's own is to run.
 
     Raises ConfigError if it cannot be run, or was made of another model.

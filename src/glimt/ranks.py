@@ -1,15 +1,17 @@
 """The ranks of a divided model as processes: started or found, joined, and watched over.
 
-Rank 0 is this process. The others are started here (`python -m glimt.ranks`), or by torchrun. They
-meet at MASTER_ADDR:MASTER_PORT, on the loopback unless said otherwise; each then holds a connection
-to rank 0, on which it is told what to compute, and a process group of torch for sums. When one of
-them is gone, all are ended: what is left of a divided model is of no use.
+Rank 0 is this process. The others are started here (`children.py` runs this module), or by
+torchrun. They meet at MASTER_ADDR:MASTER_PORT, on the loopback unless said otherwise; each then
+holds a connection to rank 0, on which it is told what to compute, and a process group of torch for
+sums. When one of them is gone, all are ended: what is left of a divided model is of no use.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import ipaddress
 import logging
 import os
 import secrets
@@ -23,11 +25,13 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from glimt.children import start_child, start_children
 from glimt.config import EngineConfig
 from glimt.devices.base import Seat, find_device
 from glimt.errors import ConfigError, EngineError, GlimtError, RankError
@@ -83,7 +87,16 @@ def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 def _host(environment: Mapping[str, str]) -> str:
-    return environment.get("MASTER_ADDR") or "127.0.0.1"
+    """Where rank 0 is met. An IPv6 address may stand in brackets, as in a URL."""
+    said = environment.get("MASTER_ADDR") or "127.0.0.1"
+    return said[1:-1] if said.startswith("[") and said.endswith("]") else said
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be of any interface
+        return False
 
 
 # --- rank 0 ----------------------------------------------------------------------------------
@@ -336,8 +349,11 @@ class _Start:
 
     def _start_processes(self, processes: dict[int, subprocess.Popen[bytes]], port: int) -> None:
         size = self.config.tp_size
-        for rank in range(1, size):
-            processes[rank] = _start_process(rank, size, self.host, port)
+        starts = {
+            rank: partial(start_child, "glimt.ranks", _surroundings(rank, size, self.host, port))
+            for rank in range(1, size)
+        }
+        start_children(starts, processes)
 
     def _accept_all(
         self,
@@ -376,34 +392,44 @@ def _check_running(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
             raise EngineError(f"rank {rank} ended with status {code} before it was ready")
 
 
-def _start_process(rank: int, size: int, host: str, port: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
+def _surroundings(rank: int, size: int, host: str, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank by its environment."""
+    return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
-        "GLIMT_PARENT": str(os.getpid()),
     }
-    # In a session of its own: Ctrl-C is rank 0's to answer, which then ends the others.
-    return subprocess.Popen(
-        [sys.executable, "-m", "glimt.ranks"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def _listener(host: str, port: int) -> socket.socket:
+    """Listen there, on IPv4 where the name has both. Raises ConfigError naming what is wrong."""
     try:
-        return socket.create_server((host, port))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        said = f"is {host!r}, which is not found: {getattr(error, 'strerror', None) or error}"
+        raise _no_address(said) from error
+    families = {family for family, *_ in found}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    try:
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        said = f"the ranks cannot meet at {host}:{port}: {error.strerror or error}"
+        reason = error.strerror or error
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):  # this of low ports
+            raise _no_address(f"is {host!r}, where nobody can listen: {reason}") from error
+        place = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+        said = f"the ranks cannot meet at {place}: {reason}"
         raise ConfigError("MASTER_PORT", [f"{said}; choose another port"]) from error
+
+
+def _no_address(said: str) -> ConfigError:
+    advice = "give an address of this machine, as 192.0.2.7 or [::1], or unset it for the loopback"
+    return ConfigError("MASTER_ADDR", [f"{said}; {advice}"])
 
 
 def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
     backend = find_device(config.device).collectives
-    if backend == "gloo" and _host(os.environ).startswith("127."):
+    if backend == "gloo" and _is_loopback(_host(os.environ)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_SUM_S)
@@ -418,7 +444,6 @@ def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
 
 def serve_rank(place: Place) -> int:
     """Be a rank other than the first until rank 0 ends it. Returns the exit status."""
-    _end_with(os.environ.get("GLIMT_PARENT"))
     patience = timedelta(seconds=_MEET_S)
     store = TCPStore(place.host, place.port, place.size, False, patience)
     host, port, word = store.get(_ADDRESS).decode().split()
@@ -475,21 +500,8 @@ def _show_life(channel: Channel) -> None:
     threading.Thread(target=beat, name="glimt-life", daemon=True).start()
 
 
-def _end_with(parent: str | None) -> None:
-    """End when rank 0 does, also in the midst of a sum that waits for it."""
-    if parent is None:
-        return
-
-    def watch() -> None:
-        while str(os.getppid()) == parent:
-            time.sleep(_LOOK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="glimt-parent", daemon=True).start()
-
-
 def main() -> int:
-    """`python -m glimt.ranks`, as rank 0 starts it; returns the exit status."""
+    """`python -m glimt.ranks`, as `children.py` and torchrun run it; returns the exit status."""
     place = Place.read(os.environ)
     if place is None or place.rank == 0:
         print("this is started by glimt with --tp, or by torchrun", file=sys.stderr)

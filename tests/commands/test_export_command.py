@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,10 @@ NOISE = {"checks": False}  # noise models have huge features; the demos are comp
 
 def run(*arguments: str | Path):
     return CliRunner().invoke(app, ["export", "vision", *map(str, arguments)])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def names(folder: Path) -> set[str]:
@@ -82,9 +88,22 @@ def test_json_has_the_manifest_and_the_figures(tmp_path):
     assert {name: said[name] for name in both} == {name: manifest[name] for name in both}
     assert (said["family"], said["opset"], said["dtype"]) == ("glm4v_9b", 18, "float16")
     assert said["files"] == {"d.onnx": (tmp_path / "d.onnx").stat().st_size}
+    assert said["sha256"] == manifest["sha256"] == {"d.onnx": sha256(tmp_path / "d.onnx")}
     assert said["check"]["difference"] < LIMITS["float16"].difference == 1e-2
     assert said["check"]["cosine"] >= 0.9999
     assert (said["atc"], said["compiled"]) == (None, False)
+
+
+def test_progress_is_told_of_all_that_is_read_written_and_hashed(folder, tmp_path):
+    """Catches a bar that stands still while gigabytes are hashed."""
+    read: list[int] = []
+    written: list[int] = []
+    hashed: list[int] = []
+    job = export.ExportJob(model=str(folder), to="onnx", output=tmp_path / "t.onnx", **NOISE)
+    plan = export.plan_export(job)
+    report = export.export_vision(plan, read.append, written.append, hashed.append)
+    assert (sum(read), sum(written)) == (plan.reads, plan.writes)
+    assert sum(hashed) == sum(report.files.values()) >= plan.hashes
 
 
 def test_an_om_is_made_by_atc_beside_its_graph(stand_in_atc, tmp_path):
@@ -106,6 +125,7 @@ def test_an_om_is_made_by_atc_beside_its_graph(stand_in_atc, tmp_path):
     assert names(tmp_path) == {"d.onnx", "d.onnx.json", "d.om", "d.om.json"}
     manifest = json.loads((tmp_path / "d.om.json").read_text(encoding="utf-8"))
     assert manifest["files"] == {"d.om": (tmp_path / "d.om").stat().st_size}
+    assert manifest["sha256"] == {"d.om": sha256(tmp_path / "d.om")}
     assert (manifest["format"], manifest["soc_version"]) == ("om", "Ascend910B3")
 
 
@@ -191,6 +211,87 @@ def test_files_that_exist_are_kept_unless_force_is_said(folder, tmp_path):
     assert path.read_text() == "precious"
     assert run("-m", folder, "-o", path, "--force", "--no-check").exit_code == 0
     assert path.stat().st_size > 10_000
+
+
+def test_weights_that_lie_there_are_kept_unless_force_is_said(folder, tmp_path):
+    """Catches another model's weights that are lost because its small file has been moved."""
+    path = tmp_path / "t.onnx.data"
+    path.write_text("precious")
+    done = run("-m", folder, "-o", tmp_path / "t.onnx")
+    assert f"{path} exists; replace it with --force" in " ".join(done.stderr.split())
+    assert names(tmp_path) == {path.name}
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Exports put their weights into a second file until it is undone."""
+    with_limit = partial(export.write_onnx, inline_bytes=0)
+    monkeypatch.setattr(export, "write_onnx", with_limit)
+    return monkeypatch
+
+
+def test_force_leaves_nothing_of_the_export_before(folder, tmp_path, outside):
+    """Catches gigabytes of weights beside a file that has its own inside, and files that were not
+    of that export gone with them.
+    """
+    path = tmp_path / "t.onnx"
+    (tmp_path / "t.txt").write_text("mine")
+    exported(str(folder), path, **NOISE)
+    assert names(tmp_path) == {"t.onnx", "t.onnx.data", "t.onnx.json", "t.txt"}
+    outside.undo()
+    exported(str(folder), path, force=True, **NOISE)
+    assert names(tmp_path) == {"t.onnx", "t.onnx.json", "t.txt"}
+    assert open_model(through(folder, path)).tower is not None
+
+
+def test_an_om_of_an_older_graph_does_not_stay_beside_the_new_manifest(stand_in_atc, tmp_path):
+    """Catches a manifest without sizes, as of what is compiled elsewhere, that vouches for an OM of
+    before.
+    """
+    stand_in_atc.install()
+    options = ("--to", "om", "--soc-version", "Ascend310P3", "--no-check", "-o", tmp_path / "d.om")
+    assert run(*options).exit_code == 0
+    assert run(*options, "--force", "--print-only").exit_code == 0
+    assert names(tmp_path) == {"d.onnx", "d.onnx.json", "d.om.json"}
+
+
+def through(folder: Path, file: Path) -> EngineConfig:
+    """A model whose pictures go through an exported file."""
+    return EngineConfig(model=str(folder), vision_runtime="onnxruntime", vision_model=str(file))
+
+
+@pytest.mark.parametrize("stage", ["write_onnx", "check_onnx", "sha256_of"])
+def test_force_that_is_interrupted_leaves_the_old_export_in_use(folder, tmp_path, outside, stage):
+    """Catches old weights that go before the new ones are whole."""
+    path = tmp_path / "t.onnx"
+    exported(str(folder), path, **NOISE)
+    before = {file.name: sha256(file) for file in tmp_path.iterdir()}
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    outside.undo()
+    outside.setattr(export, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exported(str(folder), path, force=True, **NOISE)
+    assert {file.name: sha256(file) for file in tmp_path.iterdir()} == before
+    tower = open_model(through(folder, path)).tower
+    assert tower is not None
+    tower.load()
+
+
+def test_a_flipped_bit_of_the_weights_ends_the_start(folder, tmp_path, outside):
+    """Catches an engine that loads without looking at the digests."""
+    path = tmp_path / "t.onnx"
+    exported(str(folder), path, **NOISE)
+    weights = tmp_path / "t.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    asked = ["--vision-runtime", "onnxruntime", "--vision-model", str(path), "--prompt", "Hi"]
+    done = CliRunner().invoke(app, ["generate", "--model", str(folder), *asked])
+    assert done.exit_code == 2
+    assert f"{weights} is damaged: its SHA-256 is" in " ".join(done.stderr.split())
 
 
 def test_a_full_disk_leaves_what_was_there(folder, tmp_path, monkeypatch):

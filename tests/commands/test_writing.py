@@ -2,7 +2,6 @@
 
 import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,19 +128,77 @@ def test_who_has_the_number_of_a_killed_process_can_write(tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_manifest_never_lies_beside_files_that_it_does_not_describe(tmp_path, monkeypatch):
-    """Catches an export over an older one that ends half way, and is then taken for whole."""
-    for name in ("tower.onnx", "tower.onnx.json"):
-        (tmp_path / name).write_text("old")
-    replace = Path.replace
+# --- files beside others -----------------------------------------------------------------------
 
-    def ended(self: Path, target: Path) -> Path:
-        if target.suffix == ".json":
-            raise KeyboardInterrupt
-        return replace(self, target)
+OLD = ("tower.onnx", "tower.onnx.data", "tower.onnx.json")
+NEW = ("tower.onnx", "tower.onnx.json")
 
-    monkeypatch.setattr(Path, "replace", ended)
-    with suppress(KeyboardInterrupt), whole_files(tmp_path / "tower.onnx", 10) as partial:
-        for name in ("tower.onnx", "tower.onnx.json"):
+
+def replace_export(folder: Path) -> None:
+    """Put NEW in the place of OLD."""
+    with whole_files(folder / "tower.onnx", 10, OLD) as partial:
+        for name in NEW:
             (partial / name).write_text("new")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"tower.onnx": "new"}
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A folder with OLD and a file of somebody else."""
+    for name in OLD:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "tower.txt").write_text("mine")
+    return tmp_path
+
+
+def test_what_the_new_files_do_not_replace_goes_too(older):
+    """Catches gigabytes of weights that stay beside a file that does not read them, and files of
+    others that go with them.
+    """
+    replace_export(older)
+    assert texts(older) == dict.fromkeys(NEW, "new") | {"tower.txt": "mine"}
+    assert len(list(older.iterdir())) == 3, "nothing is put aside for ever"
+
+
+def test_a_manifest_never_lies_beside_files_that_it_does_not_describe(older, monkeypatch):
+    """Catches an export over an older one that is killed half way, and is then taken for whole."""
+    rename = Path.rename
+    seen: list[dict[str, str]] = []
+
+    def watched(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        seen.append(texts(older))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", watched)
+    replace_export(older)
+    assert len(seen) == len(OLD) + len(NEW)
+    for files in seen:
+        if age := files.get("tower.onnx.json"):
+            assert files == dict.fromkeys(NEW, age) | {"tower.txt": "mine"}
+
+
+@pytest.mark.parametrize("moves", range(len(OLD) + len(NEW)))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failure_while_files_change_places_brings_the_old_ones_back(
+    older, monkeypatch, moves, error
+):
+    """Catches Ctrl-C between two moves, after which neither export is there."""
+    rename = Path.rename
+    before, done = texts(older), 0
+
+    def failing(self: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done == moves + 1:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((KeyboardInterrupt, ConfigError)):
+        replace_export(older)
+    assert texts(older) == before
+    assert len(list(older.iterdir())) == len(before)

@@ -397,6 +397,9 @@ def cases(t: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "layer_norm": (x, weight, bias, 1e-6),
         "layer_norm:residual": (x, weight, bias, 1e-6, x.flip(0)),
         "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, x.flip(0), weight, 1e-5),
+        "add_rms_norm:columns": (x.T.contiguous().T, x.flip(0), weight, 1e-5),
+        "add_rms_norm:no rows": (x[:0], x[:0], weight, 1e-5),
         "gelu_tanh": (x,),
         "gelu_erf": (x,),
         "silu_mul": (x, x.flip(0)),
@@ -412,6 +415,10 @@ def there(device: Device, value: Any) -> Any:
     return value.to(device.torch_device) if hasattr(value, "to") else value
 
 
+def in_turn(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -425,9 +432,10 @@ def test_every_device_computes_what_the_base_computes(device, case, dtype):
     """Would catch an override that is fast and wrong, or returns another dtype or shape."""
     name, args = case.split(":")[0], cases(dtype)[case]
     expected = getattr(Device(), name)(*args)
-    result = getattr(device, name)(*(there(device, arg) for arg in args)).cpu()
-    assert result.shape == expected.shape
-    torch.testing.assert_close(result, expected, **tolerance(dtype))
+    result = getattr(device, name)(*(there(device, arg) for arg in args))
+    for ours, plain in zip(in_turn(result), in_turn(expected), strict=True):
+        assert ours.shape == plain.shape
+        torch.testing.assert_close(ours.cpu(), plain, **tolerance(dtype))
 
 
 # --- products ---

@@ -162,10 +162,28 @@ def test_heads_of_the_towers_are_padded_to_128(opened: Contract) -> None:
             torch.testing.assert_close(result, Device().varlen_attention(*args), **HALF)
 
 
+def test_a_sum_and_its_norm_are_one_operator_where_that_is_served(opened: Contract) -> None:
+    """Catches an addition beside the norm on A2, results in another order, and rstd in their place.
+
+    On 300I DUO the sum stays torch's: nobody is known to have called the operator there.
+    """
+    x, residual, gain = normal(5, 64).half(), normal(5, 64, seed=1).half(), normal(64).half()
+    device = opened.device()
+    normed, total = device.add_rms_norm(x, residual, gain, 1e-5)
+    plain, their_total = Device().add_rms_norm(x, residual, gain, 1e-5)
+    torch.testing.assert_close(normed, plain, **HALF)
+    torch.testing.assert_close(total, their_total, **HALF)
+    a2 = opened.chip.kind == "a2"
+    assert opened.calls == {"npu_add_rms_norm" if a2 else "npu_rms_norm": 1}
+    assert device.adds_with_norm == a2
+
+
 def test_what_operators_do_not_take_goes_the_bases_way(opened: Contract) -> None:
     """Catches an operator that is called in float32, with large heads, or over int8."""
     device = opened.device()
     device.rms_norm(normal(2, 32), normal(32), 1e-5)
+    device.add_rms_norm(normal(2, 32), normal(2, 32), normal(32), 1e-5)
+    device.add_rms_norm(*(normal(0, 32).half() for _ in "xr"), normal(32).half(), 1e-5)
     device.rotate(normal(2, 1, 64), normal(2, 32), normal(2, 32), "half", 1)
     device.varlen_attention(*(normal(3, 1, 160).half() for _ in "qkv"), [0, 3], [0, 3], 0.1)
     device.linear(normal(2, 32), device.prepare_weight(normal(8, 32), torch.float32), None)

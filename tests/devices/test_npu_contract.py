@@ -113,6 +113,22 @@ ROWS: dict[str, Callable[[Any], Any]] = {
     "gamma of another dtype": lambda npu: npu.npu_rms_norm(half(2, 32), torch.ones(32), 1e-6),
     "gamma of another length": lambda npu: npu.npu_rms_norm(half(2, 32), half(16), 1e-6),
     "rows below 32 bytes": lambda npu: npu.npu_rms_norm(half(2, 8), half(8), 1e-6),
+    "a sum of two dtypes": lambda npu: npu.npu_add_rms_norm(
+        half(2, 32), torch.ones(2, 32), half(32), 1e-6
+    ),
+    "a sum's gamma of another dtype": lambda npu: npu.npu_add_rms_norm(
+        half(2, 32), half(2, 32), torch.ones(32), 1e-6
+    ),
+    "a sum's gamma of another length": lambda npu: npu.npu_add_rms_norm(
+        half(2, 32), half(2, 32), half(16), 1e-6
+    ),
+    "a sum that would be broadcast": lambda npu: npu.npu_add_rms_norm(
+        half(2, 32), half(1, 32), half(32), 1e-6
+    ),
+    "an empty sum": lambda npu: npu.npu_add_rms_norm(half(0, 32), half(0, 32), half(32), 1e-6),
+    "a sum of rows that are not next to each other": lambda npu: npu.npu_add_rms_norm(
+        half(32, 2).T, half(2, 32), half(32), 1e-6
+    ),
     "odd halves": lambda npu: npu.npu_swiglu(half(2, 33)),
     "gelu of another form": lambda npu: npu.npu_gelu(half(2, 32), approximate="fast"),
     "tables of pairs": lambda npu: npu.npu_rotary_mul(

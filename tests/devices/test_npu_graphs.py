@@ -288,6 +288,28 @@ def test_a_recording_that_fails_leaves_nothing_behind(
     )
 
 
+def test_a_recording_without_memory_leaves_smaller_ones_to_be_made(
+    a2: Contract, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a lack of memory that cannot be told from what no graph can hold."""
+    device = a2.device(records=True)
+    layers, twin = Layers(device), Layers(Device())
+
+    def step(hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
+        if a2.module.graphs.recording is not None and len(hidden) > 1:
+            raise torch.OutOfMemoryError("NPU out of memory. Tried to allocate 2.00 GiB")
+        return layers(hidden, positions, batch)
+
+    replayed = device.recorded(step, layers.caches[0])
+    for seed, starts in enumerate([[5, 9], [6], [7], [6, 10]]):
+        arguments = step_of(starts, seed)
+        torch.testing.assert_close(replayed(*arguments), twin(*arguments), **CLOSE)
+    assert {size.rows for size in replayed._recordings} == {1}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("no memory to record decoding steps of 2 rows and 8 blocks")
+    assert said.endswith("NPU out of memory. Tried to allocate 2.00 GiB")
+
+
 def test_only_what_records_has_a_scratch_block(a2: Contract) -> None:
     """Catches a block of memory that nobody uses, or padding rows in somebody's block."""
     assert isinstance(a2.device(records=True), AtlasA2)

@@ -239,6 +239,78 @@ def test_what_was_recorded_before_a_failure_is_still_replayed():
     assert (record.num_recorded, record.num_replayed) == (2, 4)
 
 
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+def end_of_memory() -> None:
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def end_that_fails_too() -> None:
+    """As of a recording that is ended after the lack of memory, which is then what is raised."""
+    try:
+        end_of_memory()
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fail", [end_of_memory, end_that_fails_too])
+def test_without_memory_for_one_size_smaller_ones_are_recorded(caplog, fail):
+    """Would catch a card that is slow in small batches since a large one came once, and a warning
+    for each size.
+    """
+    layers = Layers()
+    twin = layers.same()
+    record = StandIn()
+    asked: list[int] = []
+
+    def scarce(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+        asked.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            fail()
+        return record(function)
+
+    replayed = ReplayedStep(layers, scarce, layers.caches[0])
+    starts = [[1, 9, 3], [2, 10, 4, 5], [1, 2, 3, 4, 5], [3], [4, 11], [4], [5, 12], [3, 11, 5]]
+    for seed, each in enumerate(starts):
+        inputs = step_of(each, seed)
+        torch.testing.assert_close(replayed(*inputs), twin(*inputs), rtol=1e-5, atol=1e-6)
+    assert asked == [3, 1, 2], "sizes of 4 and 8 rows are not asked for again"
+    assert (record.num_recorded, record.num_replayed) == (2, 4)
+    (said,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert said.startswith(
+        "no memory to record decoding steps of 4 rows and 8 blocks; such ones, and larger ones, "
+        "run one by one: "
+    )
+
+
+def test_a_lack_of_memory_that_spreads_is_told_once(caplog):
+    """Would catch a warning for each smaller size, and a size that is tried at every step."""
+    layers = Layers()
+    asked: list[int] = []
+
+    def empty(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+        asked.append(1)
+        end_of_memory()
+        raise AssertionError
+
+    replayed = ReplayedStep(layers, empty, layers.caches[0])
+    for seed, starts in enumerate([[1, 2, 3], [1, 2], [1], [2, 3], [4], [1, 2, 3, 4]]):
+        replayed(*step_of(starts, seed))
+    assert len(asked) == 3
+    assert len([one for one in caplog.records if one.levelname == "WARNING"]) == 1
+
+
+def test_a_size_is_larger_if_it_is_so_in_both():
+    """Would catch few rows of a long context that are never recorded after many of a short one."""
+    large = Size(8, 16)
+    assert [Size(8, 16), Size(16, 32), Size(8, 32)] == [
+        size
+        for size in (Size(8, 16), Size(16, 32), Size(8, 32), Size(4, 32), Size(16, 8), Size(4, 8))
+        if size.is_at_least(large)
+    ]
+
+
 # --- in an engine ----------------------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ ALLOWED = PRODUCTS | ROWS | PLACES | LAYOUT | VIEWS | MADE | HOST
 
 FUSED = {
     ("a2", "glm4v_9b"): {
-        "npu_rms_norm", "npu_rotary_mul", "npu_fused_infer_attention_score",
+        "npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_fused_infer_attention_score",
         "npu_scatter_pa_kv_cache", "npu_swiglu", "npu_gelu",
     },
     ("a2", "visualglm"): {

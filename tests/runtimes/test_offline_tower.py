@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from glimt.errors import ConfigError, EngineError
 from glimt.runtimes import base
 from glimt.runtimes.base import VisionRuntime, find_runtime
-from glimt.runtimes.manifest import Manifest, manifest_path, read_manifest
+from glimt.runtimes.manifest import Manifest, manifest_path, read_manifest, sha256_of
 from glimt.runtimes.vision import OfflineTower, TowerOwner, open_tower
 from glimt.types import ImageInput
 
@@ -109,26 +111,93 @@ def written(folder: Path, **changes: object) -> Path:
 
 
 OWNER = TowerOwner("visualglm", MANIFEST.tower_digest)
+PLACE = (CPU, torch.float32)
 
 
 def refusal(path: Path, owner: TowerOwner = OWNER, name: str = "still") -> str:
     with pytest.raises(ConfigError) as caught:
-        open_tower(name, path, owner, None, (CPU, torch.float32))
+        open_tower(name, path, owner, None, PLACE)
     return str(caught.value)
+
+
+def with_weights(folder: Path) -> Path:
+    """An export of two files whose manifest has the digests of both."""
+    weights = folder / "tower.onnx.data"
+    weights.write_bytes(bytes(range(256)) * 64)
+    files = {"tower.onnx": 5, weights.name: weights.stat().st_size}
+    digests = {"tower.onnx": hashlib.sha256(b"graph").hexdigest(), weights.name: sha256_of(weights)}
+    return written(folder, files=files, sha256=digests)
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
     """Catches a field that the form in JSON loses."""
-    path = written(tmp_path, batch=None, soc_version="Ascend910B3")
-    said = replace(MANIFEST, batch=None, soc_version="Ascend910B3", files={"tower.onnx": 5})
-    assert read_manifest(path) == said
+    changes = {"batch": None, "soc_version": "Ascend910B3", "sha256": {"tower.onnx": "0" * 64}}
+    path = written(tmp_path, **changes)
+    assert read_manifest(path) == replace(MANIFEST, files={"tower.onnx": 5}, **changes)
 
 
-def test_a_whole_file_of_this_model_is_opened(opened, tmp_path):
-    """Catches checks that refuse everything."""
-    path = written(tmp_path)
-    open_tower("still", path, OWNER, None, (CPU, torch.float32))
+def test_a_whole_file_of_this_model_is_opened_when_it_is_loaded(opened, tmp_path, caplog):
+    """Catches checks that refuse everything, a server that loads the file twice, and progress that
+    never reaches its end.
+    """
+    path = with_weights(tmp_path)
+    tower = open_tower("still", path, OWNER, None, PLACE)
+    assert opened == []
+    seen: list[int] = []
+    tower.load(seen.append)
     assert opened == [path]
+    assert sum(seen) == tower.nbytes == 5 + 256 * 64
+    assert tower.loaded.manifest == read_manifest(path)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["tower.onnx", "tower.onnx.data"])
+def test_one_flipped_bit_is_found_before_the_file_is_opened(opened, tmp_path, name):
+    """Catches weights that a disk or a copy has changed, and that still give fluent answers."""
+    path = with_weights(tmp_path)
+    damaged = path.with_name(name)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    tower = open_tower("still", path, OWNER, None, PLACE)
+    with pytest.raises(ConfigError) as caught:
+        tower.load()
+    assert re.search(
+        rf"vision_model: {re.escape(str(damaged))} is damaged: its SHA-256 is [0-9a-f]{{12}}…, "
+        r"but [0-9a-f]{12}… was written; copy it again .*, or export it again",
+        str(caught.value),
+    )
+    assert opened == []
+
+
+def test_a_file_that_vanished_since_is_told(opened, tmp_path):
+    """Catches a traceback where a network folder is gone between two looks."""
+    path = with_weights(tmp_path)
+    tower = open_tower("still", path, OWNER, None, PLACE)
+    path.with_name("tower.onnx.data").unlink()
+    with pytest.raises(ConfigError, match=r"tower\.onnx\.data cannot be read: No such file"):
+        tower.load()
+
+
+def test_an_older_export_is_opened_with_a_warning(opened, tmp_path, caplog):
+    """Catches exports of before that no longer run, and a check that is left out in silence."""
+    path = written(tmp_path)
+    raw = json.loads(manifest_path(path).read_text())
+    del raw["sha256"]
+    manifest_path(path).write_text(json.dumps(raw))
+    open_tower("still", path, OWNER, None, PLACE).load()
+    assert opened == [path]
+    said = "what is in tower.onnx is not checked: its manifest has no digest; "
+    assert f"{said}export it again to have one" in caplog.text
+    open_tower("still", written(tmp_path, files={}), OWNER, None, PLACE).load()
+    assert f"{said}compiled elsewhere" in caplog.text
+
+
+def test_a_runtime_that_is_absent_is_told_before_anything_is_loaded(opened, tmp_path, monkeypatch):
+    """Catches a server that answers 503 until its weights are read, and then ends."""
+    gone = VisionRuntime("still", "onnx", lambda path, threads: Session(), lambda: "it is not here")
+    monkeypatch.setattr(base, "all_runtimes", lambda: {"still": gone})
+    assert refusal(written(tmp_path)) == "vision_runtime: it is not here"
 
 
 def test_files_that_are_not_this_models_are_refused_unopened(opened, tmp_path):
@@ -166,6 +235,9 @@ def test_files_that_are_not_whole_are_refused_unopened(opened, tmp_path):
         ("batch", 0, "batch is 0"),
         ("files", {"tower.onnx": "five"}, "files.tower.onnx is 'five'"),
         ("tower_digest", None, "tower_digest is missing"),
+        ("sha256", {"tower.onnx": 5}, "sha256.tower.onnx is 5"),
+        ("sha256", {"tower.onnx": "abc"}, "'abc'; 64 hexadecimal digits are needed"),
+        ("sha256", {"other": "0" * 64}, "sha256 names 'other', which is not among files"),
     ],
 )
 def test_a_manifest_that_was_changed_is_told_by_its_field(tmp_path, name, value, said):

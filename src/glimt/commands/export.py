@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from glimt.devices.base import Device
 from glimt.errors import ConfigError, EngineError, MissingDependency
 from glimt.export import atc
 from glimt.export.check import Comparison, check_picture, compare
-from glimt.export.onnx_file import check_onnx, write_onnx
+from glimt.export.onnx_file import check_onnx, external_data, write_onnx
 from glimt.export.trace import OPSETS, GraphShape, import_onnx, trace_tower
 from glimt.loader import Findings, ModelFolder, build_model, model_folder, parse_dtype, read_folder
 from glimt.models.base import BuildContext, Model
 from glimt.quant.base import NONE
 from glimt.quant.plan import plan_formats
-from glimt.runtimes.manifest import Manifest, manifest_path
+from glimt.runtimes.manifest import Manifest, manifest_path, sha256_of
 from glimt.runtimes.onnx_runtime import RUNTIME as ONNXRUNTIME
 from glimt.sizes import size_text
 from glimt.types import ImageInput
@@ -70,6 +70,13 @@ class ExportJob:
         return self.output.with_suffix(".onnx")
 
     @property
+    def names(self) -> set[str]:
+        """Every file that an export to this output may leave, and one before it may have left."""
+        models = {self.output, self.onnx}
+        weights = external_data(self.onnx).name
+        return {weights, *(m.name for m in models), *(manifest_path(m).name for m in models)}
+
+    @property
     def num_pictures(self) -> int | None:
         """Pictures at once, None for any number."""
         return None if self.batch == DYNAMIC else int(self.batch)
@@ -81,6 +88,7 @@ class ExportPlan:
 
     formats:  in which the checkpoint holds the other weights
     reads, writes: bytes of the tower's weights in the checkpoint, and in the file
+    hashes:        bytes of all files that a digest is made of, about
     """
 
     job: ExportJob
@@ -91,6 +99,11 @@ class ExportPlan:
     compiler: str | None
     reads: int
     writes: int
+
+    @property
+    def hashes(self) -> int:
+        """An OM is about as large as its graph."""
+        return self.writes * (1 if self.compiler is None else 2)
 
     @property
     def compilation(self) -> atc.AtcJob | None:
@@ -175,7 +188,8 @@ def _output_problems(job: ExportJob) -> Iterator[str]:
     if job.output.is_dir():
         yield f"output {job.output} is a folder; name a file in it"
     elif not job.force:
-        taken = [path for path in dict.fromkeys((job.output, job.onnx)) if path.exists()]
+        places = [job.output.with_name(name) for name in sorted(job.names)]
+        taken = [path for path in places if path.exists()]
         yield from (f"{path} exists; replace it with --force" for path in taken)
 
 
@@ -240,29 +254,34 @@ def export_vision(
     plan: ExportPlan,
     on_read: Callable[[int], None] | None = None,
     on_write: Callable[[int], None] | None = None,
+    on_hash: Callable[[int], None] | None = None,
 ) -> ExportReport:
     """Write the target and what belongs to it: complete or, on any error, not at all.
 
+    What an export before it left under its names goes once this one is whole.
+
     on_read, on_write: called with bytes of weights read and written, of plan.reads and plan.writes
+    on_hash: called with bytes of files hashed, of plan.hashes
     Peak memory is the tower's weights once, and one of them again.
     Raises ConfigError, EngineError if the file does not compute what the torch tower does.
     """
     job = plan.job
     manifest = _manifest(plan)
-    with whole_files(job.output, plan.writes) as partial:
+    with whole_files(job.output, plan.writes, job.names) as partial:
         path = partial / job.onnx.name
         expected = _write(plan, path, on_read, on_write)
         check_onnx(path)
         comparison = _compare(plan, path, manifest, expected) if job.checks else None
-        written = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        manifest = _settled(manifest, "onnx", written)
+        written = sorted(partial.iterdir())
+        manifest = _settled(manifest, "onnx", written, on_hash)
+        files = manifest.files
         manifest_path(path).write_text(manifest.to_json(), encoding="utf-8")
         if plan.compilation is not None:
-            manifest = _compile(plan, plan.compilation, partial, manifest)
+            manifest = _compile(plan, plan.compilation, partial, manifest, on_hash)
     return ExportReport(
         output=job.output,
         manifest=manifest,
-        files={**written, **manifest.files},
+        files={**files, **manifest.files},
         comparison=comparison,
         command=plan.compilation.as_text() if plan.compilation else None,
         is_compiled=plan.compiler is not None,
@@ -303,14 +322,16 @@ def _compare(
 
 
 def _compile(
-    plan: ExportPlan, compilation: atc.AtcJob, partial: Path, of_onnx: Manifest
+    plan: ExportPlan,
+    compilation: atc.AtcJob,
+    partial: Path,
+    of_onnx: Manifest,
+    on_hash: Callable[[int], None] | None,
 ) -> Manifest:
     """Run ATC, where there is one, and say beside what it wrote, or will write, what it is."""
-    files: dict[str, int] = {}
-    if plan.compiler is not None:
-        om = atc.run_atc(compilation, plan.compiler, partial)
-        files[om.name] = om.stat().st_size
-    manifest = _settled(of_onnx, "om", files, compilation.soc_version)
+    written = [atc.run_atc(compilation, plan.compiler, partial)] if plan.compiler else []
+    manifest = _settled(of_onnx, "om", written, on_hash)
+    manifest = replace(manifest, soc_version=compilation.soc_version)
     text = manifest.to_json()
     manifest_path(partial / compilation.om.name).write_text(text, encoding="utf-8")
     return manifest
@@ -335,9 +356,15 @@ def _manifest(plan: ExportPlan) -> Manifest:
 
 
 def _settled(
-    manifest: Manifest, form: str, files: dict[str, int], soc_version: str | None = None
+    manifest: Manifest,
+    form: str,
+    written: Sequence[Path],
+    on_hash: Callable[[int], None] | None,
 ) -> Manifest:
-    return replace(manifest, format=form, files=files, soc_version=soc_version)
+    """With the format, and what is known of the files that were written."""
+    sizes = {file.name: file.stat().st_size for file in written}
+    digests = {file.name: sha256_of(file, on_hash) for file in written}
+    return replace(manifest, format=form, files=sizes, sha256=digests)
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -347,8 +374,8 @@ def run(job: ExportJob, as_json: bool) -> None:
     """Export, showing progress, and tell what was written and measured."""
     with told_as_json(as_json):
         plan = plan_export(job)
-        with byte_bar("exporting", plan.reads + plan.writes) as on_bytes:
-            report = export_vision(plan, on_bytes, on_bytes)
+        with byte_bar("exporting", plan.reads + plan.writes + plan.hashes) as on_bytes:
+            report = export_vision(plan, on_bytes, on_bytes, on_bytes)
     print_json(report.as_dict()) if as_json else _tell(report)
 
 

@@ -47,11 +47,12 @@ def load_llm(config: EngineConfig) -> LLM:
 def load_weights(opened: OpenedModel, is_quiet: bool = False) -> bool:
     """Load an opened model's weights, with a progress bar if they are many; tells if they were.
 
-    Raises CheckpointError.
+    Raises CheckpointError, or ConfigError for a compiled tower that is damaged.
     """
-    total = opened.plan().nbytes
+    total = opened.load_bytes
     is_told = total >= _LARGE_BYTES and not is_quiet
-    with byte_bar("loading", total) if is_told else nullcontext() as on_tensor:
+    label = f"checking {opened.tower.path.name}, loading" if opened.tower else "loading"
+    with byte_bar(label, total) if is_told else nullcontext() as on_tensor:
         opened.load(on_tensor)
     return is_told
 

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,23 +70,46 @@ def whole_folder(target: Path, nbytes: int, is_replaced: bool = False) -> Iterat
 
 
 @contextmanager
-def whole_files(target: Path, nbytes: int) -> Iterator[Path]:
+def whole_files(target: Path, nbytes: int, replaced: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write into whose files move to where `target` is, or vanish on any error.
 
-    Files of their names there are replaced; what ends in .json, which says that the others are
-    whole, goes first and comes last. Raises ConfigError as `whole_folder` does.
+    replaced: names of files there that give way, besides those that new ones have
+
+    What gives way stays until all is written, and is back after an error. What ends in .json, which
+    says that the others are whole, goes first and comes last: what a process that is killed in the
+    midst of moving leaves is not taken for whole. Raises ConfigError as `whole_folder` does.
     """
     with _partial_folder(target, nbytes, "output") as partial:
         yield partial
-        files = sorted(partial.iterdir(), key=lambda file: file.suffix == ".json")
-        for file in files:
-            _sync(file)
-        for file in files:
-            if file.suffix == ".json":  # of the old files: half of them may be replaced
-                (target.parent / file.name).unlink(missing_ok=True)
-        for file in files:
-            file.replace(target.parent / file.name)
+        new = sorted(file.name for file in partial.iterdir())
+        for name in new:
+            _sync(partial / name)
+        old = [name for name in {*new, *replaced} if (target.parent / name).is_file()]
+        _move_in(partial, target.parent, _manifests_last(new), _manifests_last(old))
         _sync(target.parent)
+
+
+def _manifests_last(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name.endswith(".json"), name))
+
+
+def _move_in(partial: Path, folder: Path, new: Sequence[str], old: Sequence[str]) -> None:
+    """Put the new files in the place of the old ones, which go with `partial`."""
+    aside = partial / ".replaced"
+    aside.mkdir()
+    try:
+        for name in reversed(old):
+            (folder / name).rename(aside / name)
+        for name in new:
+            (partial / name).rename(folder / name)
+    except BaseException:
+        for name in reversed(new):
+            if not (partial / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for name in old:
+            if (aside / name).exists():
+                (aside / name).rename(folder / name)
+        raise
 
 
 @contextmanager

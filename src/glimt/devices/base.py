@@ -217,12 +217,15 @@ class Device:
     """The operations in plain torch, on any torch device.
 
     collectives: torch's backend for sums over ranks that compute on such devices
+    adds_with_norm: a residual costs least in the RMS norm behind it (`add_rms_norm`); else it is
+        the product before it that adds
     num_scratch_blocks: cache blocks behind the scheduler's own that `recorded` may write to
     """
 
     name = "base"
     collectives = "gloo"
     num_scratch_blocks = 0
+    adds_with_norm = False
 
     def __init__(self, torch_device: str = "cpu") -> None:
         self.torch_device = torch.device(torch_device)
@@ -367,6 +370,16 @@ class Device:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return (wide * scale * weight.float()).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The RMS norm of x + residual, and that sum: […, size] twice -> […, size] twice.
+
+        As `add_residual` and `rms_norm` give them; a device may norm the sum before it is rounded.
+        """
+        total = add_residual(x, residual)
+        return self.rms_norm(total, weight, eps), total
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
         """[…, n] -> the same: GELU in its tanh form."""

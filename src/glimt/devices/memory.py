@@ -22,6 +22,15 @@ def saying_what_fits(as_error: Callable[[str], GlimtError]) -> Iterator[None]:
         raise as_error(_numbers_of(str(error))) from error
 
 
+def lacks_memory(error: BaseException | None) -> bool:
+    """Was it a card's lack of memory, or what came of one? Ending a recording may fail after it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _numbers_of(said: str) -> str:
     """What was asked for and what is free; torch's advice is for who writes programs."""
     return said.partition("\n")[0].partition(" Including")[0].rstrip(". ")

@@ -153,10 +153,15 @@ class NpuDevice(Device, ABC):
 
     # --- rows ---
 
+    def can_norm(self, *tensors: Tensor) -> bool:
+        """Do the norms' operators take them? Rows […, size], none empty or narrow; gain [size]."""
+        x = tensors[0]
+        is_wide = x.shape[-1] * x.element_size() >= _LEAST_ROW_BYTES
+        return self.is_fused(*tensors) and is_wide and x.numel() > 0
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the base."""
-        is_wide = x.shape[-1] * x.element_size() >= _LEAST_ROW_BYTES
-        if not (self.is_fused(x, weight) and is_wide and x.numel()):
+        if not self.can_norm(x, weight):
             return super().rms_norm(x, weight, eps)
         out: Tensor = self.torch_npu.npu_rms_norm(x.contiguous(), weight, eps)[0]
         return out

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glimt.devices.base import AttentionBatch, KVCache, ModelStep
+from glimt.devices.memory import lacks_memory
 
 log = logging.getLogger("glimt")
 
@@ -38,6 +39,10 @@ class Size:
     rows: int
     blocks: int
 
+    def is_at_least(self, other: Size) -> bool:
+        """In both: what has more rows and fewer blocks may need less memory."""
+        return self.rows >= other.rows and self.blocks >= other.blocks
+
 
 def size_for(num_rows: int, num_blocks: int) -> Size | None:
     """The least size that holds such a step: powers of two. None: too many rows to record."""
@@ -54,7 +59,8 @@ class ReplayedStep:
     """Does what a step does, by recordings; it is called as the step is.
 
     What it returns is overwritten by the next call. A device that fails to record once is not asked
-    again: what it has recorded is used, and a step of another size is run as it is.
+    again: what it has recorded is used, and a step of another size is run as it is. If it lacked
+    memory, it is still asked for sizes that are smaller in rows or in blocks.
     """
 
     def __init__(self, step: ModelStep, record: Record, cache: KVCache) -> None:
@@ -64,6 +70,7 @@ class ReplayedStep:
         self._block_size = cache.block_size
         self._scratch = len(cache.key) - 1
         self._recordings: dict[Size, _Recording] = {}
+        self._too_large: list[Size] = []
 
     def __call__(self, hidden: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         """As the step's; every row of the batch has one token."""
@@ -71,7 +78,8 @@ class ReplayedStep:
         size = size_for(*batch.block_tables.shape)
         if size is None:
             return self.step(hidden, positions, batch)
-        if size not in self._recordings and self._record is not None:
+        is_settled = size in self._recordings or any(map(size.is_at_least, self._too_large))
+        if not is_settled and self._record is not None:
             inputs = Inputs.empty(size, hidden, positions, self._block_size, self._scratch)
             inputs.fill(hidden, positions, batch)
             self._try_to_record(self._record, inputs)
@@ -85,8 +93,18 @@ class ReplayedStep:
             self._recordings[inputs.size] = _Recording(inputs, result, replay)
         except RuntimeError as error:  # an operation that cannot be recorded, or no memory for it
             said = str(error).partition("\n")[0]
+            if lacks_memory(error):
+                self._leave_out(inputs.size, said)
+                return
             log.warning("decoding steps cannot be recorded and run one by one: %s", said)
             self._record = None
+
+    def _leave_out(self, size: Size, said: str) -> None:
+        """Record nothing of this size or beyond; a step by itself needs less and may fit."""
+        text = "no memory to record decoding steps of %d rows and %d blocks; such ones, and larger "
+        level = logging.DEBUG if self._too_large else logging.WARNING
+        log.log(level, text + "ones, run one by one: %s", size.rows, size.blocks, said)
+        self._too_large.append(size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

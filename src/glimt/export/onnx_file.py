@@ -22,6 +22,11 @@ INLINE_BYTES = 2**30  # at most, of all weights, inside the ONNX file itself
 _PAGE = 4096  # weights begin on pages, so that a runtime can map them
 
 
+def external_data(path: Path) -> Path:
+    """Where the weights of an ONNX file lie if they are too large for it."""
+    return path.with_name(f"{path.name}.data")
+
+
 def write_onnx(
     graph: Any,
     weights: Mapping[str, Tensor],
@@ -44,7 +49,7 @@ def write_onnx(
     kept = [given for given in graph.graph.input if given.name == INPUT]
     del graph.graph.input[:]
     graph.graph.input.extend(kept)
-    outside = path.with_name(f"{path.name}.data") if total > inline_bytes else None
+    outside = external_data(path) if total > inline_bytes else None
     if outside is None:
         _fill(graph, names, weights, dtype, None, on_bytes)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,3 +38,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[…, size] -> […, size]."""
         return self.device.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(
+        self, product: Callable[[Tensor | None], Tensor], residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of a product plus a residual, and that sum, each […, size].
+
+        product:  gives its value […, size], plus the residual if it is handed one
+        residual: […, size]; the device says whether the product adds it, or the norm
+        """
+        if self.device.adds_with_norm:
+            return self.device.add_rms_norm(product(None), residual, self.weight, self.eps)
+        total = product(residual)
+        return self(total), total

@@ -546,7 +546,7 @@ class Attention(nn.Module):
         cos_sin: tuple[Tensor, Tensor],
         batch: AttentionBatch,
         cache: KVCache,
-        residual: Tensor,
+        residual: Tensor | None,
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same, plus the residual; stores keys and values."""
         q, k, v = self.qkv(x).unflatten(-1, (sum(self.split), -1)).split(self.split, dim=1)
@@ -587,8 +587,9 @@ class Block(nn.Module):
         self, h: Tensor, cos_sin: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        h = self.attention(self.attention_norm(h), cos_sin, batch, cache, residual=h)
-        return self.mlp(self.mlp_norm(h), residual=h)
+        attended = partial(self.attention, self.attention_norm(h), cos_sin, batch, cache)
+        normed, h = self.mlp_norm.of_sum(attended, residual=h)
+        return self.mlp(normed, residual=h)
 
 
 class Glm4vModel(Model):

@@ -6,9 +6,11 @@ any picture goes through it.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from glimt.models.config_reader import ConfigReader, read_json
 
 INPUT, OUTPUT = "input", "output"  # names of the graph's two ends, as in the original's export
 VERSION = 1  # of the manifest's own form
+_CHUNK_BYTES = 2**22  # read at once: large enough that reading costs less than hashing
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class Manifest:
     batch:        pictures at once, always as many; None: any number
     opset:        of the ONNX graph; dtype: of its weights and of what it gives
     files:        bytes by name of each file beside the manifest, empty where they are not known
+    sha256:       in hex, by name of the same files; manifests of older exports have none
     soc_version:  the chip that an OM is for
     """
 
@@ -45,6 +50,7 @@ class Manifest:
     opset: int
     dtype: str
     files: Mapping[str, int]
+    sha256: Mapping[str, str] = field(default_factory=dict)
     soc_version: str | None = None
 
     def to_json(self) -> str:
@@ -59,10 +65,10 @@ def manifest_path(model: Path) -> Path:
 
 
 def read_manifest(model: Path) -> Manifest:
-    """The manifest of a compiled tower whose files are whole.
+    """The manifest of a compiled tower whose files have the right sizes.
 
-    Raises ConfigError if the model or its manifest is missing, cannot be read, or is of a size that
-    the exporter did not write.
+    What is in them `check_digests` tells, which takes longer. Raises ConfigError if the model or
+    its manifest is missing, cannot be read, or is of a size that the exporter did not write.
     """
     if not model.is_file():
         said = f"{model} is no file; name one that `glimt export vision` wrote"
@@ -80,6 +86,7 @@ def _parse(raw: Mapping[str, Any], where: str) -> Manifest:
     r = ConfigReader(raw, where)
     r.must_be("manifest_version", VERSION)
     files = r.section("files")
+    digests = r.section("sha256") if "sha256" in raw else ConfigReader({}, where)
     manifest = Manifest(
         format=r.text("format"),
         family=r.text("family"),
@@ -92,16 +99,29 @@ def _parse(raw: Mapping[str, Any], where: str) -> Manifest:
         opset=r.integer("opset"),
         dtype=r.text("dtype"),
         files={name: files.integer(name, low=0) for name in files.raw},
+        sha256={name: digests.text(name) for name in digests.raw},
         soc_version=None if raw.get("soc_version") is None else r.text("soc_version"),
     )
+    r.problems += _digest_problems(manifest)
     r.check()
     return manifest
+
+
+def _digest_problems(manifest: Manifest) -> list[str]:
+    """A digest of no known file would be checked by nobody."""
+    problems = []
+    for name, digest in manifest.sha256.items():
+        if name not in manifest.files:
+            problems.append(f"sha256 names {name!r}, which is not among files")
+        elif not _SHA256.fullmatch(digest):
+            problems.append(f"sha256.{name} is {digest!r}; 64 hexadecimal digits are needed")
+    return problems
 
 
 def _check_sizes(manifest: Manifest, folder: Path) -> None:
     problems = []
     for name, nbytes in manifest.files.items():
-        path = folder / Path(name).name  # beside the manifest, whatever it says
+        path = _beside(folder, name)
         found = path.stat().st_size if path.is_file() else None
         if found is None:
             problems.append(f"{path} is missing; copy it beside the model, or export it again")
@@ -109,3 +129,46 @@ def _check_sizes(manifest: Manifest, folder: Path) -> None:
             problems.append(f"{path} has {found} bytes, but {nbytes} were written; export it again")
     if problems:
         raise ConfigError("vision_model", problems)
+
+
+def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Digest of a file's content, in hex. on_bytes: called with the bytes of each part read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            if on_bytes:
+                on_bytes(count)
+    return digest.hexdigest()
+
+
+def check_digests(
+    manifest: Manifest, folder: Path, on_bytes: Callable[[int], None] | None = None
+) -> None:
+    """Hold the content of each file to its digest, if the manifest has one.
+
+    folder:   where the files lie
+    on_bytes: called with the bytes of each part read
+    Raises ConfigError naming every file that is not what was written.
+    """
+    problems = []
+    for name, digest in manifest.sha256.items():
+        path = _beside(folder, name)
+        try:
+            found = sha256_of(path, on_bytes)
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror or error}; export it again")
+            continue
+        if found != digest:
+            said = (
+                f"{path} is damaged: its SHA-256 is {found[:12]}…, but {digest[:12]}… was written"
+            )
+            problems.append(f"{said}; copy it again from where it was exported, or export it again")
+    if problems:
+        raise ConfigError("vision_model", problems)
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A file that a manifest names: it lies in the manifest's folder, whatever the name says."""
+    return folder / Path(name).name

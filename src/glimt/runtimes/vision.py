@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from glimt.errors import ConfigError, EngineError
 from glimt.layers.tower import Stages, run_through
-from glimt.runtimes.base import VisionSession, find_runtime
-from glimt.runtimes.manifest import Manifest, read_manifest
+from glimt.runtimes.base import VisionRuntime, VisionSession, find_runtime
+from glimt.runtimes.manifest import Manifest, check_digests, read_manifest
 from glimt.types import ImageInput
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +81,71 @@ class OfflineTower:
         return list(features[: len(images)])
 
 
+class TowerFile:
+    """A compiled tower that belongs to the model, of whose files only the sizes were looked at.
+
+    They are read once, when the weights are: that a start can fail is told before it begins.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        runtime: VisionRuntime,
+        num_threads: int | None,
+        place: tuple[torch.device, torch.dtype],
+    ) -> None:
+        """num_threads: of the processor; place: device and dtype of the features."""
+        self.path = path
+        self._manifest = manifest
+        self._runtime = runtime
+        self._num_threads = num_threads
+        self._place = place
+        self._tower: OfflineTower | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that loading reads to check them."""
+        return sum(self._manifest.files[name] for name in self._manifest.sha256)
+
+    @property
+    def loaded(self) -> OfflineTower:
+        """The tower, after `load`."""
+        assert self._tower is not None, "it is loaded with the weights"
+        return self._tower
+
+    def load(self, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Check what is in the files, and give them to the runtime.
+
+        on_bytes: called with the bytes checked
+        Raises ConfigError for a file that is damaged, or that the runtime does not take;
+        MissingDependency without the runtime's package.
+        """
+        if unchecked := sorted(self._unchecked()):
+            why = "export it again to have one" if self._manifest.files else "compiled elsewhere"
+            said = f"what is in {', '.join(unchecked)} is not checked: its manifest has no digest"
+            log.warning("%s; %s", said, why)
+        check_digests(self._manifest, self.path.parent, on_bytes)
+        session = self._runtime.open(self.path, self._num_threads)
+        self._tower = OfflineTower(session, self._manifest, *self._place)
+
+    def _unchecked(self) -> set[str]:
+        """Files without a digest; of an OM that was compiled elsewhere no file is known."""
+        return {self.path.name, *self._manifest.files} - self._manifest.sha256.keys()
+
+
 def open_tower(
     name: str,
     path: Path,
     owner: TowerOwner,
     num_threads: int | None,
     place: tuple[torch.device, torch.dtype],
-) -> OfflineTower:
-    """A compiled tower, checked and loaded.
+) -> TowerFile:
+    """A compiled tower, checked but for what is in its files, and not loaded.
 
     name: of the runtime; place: device and dtype of the features
-    Raises ConfigError for an unknown runtime, a file that is missing, damaged or of another format,
-    or one that was made of another model; MissingDependency without the runtime's package.
+    Raises ConfigError for an unknown runtime or one that cannot be used here, a file that is
+    missing, cut off or of another format, or one that was made of another model.
     """
     runtime = find_runtime(name)
     manifest = read_manifest(path)
@@ -97,7 +153,9 @@ def open_tower(
         said = f"{path} is {manifest.format}, but the runtime {name} runs {runtime.format}"
         raise ConfigError("vision_model", [f"{said}; export with --to {runtime.format}"])
     _check_owner(manifest, owner, path)
-    return OfflineTower(runtime.open(path, num_threads), manifest, *place)
+    if (reason := runtime.absent()) is not None:
+        raise ConfigError("vision_runtime", [reason])
+    return TowerFile(path, manifest, runtime, num_threads, place)
 
 
 def _check_owner(manifest: Manifest, owner: TowerOwner, path: Path) -> None:

@@ -28,7 +28,7 @@ from glimt.server.tracing import Trace, Traces
 from glimt.types import Request, RequestOutput, StepOutput
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
-_PREPARING = 4  # requests whose prompts and pictures are prepared at the same time
+_PREPARING = 4  # requests whose prompts and pictures are encoded at the same time
 
 
 class HalfAnswer(EngineError):
@@ -101,7 +101,7 @@ class Service:
         self.host = host
         self.config = config
         self.metrics = metrics
-        self.pictures = PictureReader(config, metrics)
+        self.pictures = PictureReader(config, metrics, _PREPARING)
         self.traces = traces or Traces(None)
         self._preparation = Preparation(config, self.pictures)
         self._num_open = 0
@@ -225,9 +225,9 @@ class Service:
         return await self._in_turn(self.host.engine, ask, ask.request_id)
 
     async def _in_turn(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
-        """Prepare a request when few others are being prepared."""
-        async with self._preparing:
-            return await self._preparation.prepare(engine, ask, request_id)
+        """Prepare a request when its pictures are here and few others are being prepared."""
+        async with self._preparation.gathered(engine, ask) as gathered, self._preparing:
+            return await self._preparation.prepare(engine, gathered, request_id)
 
     # --- running ---
 

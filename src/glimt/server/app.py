@@ -186,7 +186,7 @@ def create_management_app(context: Context) -> Any:
     app.include_router(_operation(context))
     _handle_errors(app, context)
     profile = context.config.profile
-    guarded = Guard(LastResort(app, profile), Origins(), profile, is_management=True)
+    guarded = Guard(_bounded(app, context.config), Origins(), profile, is_management=True)
     return RequestIds(guarded, profile)
 
 
@@ -202,7 +202,8 @@ def behind_door(app: Any, config: ServerConfig) -> Any:
 
 
 def _bounded(app: Any, config: ServerConfig) -> Any:
-    return BodyLimit(LastResort(app, config.profile), config.max_body_bytes, config.profile)
+    inner = LastResort(app, config.profile)
+    return BodyLimit(inner, config.max_body_bytes, config.profile, config.idle_timeout_s)
 
 
 def _door(app: Any, config: ServerConfig) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -19,9 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from glimt.server.failures import Failure, content_of, family_of, headers_of, status_of
+from glimt.server.failures import Failure
 from glimt.server.middleware import OPEN_PATHS
-from glimt.server.shedding import LINGER_S
+from glimt.server.refusals import LINGER_S, asked, ready_made
+from glimt.server.timed_protocol import TimedProtocol
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +29,7 @@ class Bound:
     """What one port allows.
 
     max_connections: that are served; as many more may be told at one time that they are not
-    silent_s:   how long one may send nothing at first
+    silent_s:   how long one may send nothing at first, and then how long a head may take
     profile:    of the error form
     on_refused: called for each connection that gets no place and asks for more than health
     """
@@ -44,18 +44,12 @@ class Bound:
         """A refusal in the form of the path that a request begins with."""
         said = f"{self.max_connections} connections are open, which is all that there may be"
         failure = Failure("overloaded", f"{said}; try again in a second")
-        family = family_of(_asked(head)[1])
-        status = HTTPStatus(status_of(failure, family, self.profile))
-        body = content_of(failure, family, self.profile)
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "connection": "close",
-            **headers_of(failure),
-        }
-        lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+        return ready_made(failure, head, self.profile)
+
+    def late(self, head: bytes) -> bytes:
+        """What a request is told whose head did not come in time."""
+        said = f"the request's head did not come within {self.silent_s:g} s"
+        return ready_made(Failure("slow", f"{said}; send it at once"), head, self.profile)
 
 
 class Entrance(asyncio.Protocol):
@@ -96,7 +90,7 @@ class Entrance(asyncio.Protocol):
     def _answer(self, data: bytes) -> None:
         """Of a connection that has no place: is the server alive? Anything else is refused."""
         self._is_answered = True
-        method, path = _asked(data)
+        method, path = asked(data)
         if method == "GET" and path in OPEN_PATHS:
             self._probe = self._once()
             self._probe.connection_made(self._transport)
@@ -111,7 +105,7 @@ class Entrance(asyncio.Protocol):
     def _hand_over(self, data: bytes) -> None:
         self._forget()
         # Not what happens to be installed: another would not keep the limit on headers.
-        protocol = H11Protocol(**self._uvicorn)
+        protocol = TimedProtocol(self._bound.silent_s, self._bound.late, **self._uvicorn)
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)
         protocol.data_received(data)
@@ -153,14 +147,6 @@ class Entrance(asyncio.Protocol):
     def shutdown(self) -> None:
         """Called by uvicorn when the server ends: nothing has been asked here."""
         self._transport.close()
-
-
-def _asked(head: bytes) -> tuple[str, str]:
-    """Method and path that a request begins with; empty if its first line is not here."""
-    line = head.split(b" ", 2)
-    if len(line) < 3:
-        return "", ""
-    return line[0].decode("latin-1"), line[1].partition(b"?")[0].decode("latin-1")
 
 
 def _closing(app: ASGIApp) -> ASGIApp:

@@ -57,16 +57,17 @@ SWITCH_S = 0.0005
 
 
 class Stopping:
-    """A wish that came over HTTP: that the server ends."""
+    """A wish that the server ends, by a signal or over HTTP."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        self.is_forced = False
+        self.forced = asyncio.Event()
 
     def ask(self, is_forced: bool) -> None:
-        """End soon; is_forced: without waiting for running answers."""
-        self.is_forced = self.is_forced or is_forced
+        """End soon; is_forced: without waiting for running answers, or for them any longer."""
         self.asked.set()
+        if is_forced:
+            self.forced.set()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

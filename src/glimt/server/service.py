@@ -19,7 +19,7 @@ from glimt.errors import CapacityError, EngineError, RequestError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
 from glimt.server.ending import Ending, ended_outputs
-from glimt.server.host import EngineHost
+from glimt.server.host import EngineHost, EngineUnavailable
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
 from glimt.server.preparation import Ask as Ask  # protocols know it from here
@@ -215,10 +215,10 @@ class Service:
         ending.ask()
         return True
 
-    def give_up(self) -> None:
-        """End every open request, since the server ends; their callers get EngineUnavailable."""
+    def give_up(self, error: EngineUnavailable | None = None) -> None:
+        """End every open request, since the server ends; their callers get the error, or why."""
         for ending in self._endings.values():
-            ending.ask(self.host.unavailable())
+            ending.ask(error or self.host.unavailable())
 
     async def encode(self, ask: Ask) -> Request:
         """What a request would be, without running it. Raises RequestError, EngineUnavailable."""

@@ -61,7 +61,7 @@ def test_answers_have_their_time_and_a_busy_controller_its_own(drain_s, period_s
 
 def test_a_replica_that_is_forsaken_tells_its_callers(folders, monkeypatch):
     """Would catch a stream that Serve cuts without a word, or that ends as if it were whole."""
-    pytest.importorskip("ray", reason="needs ray: pip install 'glimt[cluster]'")
+    pytest.importorskip("ray.serve", reason="needs ray: pip install 'glimt[cluster]'")
     from glimt.cluster import replica as replicas
     from glimt.cluster.plan import ClusterPlan
     from glimt.config import EngineConfig

@@ -96,7 +96,7 @@ def _started(environment: dict[str, str], *options: str) -> Iterator[Cluster]:
     reading = threading.Thread(target=_read, args=(running,), daemon=True)
     reading.start()
     try:
-        _wait_said(running, "serving demo at")
+        wait_said(running, "serving demo at")
         yield running
     finally:
         if process.poll() is None:
@@ -122,7 +122,7 @@ def _read(running: Cluster) -> None:
     running.lines.extend(iter(running.process.stderr.readline, ""))
 
 
-def _wait_said(running: Cluster, text: str) -> None:
+def wait_said(running: Cluster, text: str) -> None:
     tick = threading.Event()
     while not any(text in line for line in running.lines):
         assert running.process.poll() is None, "".join(running.lines)

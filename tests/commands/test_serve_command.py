@@ -168,6 +168,56 @@ def test_what_runs_for_too_long_is_aborted_and_the_server_ends(folder):
             assert running.result()[0] != 0
 
 
+def until_said(process: subprocess.Popen[str], text: str) -> str:
+    """The line of stderr that holds the text."""
+    assert process.stderr is not None
+    for line in iter(process.stderr.readline, ""):
+        if text in line:
+            return line
+    raise AssertionError(f"{text!r} was not said")
+
+
+PICTURES_FROM_HERE = ("--allowed-media-domains", "*", "--allowed-media-networks", "127.0.0.0/8")
+
+
+@pytest.mark.parametrize("signals", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT")])
+def test_a_second_signal_ends_what_the_first_lets_go_on(folder, signals):
+    """Catches a user who presses Ctrl-C again and waits all the same, or callers told nothing.
+
+    The request waits for a picture that never comes, so nothing but the signal ends it with a 503.
+    """
+    first, second = (getattr(signal, name) for name in signals)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        served(folder, *PICTURES_FROM_HERE) as (url, process),
+        ThreadPoolExecutor(1) as one,
+    ):
+        until_ready(url)
+        shown = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
+        waiting = one.submit(ask_about, url, shown)
+        silent.settimeout(30)
+        with silent.accept()[0]:
+            process.send_signal(first)
+            said = until_said(process, "ending: 1 answers may go on for 90 s")
+            assert "a second signal ends them at once" in said
+            process.send_signal(second)
+            status, told = waiting.result(60)
+            assert (status, told["type"]) == (503, "ServiceUnavailableError")
+            assert "shutting down" in told["message"]
+            assert process.wait(20) == 0
+
+
+def ask_about(url: str, shown: str) -> tuple[int, dict[str, str]]:
+    """Status and error of a question about a picture that is not there."""
+    content = [{"type": "image_url", "image_url": {"url": shown}}]
+    body = {"messages": [{"role": "user", "content": content}]}
+    try:
+        urllib.request.urlopen(f"{url}/v1/chat/completions", json.dumps(body).encode(), timeout=60)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]
+    raise AssertionError("it was answered")
+
+
 def children_of(pid: int) -> list[int]:
     files = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for file in files for child in file.read_text().split()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,9 +13,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import glimt
+from glimt.server.app import create_app
 from glimt.server.config import ServerConfig
 from glimt.server.connections import Bound, Entrance
-from serving import running
+from glimt.server.middleware import OPEN_PATHS
+from serving import running, wait_ready
 
 MOST = 3
 
@@ -110,6 +114,80 @@ def test_a_refused_client_that_sends_on_reads_its_refusal():
     port = Port()
     with port.served() as url, held(url, MOST), dial(url) as more:
         assert asked(more, body=b" " * 8_000_000)[0] == 429
+
+
+def probed(url: str, path: str, method: str = "GET") -> tuple[int, bytes]:
+    """Status and body of a request over a connection of its own, which the server must close."""
+    with dial(url) as connection:
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    return int(head.split()[1]), body
+
+
+def test_a_full_server_tells_how_it_is():
+    """Catches a server that is full and is ended for it, and one that says it is well whatever."""
+    port, goes_on = Port(), threading.Event()
+
+    def load() -> glimt.AsyncEngine:
+        assert goes_on.wait(60)
+        return glimt.AsyncEngine.load(glimt.EngineConfig(model="demo"))
+
+    config = ServerConfig(num_decoders=0, api_keys=("secret",))
+    app, context = create_app(load, config, "demo", 0)
+    with ExitStack() as stack:
+        url = stack.enter_context(running(app, http=partial(Entrance, port.bound)))
+        stack.callback(goes_on.set)
+        connections = [stack.enter_context(dial(url)) for _ in range(MOST)]
+        assert {asked(each)[0] for each in connections} == {401}
+        status, body = probed(url, "/health")
+        assert (status, json.loads(body)["status"]) == (503, "loading")
+        assert probed(url, "/v2/health/live")[0] == 200
+        goes_on.set()
+        wait_ready(url)
+        assert {path: probed(url, path)[0] for path in OPEN_PATHS} == dict.fromkeys(OPEN_PATHS, 200)
+        context.service.host.drain()
+        status, body = probed(url, "/ping?from=here")
+        assert (status, json.loads(body)["status"]) == (503, "draining")
+        assert port.num_refused == 0
+        assert {asked(each)[0] for each in connections} == {401}, "the others live"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/health"), ("GET", "/metrics"), ("GET", "/live"), ("GET", "/healthy")],
+)
+def test_of_a_full_server_nothing_else_is_answered(method, path):
+    """Catches a way past the bound for whatever looks like a probe."""
+    port = Port()
+    with port.served() as url, held(url, MOST):
+        assert probed(url, path, method)[0] == 429
+        assert port.num_refused == 1
+
+
+def test_a_probe_beyond_the_bound_is_one_request_and_has_little_time(monkeypatch):
+    """Catches a probe's connection that is a place like any other, or is held without an end."""
+    monkeypatch.setattr("glimt.server.connections.LINGER_S", 0.05)
+    port = Port()
+    with port.served() as url, held(url, MOST):
+        with dial(url) as silent:
+            silent.sendall(b"GET /health HTTP/1.1\r\n")
+            assert silent.recv(1) == b""
+        with dial(url) as greedy:
+            greedy.sendall(
+                b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /x HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
+            assert greedy.makefile("rb").read().count(b"HTTP/1.1 200") == 1
+        until_empty(port)
+
+
+def until_empty(port: Port) -> None:
+    """Return once no refused connection is left."""
+    for _ in range(1000):
+        if not port.bound.refused:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("refused connections are kept")
 
 
 def test_a_place_that_is_free_again_is_given():

@@ -261,6 +261,7 @@ def test_every_failure_has_a_body_in_every_family(profile):
         "engine",
         "malformed",
         "incomplete",
+        "slow",
     )
     for kind in kinds:
         for family in (*FORMS, "openai"):

@@ -22,7 +22,12 @@ LOCAL = ("127.0.0.0/8",)
 
 def fetched(url: str, **settings: Any) -> bytes:
     config = ServerConfig(allowed_media_domains=settings.pop("domains", ("*",)), **settings)
-    return asyncio.run(Fetcher(config).fetch(url, "messages[0].content[0]"))
+    fetcher = Fetcher(config, 2**30)
+    try:
+        with fetcher.holding() as held:
+            return asyncio.run(fetcher.fetch(url, "messages[0].content[0]", held))
+    finally:
+        fetcher.close()
 
 
 def refusal(url: str, **settings: Any) -> str:
@@ -93,11 +98,11 @@ def test_no_address_that_is_not_public_is_reached(url):
 def test_a_name_that_leads_inside_is_refused_by_its_address(monkeypatch):
     """Catches a check of names alone: anybody can give a private address a public name."""
 
-    async def inside(self: Any, *_: Any, **__: Any) -> list[Any]:
+    def inside(*_: Any, **__: Any) -> list[Any]:
         public = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 80))
         return [public, (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.7", 80))]
 
-    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", inside)
+    monkeypatch.setattr(socket, "getaddrinfo", inside)
     said = refusal("http://pictures.example.com/a.png")
     assert "'pictures.example.com' has the address 10.0.0.7" in said
 
@@ -107,11 +112,11 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
     with host(answering(200, b"bytes")) as port:
         lookups = []
 
-        async def first(self: Any, name: str, *_: Any, **__: Any) -> list[Any]:
+        def first(name: str, *_: Any, **__: Any) -> list[Any]:
             lookups.append(name)
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-        monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", first)
+        monkeypatch.setattr(socket, "getaddrinfo", first)
         url = f"http://pictures.example.com:{port}/a.png"
         assert fetched(url, allowed_media_networks=LOCAL) == b"bytes"
         assert lookups == ["pictures.example.com"]

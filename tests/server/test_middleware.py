@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from glimt.server.app import create_app
+from glimt.server.app import create_app, create_management_app
 from glimt.server.config import ServerConfig
 from glimt.server.middleware import BodyLimit, Keys, LastResort, RequestIds
 
@@ -195,6 +196,13 @@ def test_a_body_of_exactly_the_cap_is_taken():
     assert status(ask(BodyLimit(echo, 100, "upstream"), "/v1/x", "POST", b"a" * 100)) == 200
 
 
+def test_the_management_port_has_the_cap_too():
+    """Catches bodies of any size and any slowness on the port whose limits nobody looks at."""
+    _, context = create_app(lambda: None, ServerConfig(max_body_bytes=1024), "m", 0)  # type: ignore
+    app = create_management_app(context)
+    assert status(ask(app, "/stopService", "POST", bytes(2000), host="127.0.0.1")) == 413
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -215,6 +223,58 @@ def test_each_family_gets_its_own_form(path, body):
     said = said or told.get("error") or told["message"]
     assert "at most 1 bytes" in said
     assert json.loads(json.dumps(told).replace(said, "m")) == body
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time is what a test says."""
+
+    now_s = 0.0
+
+    def time(self) -> float:
+        return self.now_s
+
+
+def dripped(piece: bytes, every_s: float, num_pieces: int) -> list[dict[str, Any]]:
+    """All that is sent for a body of equal pieces that come one after the other."""
+    loop, left, sent = Clock(), [piece] * num_pieces, []
+
+    async def receive() -> Any:
+        loop.now_s += every_s
+        await asyncio.sleep(0)  # a limit that has passed ends this
+        await asyncio.sleep(0)
+        left.pop()
+        return {"type": "http.request", "body": piece, "more_body": bool(left)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    with contextlib.closing(loop):
+        app = BodyLimit(echo, 10**9, "upstream", idle_s=30)
+        loop.run_until_complete(app(scope, receive, send))
+    return sent
+
+
+def test_a_body_that_comes_byte_by_byte_is_refused():
+    """Catches a body of which a byte comes before each limit of silence, for hours."""
+    sent = dripped(b"x", 20, 10_000)
+    assert status(sent) == 408
+    assert header(sent, "connection") == "close"
+    told = json.loads(sent[1]["body"])
+    assert told["error_type"] == "validation"
+    assert told["error"].startswith("the body came more slowly than 16,384 bytes a second")
+
+
+def test_a_body_that_comes_fast_enough_may_take_longer_than_a_silence():
+    """Catches a limit of time that refuses a large picture over a slow line."""
+    sent = dripped(bytes(20 * 16 * 2**10), 20, 100)
+    assert status(sent) == 200
+    assert len(sent[1]["body"]) == 100 * 20 * 16 * 2**10
+
+
+def test_a_body_that_came_fast_may_not_then_stop():
+    """Catches a large body's time that is used up in silence."""
+    assert status(dripped(bytes(2**20), 31, 2)) == 408
 
 
 # --- ids and errors --------------------------------------------------------------------------

@@ -133,6 +133,6 @@ def test_stop_service_drains_or_forces(mode):
         assert not served.context.stopping.asked.is_set()
         assert call(url, f"/stopService{mode}").status == 200
         assert served.context.stopping.asked.is_set()
-        assert served.context.stopping.is_forced is bool(mode)
+        assert served.context.stopping.forced.is_set() is bool(mode)
         assert call(served.url, "/infer", {"inputs": "hi"}).status == 503
         assert call(url, "/v2/health/ready").status == 503

@@ -17,6 +17,7 @@ from tests.server.test_middleware import served_routes
 from glimt.errors import CapacityError
 from glimt.server.app import create_app
 from glimt.server.config import ServerConfig
+from glimt.server.middleware import BodyLimit
 from glimt.server.shedding import Shedding
 from serving import Served, serving
 
@@ -184,8 +185,8 @@ def test_every_route_that_takes_a_body_says_whether_it_makes_answers():
 class Room:
     """A service that has room for a number of requests that are read at the same time."""
 
-    def __init__(self, most: int, idle_timeout_s: float = 30.0) -> None:
-        self.config = ServerConfig(num_decoders=0, idle_timeout_s=idle_timeout_s)
+    def __init__(self, most: int) -> None:
+        self.config = ServerConfig(num_decoders=0)
         self._most = most
 
     def check_room(self, num_reading: int) -> None:
@@ -204,9 +205,9 @@ def shedding(room: Room) -> Shedding:
     return Shedding(read_all, room, ["/v1/x"])  # type: ignore[arg-type]
 
 
-async def told(app: Shedding, pieces: list[Any]) -> list[Any]:
+async def told(app: Shedding, pieces: list[Any], into: list[Any] | None = None) -> list[Any]:
     """What happens to one request, in order: "read" for each piece, and what is sent."""
-    log: list[Any] = []
+    log: list[Any] = [] if into is None else into
     left = list(pieces)
 
     async def receive() -> Any:
@@ -254,8 +255,21 @@ def test_bodies_that_are_being_read_take_places():
 
 
 def test_a_body_that_stops_coming_gives_its_place_back(monkeypatch):
-    """Catches a client that keeps a place by sending nothing more."""
-    monkeypatch.setattr("glimt.server.shedding.LINGER_S", 0.01)
-    log = asyncio.run(told(shedding(Room(1, idle_timeout_s=0.01)), []))
-    assert log[:2] == ["read", 400]
-    assert b"no more of the body came for 0.01 s" in log[2]
+    """Catches a client that keeps a place by sending nothing more, refused or not."""
+    monkeypatch.setattr("glimt.server.refusals.LINGER_S", 60)
+    limited = BodyLimit(read_all, 1000, "upstream", idle_s=0.01)
+    app = Shedding(limited, Room(1), ["/v1/x"])  # type: ignore[arg-type]
+
+    async def scene() -> list[Any]:
+        log: list[Any] = []
+        slow = asyncio.create_task(told(app, [], log))
+        while len(log) < 3:
+            await asyncio.sleep(0.01)
+        during = await told(app, [b"a"])
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        return [*log[:3], during[1]]
+
+    first, status, body, after = asyncio.run(scene())
+    assert (first, status, after) == ("read", 408, 200)
+    assert b"no more of the body came for 0.01 s" in body

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
-from glimt.cluster.plan import ClusterPlan
+from glimt.cluster.plan import HEALTH_S, ClusterPlan
+from glimt.cluster.silence import silence_s
 from glimt.errors import EngineError, MissingDependency
+
+log = logging.getLogger("glimt.cluster")
 
 APP = "glimt"
 REPLICA, DOOR = "replica", "ingress"
 _LOOPBACK = "127.0.0.1"
-_HEALTH_S = 5.0  # between two looks at a replica
-_SICK_S = 60.0  # for a replica to answer one: it may be in the middle of a long step
+_SICK_S = 60.0  # for a replica to answer a look: it may be in the middle of a long step
+_TOLD_S = 10.0  # for callers to hear that they were given up, Serve to notice, the engine to end
+_LOOK_S = 0.5  # between two looks at what still runs
+_ANSWER_S = 10.0  # for all replicas to answer one
 
 
 OWN = "own"
@@ -76,8 +84,35 @@ def is_deployed() -> bool:
     return APP in serve.status().applications
 
 
+def drain(limit_s: float, is_hurried: Callable[[float], bool]) -> None:
+    """Take no more requests and let running answers end; what is left at the limit is given up.
+
+    is_hurried: waits so many seconds at most, and tells whether to give it up now
+    """
+    until_s = time.monotonic() + limit_s
+    while sum(_of_all_replicas("drain")) and time.monotonic() < until_s:
+        if is_hurried(_LOOK_S):
+            break
+    _of_all_replicas("give_up")
+
+
+def _of_all_replicas(method: str) -> list[Any]:
+    """What the replicas say that are there."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        response = serve.get_deployment_handle(REPLICA, APP).broadcast(method)
+        said = response.results(timeout_s=_ANSWER_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.warning("the replicas cannot be asked to %s: %s", method, error)
+        return []
+    return [each for each in said if not isinstance(each, BaseException)]
+
+
 def retire() -> None:
-    """Take no more requests, let running answers end, and stop Serve."""
+    """End every process, and stop Serve."""
     import ray
     from ray import serve
 
@@ -105,15 +140,18 @@ def _application(plan: ClusterPlan) -> Any:
     from glimt.cluster.ingress import Ingress
     from glimt.cluster.replica import Replica
 
-    common = {"graceful_shutdown_timeout_s": plan.server.drain_timeout_s + 10}
-    replicas: Any = serve.deployment(Replica, name=REPLICA, **replica_options(plan), **common)
+    # A replica that Serve ends by itself gives its requests up after so long.
+    ended_s = silence_s(plan.server.drain_timeout_s, HEALTH_S) + _TOLD_S
+    replicas: Any = serve.deployment(
+        Replica, name=REPLICA, graceful_shutdown_timeout_s=ended_s, **replica_options(plan)
+    )
     door: Any = serve.deployment(
         Ingress,
         name=DOOR,
         num_replicas=plan.num_ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=plan.max_ongoing * plan.max_replicas + 64,
-        **common,
+        graceful_shutdown_timeout_s=ended_s + _TOLD_S,  # it passes the replicas' last words on
     )
     logs = (plan.log_level, plan.log_format)
     return door.bind(replicas.bind(plan.replica_text(), *logs), plan.server_text(), *logs)
@@ -137,7 +175,7 @@ def replica_options(plan: ClusterPlan) -> dict[str, Any]:
         },
         "max_ongoing_requests": plan.max_ongoing,
         "max_queued_requests": max(1, plan.server.max_waiting),
-        "health_check_period_s": _HEALTH_S,
+        "health_check_period_s": HEALTH_S,
         "health_check_timeout_s": _SICK_S,
         "request_router_config": RequestRouterConfig(
             request_router_class="glimt.cluster.router.AffinityRouter",

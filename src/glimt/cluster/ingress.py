@@ -34,8 +34,9 @@ from glimt.server.config import ServerConfig
 from glimt.server.failures import Failure, body_of, failure_of, family_of
 from glimt.server.host import EngineUnavailable
 from glimt.server.logs import start_logging
-from glimt.server.middleware import OPEN_PATHS, send_failure
+from glimt.server.middleware import OPEN_PATHS
 from glimt.server.openai import error_end
+from glimt.server.refusals import send_failure
 from glimt.server.replying import data_event, one_line
 from glimt.server.streaming import body_message
 from glimt.server.vllm import delimiter_of

@@ -20,6 +20,8 @@ from glimt.server.config import ServerConfig
 _RANGE = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 _CARDS = {"cuda": "GPU", "npu": "NPU"}  # what Ray calls a device's cards
 _LONGEST_S = 3600.0
+HEALTH_S = 5.0
+"""Between two looks of Serve at a replica."""
 _PATHS = ("media_path", "tls_cert", "tls_key", "tls_ca")
 
 

@@ -7,6 +7,8 @@ status with its headers, then pieces of the body.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -15,11 +17,16 @@ from typing import Any
 from ray import serve
 
 from glimt.async_engine import AsyncEngine
-from glimt.cluster.plan import replica_parts
+from glimt.cluster.plan import HEALTH_S, replica_parts
 from glimt.cluster.router import RANK
+from glimt.cluster.silence import Silence, silence_s
 from glimt.server.app import SWITCH_S, close, create_inner_app
+from glimt.server.host import EngineUnavailable
 from glimt.server.logs import start_logging
 
+log = logging.getLogger("glimt.cluster")
+
+_TOLD_S = 5.0  # for callers of requests that are given up to read so
 Head = tuple[str, str, str, list[tuple[bytes, bytes]]]
 """Method, path, query and headers of a request."""
 Piece = Any
@@ -43,6 +50,8 @@ class Replica:
         self._host = self._context.service.host
         place = serve.get_replica_context()
         self._name, self._rank = place.replica_id.unique_id, place.rank.rank
+        after_s = silence_s(server.drain_timeout_s, HEALTH_S)
+        self._silence = Silence(after_s, self._forsaken)
         await self._host.start()
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -51,6 +60,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raise when the engine is beyond help; Serve then puts another replica in this place."""
+        self._silence.looked()
         if not self._host.is_live:
             raise RuntimeError(f"the engine is {self._host.state}: {self._host.failure}")
 
@@ -95,8 +105,27 @@ class Replica:
         (_, rank), (status, headers), *contents = pieces
         return rank, status, headers, b"".join(contents)
 
+    async def drain(self) -> int:
+        """Take no more requests; how many answers still run."""
+        self._host.drain()
+        return self._context.service.num_open
+
+    async def give_up(self) -> None:
+        """End what still runs, and return when its callers have been told, or soon after."""
+        service = self._context.service
+        service.give_up()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.wait_idle(), _TOLD_S)
+
+    def _forsaken(self) -> None:
+        """Serve is about to kill this replica. If it is not, the engine is well and goes on."""
+        if self._context.service.num_open:
+            log.warning("nobody asks for this replica's health: what still runs is given up")
+        self._context.service.give_up(EngineUnavailable("the replica is ending; ask again"))
+
     async def __del__(self) -> None:
-        """Serve calls this when no request is left, or when its patience is over."""
+        """Serve calls this when no request is left; one that is, it cuts when its patience ends."""
+        self._silence.close()
         self._host.drain()
         self._context.service.give_up()
         await close(self._context)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from glimt.cluster.deploy import OWN, deploy, is_deployed, join_ray, retire
+from glimt.cluster.deploy import OWN, deploy, drain, is_deployed, join_ray, retire
 from glimt.cluster.plan import ClusterPlan
 from glimt.commands.console import note
 from glimt.commands.serve import ServeJob, check_tls, listen, model_name
@@ -46,7 +47,7 @@ def cluster(job: ClusterJob) -> None:
     plan = _plan(job)
     start_logging(job.serve.log_level, job.serve.log_format)
     join_ray(_address(job), job.ray_cpus, job.ray_store_bytes)
-    ending = _signalled()
+    signals = _signals()
     if job.is_restart:
         _restart(plan)
         return
@@ -55,8 +56,10 @@ def cluster(job: ClusterJob) -> None:
     note(f"starting {_counted(plan)} of {plan.model_name}")
     deploy(plan)
     note(f"serving {plan.model_name} at {where}")
-    ending.wait()
-    note(f"ending: running answers may go on for {plan.server.drain_timeout_s:g} s")
+    signals.get()
+    limit_s = plan.server.drain_timeout_s
+    note(f"ending: running answers may go on for {limit_s:g} s; a second signal ends them at once")
+    drain(limit_s, partial(_came, signals))
     retire()
 
 
@@ -112,9 +115,20 @@ def _absolute(model: str) -> str:
     return str(Path(model).expanduser().resolve())
 
 
-def _signalled() -> threading.Event:
-    """Set by SIGTERM and SIGINT. Called after Ray is joined, which takes SIGTERM for itself."""
-    ending = threading.Event()
+def _signals() -> SimpleQueue[int]:
+    """Of SIGTERM and SIGINT, as they come. Called after Ray is joined, which takes SIGTERM."""
+    signals: SimpleQueue[int] = (
+        SimpleQueue()
+    )  # may be put into while it is waited for, unlike Event
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
-    return ending
+        signal.signal(number, lambda number, _: signals.put(number))
+    return signals
+
+
+def _came(signals: SimpleQueue[int], within_s: float) -> bool:
+    """Whether there is one, waiting for it for a while."""
+    try:
+        signals.get(timeout=within_s)
+    except Empty:
+        return False
+    return True

@@ -8,7 +8,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from glimt.commands.running import load_engine
 from glimt.config import EngineConfig
 from glimt.errors import ConfigError, GlimtError
 from glimt.loader import open_model
-from glimt.server.app import SWITCH_S, Context, create_app, create_management_app
+from glimt.server.app import SWITCH_S, Context, Stopping, create_app, create_management_app
 from glimt.server.config import ServerConfig
 from glimt.server.connections import Bound, Entrance
 from glimt.server.logs import start_logging
@@ -77,7 +77,7 @@ class _Server:
         self._job = job
         self._config = config
         self._status = 0
-        self._is_ending = asyncio.Event()
+        self._stopping = Stopping()
 
     async def run(self) -> int:
         """Serve until a signal, drain, and end."""
@@ -89,6 +89,7 @@ class _Server:
             int(time.time()),
             self._start_failed,
         )
+        self._stopping = context.stopping
         ports = [(app, listen(server.host, server.port))]
         if server.management_port is not None:
             ports.append(
@@ -97,7 +98,7 @@ class _Server:
         self._tell(ports, context)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._is_ending.set)
+            loop.add_signal_handler(number, self._signalled)
         servers = [
             _Uvicorn(
                 uvicorn.Config(
@@ -113,12 +114,7 @@ class _Server:
             asyncio.create_task(one.serve([listener]))
             for one, (_, listener) in zip(servers, ports, strict=True)
         ]
-        endings = [
-            asyncio.create_task(event.wait()) for event in (self._is_ending, context.stopping.asked)
-        ]
-        await asyncio.wait({*endings, *running}, return_when=asyncio.FIRST_COMPLETED)
-        for ending in endings:
-            ending.cancel()
+        await _first(self._stopping.asked.wait(), *running)
         await self._drain(context)
         for one in servers:
             one.should_exit = True
@@ -129,17 +125,23 @@ class _Server:
         """Take no more; let what runs go on for a while; what is left then is given up."""
         service = context.service
         service.host.drain()
-        if service.num_open and not context.stopping.is_forced:
+        if service.num_open and not self._stopping.forced.is_set():
             limit = self._job.server.drain_timeout_s
-            note(f"ending: {service.num_open} answers may go on for {limit:g} s")
+            said = f"ending: {service.num_open} answers may go on for {limit:g} s"
+            note(f"{said}; a second signal ends them at once")
             with suppress(TimeoutError):
-                await asyncio.wait_for(service.wait_idle(), limit)
+                async with asyncio.timeout(limit):
+                    await _first(service.wait_idle(), self._stopping.forced.wait())
         service.give_up()  # uvicorn then waits until their callers have been told
+
+    def _signalled(self) -> None:
+        """End; whoever asks again, by whatever way the first wish came, does not want to wait."""
+        self._stopping.ask(is_forced=self._stopping.asked.is_set())
 
     def _start_failed(self, error: GlimtError) -> None:
         say_error(error)
         self._status = 1
-        self._is_ending.set()
+        self._stopping.ask(is_forced=False)
 
     def _bound(self, context: Context) -> Bound:
         """Of one port: strangers who take all connections of one leave the other alone."""
@@ -186,6 +188,16 @@ class _Server:
             note(f"management at http://127.0.0.1:{listener.getsockname()[1]}")
         if not self._job.server.api_keys and host not in ("127.0.0.1", "::1"):
             note("no API key is set: whoever reaches this port may use it (--api-key)")
+
+
+async def _first(*awaited: Awaitable[Any]) -> None:
+    """Return when any is done; of what was made for this, the others end."""
+    tasks = {asyncio.ensure_future(each) for each in awaited}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks - set(awaited):
+            task.cancel()
 
 
 class _Uvicorn(uvicorn.Server):

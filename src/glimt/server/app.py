@@ -57,16 +57,17 @@ SWITCH_S = 0.0005
 
 
 class Stopping:
-    """A wish that came over HTTP: that the server ends."""
+    """A wish that the server ends, by a signal or over HTTP."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        self.is_forced = False
+        self.forced = asyncio.Event()
 
     def ask(self, is_forced: bool) -> None:
-        """End soon; is_forced: without waiting for running answers."""
-        self.is_forced = self.is_forced or is_forced
+        """End soon; is_forced: without waiting for running answers, or for them any longer."""
         self.asked.set()
+        if is_forced:
+            self.forced.set()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +187,7 @@ def create_management_app(context: Context) -> Any:
     app.include_router(_operation(context))
     _handle_errors(app, context)
     profile = context.config.profile
-    guarded = Guard(LastResort(app, profile), Origins(), profile, is_management=True)
+    guarded = Guard(_bounded(app, context.config), Origins(), profile, is_management=True)
     return RequestIds(guarded, profile)
 
 
@@ -202,7 +203,8 @@ def behind_door(app: Any, config: ServerConfig) -> Any:
 
 
 def _bounded(app: Any, config: ServerConfig) -> Any:
-    return BodyLimit(LastResort(app, config.profile), config.max_body_bytes, config.profile)
+    inner = LastResort(app, config.profile)
+    return BodyLimit(inner, config.max_body_bytes, config.profile, config.idle_timeout_s)
 
 
 def _door(app: Any, config: ServerConfig) -> Any:

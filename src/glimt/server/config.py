@@ -67,7 +67,7 @@ class ServerConfig:
     request_timeout_s: float = 600.0  # from arrival to the last token, waiting included
     drain_timeout_s: float = 90.0  # how long running requests may go on after SIGTERM
     stall_timeout_s: float = 60.0  # without a step while work waits: no longer live
-    idle_timeout_s: float = 30.0  # of a connection that sends nothing
+    idle_timeout_s: float = 30.0  # of a connection that sends nothing, or no whole head
     max_body_bytes: int = 48 * 2**20  # a JSON body: a 32 MiB picture in base64 has 43
     max_stream_bytes: int = 2**20  # that a reader may be behind; then its stream is cut
     max_image_bytes: int = 20 * 2**20  # of one encoded picture

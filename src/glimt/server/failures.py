@@ -24,7 +24,7 @@ from glimt.server.service import DeadlinePassed, HalfAnswer
 Family = Literal["openai", "tgi", "triton", "vllm", "mindie"]
 Kind = Literal[
     "invalid", "too_long", "unknown_model", "unknown_route", "method", "key", "origin", "too_large",
-    "overloaded", "unavailable", "timeout", "engine", "malformed", "incomplete",
+    "overloaded", "unavailable", "timeout", "engine", "malformed", "incomplete", "slow",
 ]  # fmt: skip
 
 
@@ -87,6 +87,7 @@ _OPENAI: Mapping[Kind, tuple[int, str]] = {
     "engine": (500, "InternalServerError"),
     "malformed": (400, "BadRequestError"),
     "incomplete": (500, "InternalServerError"),
+    "slow": (408, "BadRequestError"),
 }
 _TGI: Mapping[Kind, tuple[int, str]] = {
     "invalid": (422, "validation"),
@@ -103,11 +104,13 @@ _TGI: Mapping[Kind, tuple[int, str]] = {
     "engine": (424, "generation"),
     "malformed": (422, "validation"),
     "incomplete": (500, "incomplete_generation"),
+    "slow": (408, "validation"),
 }
 _TRITON: Mapping[Kind, int] = {
     "invalid": 400, "too_long": 400, "unknown_model": 404, "unknown_route": 404, "method": 405,
     "key": 401, "origin": 403, "too_large": 413, "overloaded": 503, "unavailable": 503,
     "timeout": 504, "engine": 500, "malformed": 400, "incomplete": 500,
+    "slow": 408,
 }  # fmt: skip
 _MINDIE: Mapping[Kind, tuple[int, str]] = {
     "invalid": (422, "Input Validation Error"),
@@ -124,6 +127,7 @@ _MINDIE: Mapping[Kind, tuple[int, str]] = {
     "engine": (424, "Generation Error"),
     "malformed": (400, "Bad Request"),
     "incomplete": (500, "Incomplete Generation"),
+    "slow": (408, "Bad Request"),
 }
 
 

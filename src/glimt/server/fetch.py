@@ -2,7 +2,8 @@
 
 The order of the checks is the point: the URL is read once by the library that connects, the host
 is looked up once, every address it has must be public (or in a network that is allowed), and the
-connection goes to the address that was checked. Redirects are not followed.
+connection goes to the address that was checked. Redirects are not followed. How many at one time
+is `fetch_places`'s affair.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 from yarl import URL
 
 from glimt.errors import ImageError
 from glimt.server.config import ServerConfig
+from glimt.server.fetch_places import IN_ALL, FetchPlaces, Held
 
 _TOTAL_S, _CONNECT_S, _READ_S = 15.0, 5.0, 10.0
 _CHUNK = 64 * 2**10
@@ -26,20 +30,43 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Fetcher:
-    """Downloads pictures for one server."""
+    """Downloads pictures for one server.
 
-    def __init__(self, config: ServerConfig) -> None:
+    max_held_bytes: fetched for all requests together, until each is prepared
+    """
+
+    def __init__(self, config: ServerConfig, max_held_bytes: int) -> None:
         self._domains = tuple(_plain_host(domain) for domain in config.allowed_media_domains)
         self._networks = tuple(map(ipaddress.ip_network, config.allowed_media_networks))
         self._max_bytes = config.max_image_bytes
+        self._places = FetchPlaces(max_held_bytes)
+        # Not the loop's own threads, which prepare requests: a name server that is slow would take
+        # them all, since a look-up that was given up holds its thread until the system's own limit.
+        self._lookups = ThreadPoolExecutor(IN_ALL, thread_name_prefix="picture-host")
 
-    async def fetch(self, text: str, field: str) -> bytes:
-        """The bytes behind a URL. Raises ImageError naming the field and what stands against it."""
+    def holding(self) -> AbstractContextManager[Held]:
+        """What one request fetches, counted until the block ends."""
+        return self._places.holding()
+
+    async def fetch(self, text: str, field: str, held: Held) -> bytes:
+        """The bytes behind a URL, counted as held.
+
+        Raises ImageError naming the field and what stands against it, or CapacityError.
+        """
         url = self._checked_url(text, field)
-        addresses = await self._checked_addresses(url, field)
+        assert url.host is not None
+        async with held.turns, self._places.of_name(_plain_host(url.host)):
+            addresses = await self._checked_addresses(url, field)
+            # By its address as well: whoever owns a domain can make names without end.
+            async with self._places.of_network(_network_of(addresses[0]["host"])):
+                return await self._in_time(url, addresses, field, held)
+
+    async def _in_time(
+        self, url: URL, addresses: list[dict[str, Any]], field: str, held: Held
+    ) -> bytes:
         try:
             async with asyncio.timeout(_TOTAL_S):
-                return await self._download(url, addresses, field)
+                return await self._download(url, addresses, field, held)
         except TimeoutError:
             said = f"the picture did not come within {_TOTAL_S:g} s"
             raise ImageError(field, said) from None
@@ -80,7 +107,7 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_S):
-                found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+                found = await loop.run_in_executor(self._lookups, _look_up, url.host, url.port)
         except (OSError, TimeoutError, UnicodeError) as error:
             raise ImageError(field, f"the host {url.host!r} cannot be found") from error
         for *_, place in found:
@@ -108,7 +135,9 @@ class Fetcher:
 
     # --- the download ---
 
-    async def _download(self, url: URL, addresses: list[dict[str, Any]], field: str) -> bytes:
+    async def _download(
+        self, url: URL, addresses: list[dict[str, Any]], field: str, held: Held
+    ) -> bytes:
         import aiohttp
 
         pinned: Any = _Pinned(addresses)  # of AbstractResolver's form
@@ -121,12 +150,12 @@ class Fetcher:
                 aiohttp.ClientSession(connector=connector, **options) as session,
                 session.get(url, headers=headers, allow_redirects=False) as response,
             ):
-                return await self._body(response, field)
+                return await self._body(response, field, held)
         except aiohttp.ClientError as error:
             said = f"the picture cannot be fetched: {type(error).__name__}"
             raise ImageError(field, said) from error
 
-    async def _body(self, response: Any, field: str) -> bytes:
+    async def _body(self, response: Any, field: str, held: Held) -> bytes:
         if response.status != 200:
             what = "a redirect, which is not followed" if 300 <= response.status < 400 else "that"
             raise ImageError(field, f"the host answered {response.status}: {what} is no picture")
@@ -134,11 +163,16 @@ class Fetcher:
             raise ImageError(field, "the host sent a compressed body that nobody asked for")
         body = bytearray()
         async for chunk in response.content.iter_chunked(_CHUNK):
+            held.add(len(chunk))
             body += chunk
             if len(body) > self._max_bytes:
                 most = f"at most {self._max_bytes:,} bytes are fetched"
                 raise ImageError(field, f"the picture is larger than that: {most}")
         return bytes(body)
+
+    def close(self) -> None:
+        """Wait for no look-up."""
+        self._lookups.shutdown(wait=False, cancel_futures=True)
 
 
 class _Pinned:
@@ -153,6 +187,18 @@ class _Pinned:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def _look_up(host: str, port: int | None) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def _network_of(text: str) -> str:
+    """What one owner has of addresses: one of IPv4, of IPv6 all with the same first 64 bits."""
+    address = _inner(ipaddress.ip_address(text.partition("%")[0]))
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def _plain_host(host: str) -> str:

@@ -110,11 +110,13 @@ class Metrics:
         if kind in known:
             self.failed(known[kind])
 
-    def image(self, result: str, fetch_s: float | None, read_s: float | None) -> None:
-        """A picture was fetched and read, or refused; result: "read" or "refused"."""
+    def image_fetched(self, seconds: float) -> None:
+        """A picture has come from its host; waiting for a place is part of the seconds."""
+        self._fetch.labels(**self._labels).observe(seconds)
+
+    def image(self, result: str, read_s: float | None) -> None:
+        """A picture was read, or refused, be it by its host; result: "read" or "refused"."""
         self._images.labels(**self._labels, result=result).inc()
-        if fetch_s is not None:
-            self._fetch.labels(**self._labels).observe(fetch_s)
         if read_s is not None:
             self._read.labels(**self._labels).observe(read_s)
 

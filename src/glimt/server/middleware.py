@@ -2,7 +2,7 @@
 
 RequestIds   takes the caller's id or makes one, and says it in the reply
 Keys         asks for an API key where one is set
-BodyLimit    stops reading a body at its cap, whatever its Content-Length says
+BodyLimit    stops reading a body at its cap, whatever its Content-Length says, or when it is slow
 LastResort   an error that nobody caught becomes the family's 500, or a cut stream
 """
 
@@ -20,35 +20,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glimt.errors import RequestError
-from glimt.server.failures import (
-    Failure,
-    content_of,
-    failure_of,
-    family_of,
-    headers_of,
-    status_of,
-)
+from glimt.server.failures import Failure, failure_of
+from glimt.server.refusals import send_failure, turn_away
 from glimt.server.service import checked_id
 
 log = logging.getLogger("glimt.server")
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/v2/health/live"})
 """Answered without a key, and so is the chat page with its files; nothing else is."""
-
-
-async def send_failure(failure: Failure, path: str, profile: str, send: Send) -> None:
-    """A whole error reply in the form of the path's family."""
-    family = family_of(path)
-    body = content_of(failure, family, profile)
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        **headers_of(failure),
-    }
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    status = status_of(failure, family, profile)
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+SLOWEST = 16 * 2**10
+"""Bytes a second of a body: a megabyte in a minute, which any line of today has."""
 
 
 class RequestIds:
@@ -159,14 +140,30 @@ def _given_keys(headers: Headers) -> Iterable[str]:
             yield headers[name]
 
 
-class BodyLimit:
-    """Reads a request's body, at most so much of it, before anything is done with it."""
+class _Slow(Exception):
+    """A body that does not come in time."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, profile: str) -> None:
+
+class BodyLimit:
+    """Reads a request's body, at most so much of it, before anything is done with it.
+
+    idle_s: how long nothing may come; so long, and a second for every SLOWEST bytes that came, may
+            the whole take
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, profile: str, idle_s: float = 30.0) -> None:
         self._app, self._max_bytes, self._profile = app, max_bytes, profile
+        self._idle_s = idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its whole body, or refuse it with 413."""
+        """Pass a request on with its whole body, or refuse it with 413 or 408."""
+        try:
+            await self._pass_on(scope, receive, send)
+        except _Slow as error:
+            failure = Failure("slow", str(error))
+            await turn_away(failure, self._profile, self._max_bytes, scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -191,10 +188,11 @@ class BodyLimit:
         await self._app(scope, _replayed(body, receive), send)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The body; None beyond the limit. Empty if the client left meanwhile."""
+        """The body; None beyond the limit. Empty if the client left meanwhile. Raises _Slow."""
         body = bytearray()
+        began_s = asyncio.get_running_loop().time()
         while True:
-            message = await receive()
+            message = await self._piece(receive, began_s, len(body))
             if message["type"] == "http.disconnect":
                 return b""
             body += message.get("body", b"")
@@ -202,6 +200,20 @@ class BodyLimit:
                 return None
             if not message.get("more_body"):
                 return bytes(body)
+
+    async def _piece(self, receive: Receive, began_s: float, num_bytes: int) -> Message:
+        """What comes next. Raises _Slow: such a body keeps a place of those that are read."""
+        now_s = asyncio.get_running_loop().time()
+        idle_at_s = now_s + self._idle_s
+        slow_at_s = began_s + self._idle_s + num_bytes / SLOWEST
+        try:
+            async with asyncio.timeout_at(min(idle_at_s, slow_at_s)):
+                return await receive()
+        except TimeoutError:
+            said = f"no more of the body came for {self._idle_s:g} s"
+            if num_bytes and slow_at_s < idle_at_s:
+                said = f"the body came more slowly than {SLOWEST:,} bytes a second"
+            raise _Slow(f"{said}; send it without a pause") from None
 
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}

@@ -16,7 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glimt.server.failures import Failure
-from glimt.server.middleware import OPEN_PATHS, send_failure
+from glimt.server.middleware import OPEN_PATHS
+from glimt.server.refusals import send_failure
 
 ANY = "*"
 _PORTS = {"http": 80, "https": 443}

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from glimt.config import ImageLimits
-from glimt.errors import ImageError
+from glimt.errors import CapacityError, ImageError
 from glimt.inputs.image_source import read_source
 from glimt.server.config import ServerConfig
 from glimt.server.decoding import Decoders
 from glimt.server.fetch import Fetcher
+from glimt.server.fetch_places import Held
 from glimt.server.metrics import Metrics
 from glimt.types import ImagePart, Message, TextPart
 
 _URLS = ("http://", "https://")
 
 
-class PictureReader:
-    """Fetches and decodes for one server."""
+Part = TextPart | ImagePart
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
-        self._fetcher = Fetcher(config)
+
+class PictureReader:
+    """Fetches and decodes for one server.
+
+    num_requests: whose pictures may be decoded at one time
+    """
+
+    def __init__(self, config: ServerConfig, metrics: Metrics, num_requests: int) -> None:
+        # Fetched bytes that wait take no more room than those that are decoded already may.
+        of_one = config.limit_images * config.max_image_bytes
+        self._fetcher = Fetcher(config, num_requests * of_one)
         self._metrics = metrics
         limits = ImageLimits(
             max_bytes=config.max_image_bytes,
@@ -35,37 +45,51 @@ class PictureReader:
         self._limits = limits
         self._decoders = Decoders(config.num_decoders, limits)
 
+    @asynccontextmanager
+    async def fetched(self, messages: Sequence[Message]) -> AsyncGenerator[list[Message], None]:
+        """The same conversation with a picture's bytes in the place of each web address.
+
+        They count as held until the block ends. Raises ImageError naming the part, CapacityError.
+        """
+        with self._fetcher.holding() as held:
+            yield await _with_parts(messages, lambda part, field: self._fetched(part, field, held))
+
+    async def _fetched(self, part: Part, field: str, held: Held) -> Part:
+        source = part.source if isinstance(part, ImagePart) else None
+        if not (isinstance(source, str) and source[:8].lower().startswith(_URLS)):
+            return part
+        began_s = time.monotonic()
+        try:
+            content = await self._fetcher.fetch(source, field, held)
+        except ImageError:
+            self._metrics.image("refused", None)
+            raise
+        except CapacityError:
+            self._metrics.failed("overloaded")
+            raise
+        self._metrics.image_fetched(time.monotonic() - began_s)
+        return ImagePart(content)
+
     async def read(self, messages: Sequence[Message]) -> list[Message]:
-        """The same conversation with every picture decoded.
+        """The same conversation with every picture decoded; those of web addresses are here.
 
         Raises ImageError naming the part.
         """
-        return [await self._message(message, m) for m, message in enumerate(messages)]
+        return await _with_parts(messages, self._decoded)
 
-    async def _message(self, message: Message, m: int) -> Message:
-        parts = (
-            self._part(part, f"messages[{m}].content[{p}]") for p, part in enumerate(message.parts)
-        )
-        return replace(message, parts=tuple(await asyncio.gather(*parts)))
-
-    async def _part(self, part: TextPart | ImagePart, field: str) -> TextPart | ImagePart:
+    async def _decoded(self, part: Part, field: str) -> Part:
         if isinstance(part, TextPart):
             return part
-        fetch_s = None
+        began_s = time.monotonic()
+        content = part.source
         try:
-            began_s = time.monotonic()
-            content = part.source
             if isinstance(content, Path):
                 content = await asyncio.to_thread(self._file, content, field)
-            if isinstance(content, str) and content.lower().startswith(_URLS):
-                content = await self._fetcher.fetch(content, field)
-                fetch_s = time.monotonic() - began_s
-                began_s = time.monotonic()
             image = await self._decoders.decode(content, field)
         except ImageError:
-            self._metrics.image("refused", fetch_s, None)
+            self._metrics.image("refused", None)
             raise
-        self._metrics.image("read", fetch_s, time.monotonic() - began_s)
+        self._metrics.image("read", time.monotonic() - began_s)
         return ImagePart(image)
 
     def _file(self, path: Path, field: str) -> bytes:
@@ -83,5 +107,30 @@ class PictureReader:
         return read_source(found, self._limits, allow_files=True, field=field)
 
     def close(self) -> None:
-        """End the child processes."""
+        """End the child processes, and wait for no host."""
+        self._fetcher.close()
         self._decoders.close()
+
+
+async def _with_parts(
+    messages: Sequence[Message], change: Callable[[Part, str], Awaitable[Part]]
+) -> list[Message]:
+    """A conversation with each of its parts changed; the first error ends the other changes."""
+    tasks = [
+        [
+            asyncio.ensure_future(change(part, f"messages[{m}].content[{p}]"))
+            for p, part in enumerate(message.parts)
+        ]
+        for m, message in enumerate(messages)
+    ]
+    every = [task for row in tasks for task in row]
+    try:
+        await asyncio.gather(*every)
+    finally:
+        for task in every:
+            task.cancel()
+        await asyncio.gather(*every, return_exceptions=True)
+    return [
+        replace(message, parts=tuple(task.result() for task in row))
+        for message, row in zip(messages, tasks, strict=True)
+    ]

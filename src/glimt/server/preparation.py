@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,11 +64,34 @@ class Preparation:
         self._config = config
         self._pictures = pictures
 
-    async def prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
-        """Everything that can be refused. Raises RequestError."""
+    @asynccontextmanager
+    async def gathered(self, engine: AsyncEngine, ask: Ask) -> AsyncGenerator[Ask, None]:
+        """The request with its pictures here until the block ends: what takes time and no work.
+
+        Refused before, if its own words suffice for that. Raises RequestError or CapacityError.
+        """
+        self._check(engine, ask)
+        if ask.messages is None:
+            yield ask
+            return
+        async with self._pictures.fetched(ask.messages) as messages:
+            yield replace(ask, messages=messages)
+
+    def _check(self, engine: AsyncEngine, ask: Ask) -> None:
         if ask.sampling.n > self._config.max_choices:
             said = f"is {ask.sampling.n}; at most {self._config.max_choices} are made here"
             raise RequestError("n", said)
+        if ask.messages is None:
+            return
+        processor, is_enabled = engine.engine.inputs.processor, self._config.enable_tools
+        check_is_enabled(ask.offer, ask.messages, processor, is_enabled)
+        num_images = sum(message.num_images for message in ask.messages)
+        if num_images > self._config.limit_images:
+            most = f"at most {self._config.limit_images} are taken (--limit-images)"
+            raise RequestError("messages", f"holds {num_images} pictures; {most}")
+
+    async def prepare(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
+        """The work, on a request that was gathered. Raises RequestError for all else."""
         wanted, sampling = ask.sampling.max_tokens, ask.sampling
         if ask.takes_room or ask.total_tokens:
             sampling = replace(sampling, max_tokens=None)
@@ -117,12 +141,6 @@ class Preparation:
             tools=ask.offer.tools if ask.offer else (),
         )
         if ask.messages is not None:
-            processor, is_enabled = engine.engine.inputs.processor, self._config.enable_tools
-            check_is_enabled(ask.offer, ask.messages, processor, is_enabled)
-            num_images = sum(message.num_images for message in ask.messages)
-            if num_images > self._config.limit_images:
-                most = f"at most {self._config.limit_images} are taken (--limit-images)"
-                raise RequestError("messages", f"holds {num_images} pictures; {most}")
             messages = await self._pictures.read(ask.messages)
             return await engine.prepare_chat(messages, ask.sampling, options)
         if ask.token_ids is not None:

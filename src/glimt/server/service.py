@@ -19,7 +19,7 @@ from glimt.errors import CapacityError, EngineError, RequestError
 from glimt.outputs.assembler import OutputAssembler
 from glimt.server.config import ServerConfig
 from glimt.server.ending import Ending, ended_outputs
-from glimt.server.host import EngineHost
+from glimt.server.host import EngineHost, EngineUnavailable
 from glimt.server.metrics import Metrics
 from glimt.server.pictures import PictureReader
 from glimt.server.preparation import Ask as Ask  # protocols know it from here
@@ -28,7 +28,7 @@ from glimt.server.tracing import Trace, Traces
 from glimt.types import Request, RequestOutput, StepOutput
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
-_PREPARING = 4  # requests whose prompts and pictures are prepared at the same time
+_PREPARING = 4  # requests whose prompts and pictures are encoded at the same time
 
 
 class HalfAnswer(EngineError):
@@ -101,7 +101,7 @@ class Service:
         self.host = host
         self.config = config
         self.metrics = metrics
-        self.pictures = PictureReader(config, metrics)
+        self.pictures = PictureReader(config, metrics, _PREPARING)
         self.traces = traces or Traces(None)
         self._preparation = Preparation(config, self.pictures)
         self._num_open = 0
@@ -215,19 +215,19 @@ class Service:
         ending.ask()
         return True
 
-    def give_up(self) -> None:
-        """End every open request, since the server ends; their callers get EngineUnavailable."""
+    def give_up(self, error: EngineUnavailable | None = None) -> None:
+        """End every open request, since the server ends; their callers get the error, or why."""
         for ending in self._endings.values():
-            ending.ask(self.host.unavailable())
+            ending.ask(error or self.host.unavailable())
 
     async def encode(self, ask: Ask) -> Request:
         """What a request would be, without running it. Raises RequestError, EngineUnavailable."""
         return await self._in_turn(self.host.engine, ask, ask.request_id)
 
     async def _in_turn(self, engine: AsyncEngine, ask: Ask, request_id: str) -> Request:
-        """Prepare a request when few others are being prepared."""
-        async with self._preparing:
-            return await self._preparation.prepare(engine, ask, request_id)
+        """Prepare a request when its pictures are here and few others are being prepared."""
+        async with self._preparation.gathered(engine, ask) as gathered, self._preparing:
+            return await self._preparation.prepare(engine, gathered, request_id)
 
     # --- running ---
 

@@ -117,9 +117,8 @@ def _absolute(model: str) -> str:
 
 def _signals() -> SimpleQueue[int]:
     """Of SIGTERM and SIGINT, as they come. Called after Ray is joined, which takes SIGTERM."""
-    signals: SimpleQueue[int] = (
-        SimpleQueue()
-    )  # may be put into while it is waited for, unlike Event
+    # Of all that can be waited for, what a signal may put into while somebody waits.
+    signals: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.put(number))
     return signals

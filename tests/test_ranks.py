@@ -17,9 +17,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import glimt
 import glimt.ranks as ranks_module
@@ -250,6 +252,18 @@ def test_ranks_meet_again_where_others_failed(
         run_greedy(engine, engine.prepare_chat(chats()[0], GREEDY))
     kept.append(failed.value)
     engine.close()
+    start_ranks(config).stop()
+
+
+def test_ranks_meet_after_a_group_that_did_not_begin(folders: dict[str, Path]) -> None:
+    """Catches ranks that wait for each other under two names for the whole of five minutes,
+    because one died while another group began.
+    """
+    with pytest.raises(RuntimeError):
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=1)
+        )
+    config = EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2, kv_bytes=2**24)
     start_ranks(config).stop()
 
 

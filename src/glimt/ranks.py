@@ -29,6 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
 
 from glimt.children import start_child, start_children
@@ -431,6 +432,10 @@ def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
     backend = find_device(config.device).collectives
     if backend == "gloo" and _is_loopback(_host(os.environ)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not dist.is_initialized():
+        # torch names a group by a count that one which failed to begin leaves behind. This process
+        # would wait under "1" for ranks that, being new, wait under "0".
+        distributed_c10d._world.group_count = 0
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_SUM_S)
     )

@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import glimt
@@ -195,6 +196,39 @@ def test_a_rank_that_dies_before_it_joins_is_noticed(
     monkeypatch.setattr(Ranks, "all_say", all_say)
     with pytest.raises(RankError, match="rank 1 is gone: killed by signal 9"):
         start_ranks(EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2))
+
+
+def test_a_rank_that_dies_while_the_group_begins_is_noticed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches five minutes in which rank 0 waits for a rank that said that it joins, and a start
+    after it that waits under another name.
+    """
+    config = EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2)
+    begun = Ranks.all_say
+
+    def all_say(ranks: Ranks, kind: str) -> list[Message]:
+        said = begun(ranks, kind)
+        ranks._processes[1].kill()
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks_module, "_JOIN_S", 2.0)
+        patch.setattr(Ranks, "all_say", all_say)
+        with pytest.raises(RankError, match="rank 1 is gone: killed by signal 9"):
+            start_ranks(config)
+    start_ranks(config).stop()
+
+
+def test_a_sum_waits_longer_than_the_group_does_to_begin(folders: dict[str, Path]) -> None:
+    """Catches the short patience of the beginning in a sum behind a long computation."""
+    assert ranks_module._JOIN_S < ranks_module._SUM_S
+    ranks = start_ranks(EngineConfig(model=str(folders["glm4v_9b"]), tp_size=2))
+    world = dist.group.WORLD
+    assert world is not None
+    backend = world._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == timedelta(seconds=ranks_module._SUM_S)
+    ranks.stop()
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda", "npu"])

@@ -50,6 +50,7 @@ TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch forgot to s
 _MEET_S = 120.0  # until every rank has come; a loaded machine takes its time to import torch
 _GREET_S = 5.0  # for a rank that is connected to say who it is
 _MAX_HELLO = 4096  # bytes of that
+_JOIN_S = 30.0  # for the group to begin, once all have said that they join
 _SUM_S = 300.0  # a sum that takes longer waits for a rank that lives but does not compute
 _BEAT_S = 1.0  # between two signs of life of a rank
 _SILENT_S = 30.0  # without one a rank stands still: stopped, or its machine is gone
@@ -328,7 +329,7 @@ class _Start:
 
     def _joined(self, ranks: Ranks, store: Store) -> Group:
         ranks.tell(Message("start", {"config": asdict(self.config)}))
-        ranks.all_say("joins")  # the group waits for the whole of _SUM_S for who does not
+        ranks.all_say("joins")  # the group waits for the whole of _JOIN_S for who does not
         try:
             return _join(self.config, store, 0, self.config.tp_size)
         except RuntimeError as error:
@@ -436,11 +437,13 @@ def _join(config: EngineConfig, store: Store, rank: int, size: int) -> Group:
         # torch names a group by a count that one which failed to begin leaves behind. This process
         # would wait under "1" for ranks that, being new, wait under "0".
         distributed_c10d._world.group_count = 0
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_SUM_S)
-    )
+    # Nothing ends this wait but its time: of a rank that dies meanwhile only the watcher knows.
+    patience = timedelta(seconds=_JOIN_S if backend == "gloo" else _SUM_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     world = dist.group.WORLD
     assert world is not None, "init_process_group made it"
+    if backend == "gloo":
+        distributed_c10d._set_pg_timeout(timedelta(seconds=_SUM_S), world)
     return TorchGroup(world)
 
 

@@ -55,12 +55,11 @@ inline TokenRows rows_of_head(const uint16_t* first, const float* scales, int64_
     return rows;
 }
 
-// Whether one thread has done the call before another would have woken.
-inline bool is_short(const DecodeCall& call) {
-    constexpr int64_t kWorthThreads = 256 * 1024;  // products: some 10 us of one thread
+// Of queries with keys, and of weights with values.
+inline int64_t num_products(const DecodeCall& call) {
     int64_t num_tokens = 0;
     for (int64_t row = 0; row < call.num_rows; ++row) num_tokens += call.context_lens[row];
-    return 2 * num_tokens * call.num_heads * call.head_dim < kWorthThreads;
+    return 2 * num_tokens * call.num_heads * call.head_dim;
 }
 
 inline TokenRows keys_of(const AttentionCall& call, int64_t kv_head) {

@@ -434,7 +434,7 @@ void decode_pairs(const DecodeCall& call) {
         pairs.units = static_cast<Heads*>(scratch(
             kUnitSlot, num_workers() * pairs.units_per_worker * int64_t(sizeof(Heads))));
     }
-    (is_short(call) ? run_alone : run_parallel)(pair_decode_body, &pairs);
+    run_products(num_products(call), pair_decode_body, &pairs);
 }
 
 }  // namespace

@@ -28,7 +28,6 @@ constexpr int kLeastRows = 128, kMostRows = 512;
 constexpr int64_t kLaidBytes = 4 << 20;
 constexpr int kCached = 1 << 19;  // bytes of blocks that stay cached while the next ones come
 constexpr int kSmall = 1 << 16;   // values of x below which one thread lays them out
-constexpr int64_t kWorthThreads = 256 * 1024;  // products: some 10 us of one thread
 
 // How x is laid out: the formulas below say which they take.
 enum class Rows {
@@ -690,8 +689,7 @@ void linear_avx512(const LinearCall& call) {
         p.num_rows = call.m;
         for (int64_t row = 0; row < work.rows_at_once; ++row) lay_row(p, row);
     }
-    const bool is_short = work.is_laid_out && call.m * call.weight->n * call.weight->k < kWorthThreads;
-    (is_short ? run_alone : run_parallel)(work_part, &work);
+    run_products(call.m * call.weight->n * call.weight->k, work_part, &work);
 }
 
 void mlp_avx512(const MlpCall& call) {

@@ -26,6 +26,7 @@ namespace glimt {
 namespace {
 
 constexpr int kSpins = 4000;  // some 50 us: decoding calls come faster than that
+constexpr int64_t kWorthThreads = 256 * 1024;  // products
 constexpr int kNumSlots = 16;
 constexpr int64_t kHugePage = 2 << 20;
 
@@ -148,7 +149,8 @@ Pool& the_pool() {
 
 void run_parallel(void (*body)(void*, int, int), void* context) { the_pool().run(body, context); }
 
-void run_alone(void (*body)(void*, int, int), void* context) {
+void run_products(int64_t products, void (*body)(void*, int, int), void* context) {
+    if (products >= kWorthThreads) return run_parallel(body, context);
     is_alone = true;
     body(context, 0, 1);
     is_alone = false;

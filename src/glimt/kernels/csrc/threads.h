@@ -9,8 +9,10 @@ namespace glimt {
 // calling thread is worker 0. Not to be called from inside a body.
 void run_parallel(void (*body)(void* context, int worker, int num_workers), void* context);
 
-// Runs body(context, 0, 1) on the calling thread, for what takes no longer than to wake another.
-void run_alone(void (*body)(void* context, int worker, int num_workers), void* context);
+// The same for a call of so many products: on the calling thread alone where one has done them
+// before another would have woken, some 10 us.
+void run_products(int64_t products, void (*body)(void* context, int worker, int num_workers),
+                  void* context);
 
 // Inside a body: waits until every worker has come here.
 void wait_for_all();

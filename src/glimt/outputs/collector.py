@@ -85,8 +85,8 @@ class OutputCollector:
     def add(self, request: Request) -> None:
         """Start collecting a request."""
         streams = [self._stream(request) for _ in range(request.sampling.n)]
-        record = _Record(request, streams, len(streams))
-        record.has_scores = request.sampling.prompt_logprobs is not None
+        has_scores = request.sampling.prompt_logprobs is not None
+        record = _Record(request, streams, len(streams), has_scores=has_scores)
         self._records[request.request_id] = record
 
     def _stream(self, request: Request) -> TextStream:

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from glimt.server.failures import Failure
 from glimt.server.middleware import OPEN_PATHS
-from glimt.server.refusals import LINGER_S, asked, ready_made
+from glimt.server.refusals import LINGER_S, as_last, asked, ready_made
 from glimt.server.timed_protocol import TimedProtocol
 
 
@@ -154,9 +153,7 @@ def _closing(app: ASGIApp) -> ASGIApp:
 
     async def closing(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_closing(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Connection"] = "close"
-            await send(message)
+            await send(as_last(message))
 
         await app(scope, receive, send_closing)
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from glimt.models.base import Tokenizer
-from glimt.server.tokens import LEAST_LOGPROB
+from glimt.server.tokens import LEAST_LOGPROB, finite
 from glimt.types import PromptLogprob, SampledToken, TokenLogprob
 
 
@@ -97,14 +97,10 @@ def told_tokens(
     names = [texts.text(token.token_id) for token in tokens]
     return ToldTokens(
         names=names,
-        logprobs=[_finite(token.logprob) for token in tokens],
+        logprobs=[finite(token.logprob) for token in tokens],
         tops=[_top(token, texts) for token in tokens],
         widths=[len(name) for name in names],
     )
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def _top(token: SampledToken | PromptLogprob, texts: TokenTexts) -> dict[str, float] | None:

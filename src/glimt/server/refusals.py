@@ -36,15 +36,20 @@ async def turn_away(
     """
 
     async def unended(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["Connection"] = "close"
-        await send({**message, "more_body": True})
+        await send({**as_last(message), "more_body": True})
 
     await send_failure(failure, scope["path"], profile, unended)
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             await _drop(receive, most_bytes)
     await send({"type": "http.response.body", "body": b""})
+
+
+def as_last(message: Message) -> Message:
+    """The same; a head says that the connection ends with its reply."""
+    if message["type"] == "http.response.start":
+        MutableHeaders(scope=message)["Connection"] = "close"
+    return message
 
 
 async def _drop(receive: Receive, most_bytes: int) -> None:

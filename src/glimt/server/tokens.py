@@ -38,9 +38,9 @@ class TokenTexts:
     def shown(self, token_id: int, logprob: float | None = None) -> ShownToken:
         """A token by itself: half a character is U+FFFD, a special token its name."""
         if token_id in self._names:
-            return ShownToken(token_id, self._names[token_id], _finite(logprob), True)
+            return ShownToken(token_id, self._names[token_id], finite(logprob), True)
         text = self._tokenizer.decode([token_id])
-        return ShownToken(token_id, text, _finite(logprob), False)
+        return ShownToken(token_id, text, finite(logprob), False)
 
     def of_step(self, output: StepOutput) -> list[ShownToken]:
         """The tokens of one step; all text that became visible with it is the last one's.
@@ -58,7 +58,7 @@ class TokenTexts:
         ]
 
     def _of_step(self, token_id: int, sampled: SampledToken | None, text: str) -> ShownToken:
-        logprob = _finite(sampled.logprob) if sampled is not None else None
+        logprob = finite(sampled.logprob) if sampled is not None else None
         top = tuple(
             self.shown(each.token_id, each.logprob)
             for each in (sampled.top_logprobs if sampled is not None else ())
@@ -69,7 +69,8 @@ class TokenTexts:
         return ShownToken(token_id, shown, logprob, is_special, top)
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
+    """As JSON can say it; None for none."""
     return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import glimt
@@ -22,3 +25,13 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def wait_until_gone(pid: int) -> None:
+    """Until it has ended; one that does not is killed where the test's time is over."""
+    try:
+        while is_running(pid):
+            pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

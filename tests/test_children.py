@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from glimt.children import start_child, start_children
-from processes import is_running
+from processes import wait_until_gone
 
 COUNTS = """\
 import itertools, pathlib, time
@@ -137,9 +136,4 @@ def test_a_child_ends_when_its_parent_is_killed(counting, way, is_stopped):
         if is_stopped:
             os.kill(child, signal.SIGSTOP)
         parent.kill()
-    try:
-        while is_running(child):
-            pass
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)  # one that did not end
+    wait_until_gone(child)

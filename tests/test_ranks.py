@@ -35,7 +35,7 @@ from glimt.errors import ConfigError, EngineError, RankError
 from glimt.quant.plan import QuantOptions
 from glimt.ranks import Place, Ranks, TCPStore, start_ranks
 from glimt.runner.messages import Channel, Message
-from processes import is_running, rank_pids
+from processes import is_running, rank_pids, wait_until_gone
 
 PICTURE = Path(__file__).parents[1] / "examples" / "house.png"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -256,12 +256,7 @@ def test_ranks_end_with_the_first(folders: dict[str, Path], is_stopped: bool) ->
         if is_stopped:
             os.kill(other, signal.SIGSTOP)
         first.kill()
-    try:
-        while is_running(other):
-            pass
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(other, signal.SIGKILL)  # one that did not end
+    wait_until_gone(other)
 
 
 def test_ranks_meet_again_where_others_failed(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention_steps import normal
 from conftest import step_row
-from glimt.devices.base import AttentionBatch, Device, KVCache
+from glimt.devices.base import AttentionBatch, Device, KVCache, ModelStep
 from glimt.devices.npu import Npu
 from glimt.devices.npu_a2 import AtlasA2
 from glimt.devices.npu_graphs import GraphRecorder, why_no_graphs
@@ -201,6 +201,13 @@ def step_of(starts: list[int], seed: int) -> tuple[Tensor, Tensor, AttentionBatc
 STEPS = [[126, 255, 3], [127, 256, 4], [128, 257, 5, 1], [129], [130, 258], [131, 259, 6]]
 
 
+def check_alike(replayed: ModelStep, twin: ModelStep, steps: list[list[int]]) -> None:
+    """Run steps both ways; each must give what the twin gives."""
+    for seed, starts in enumerate(steps):
+        arguments = step_of(starts, seed)
+        torch.testing.assert_close(replayed(*arguments), twin(*arguments), **CLOSE)
+
+
 def test_replayed_steps_give_the_steps_own_values(a2: Contract) -> None:
     """Catches slots, tables or rotations that were made before a recording, or in another one.
 
@@ -277,9 +284,7 @@ def test_a_recording_that_fails_leaves_nothing_behind(
         return result
 
     replayed = device.recorded(step, layers.caches[0])
-    for seed, starts in enumerate(STEPS):
-        arguments = step_of(starts, seed)
-        torch.testing.assert_close(replayed(*arguments), twin(*arguments), **CLOSE)
+    check_alike(replayed, twin, STEPS)
     graphs = a2.module.graphs
     assert (len(graphs.made), graphs.current is graphs.default) == (1, True)
     (said,) = [record.getMessage() for record in caplog.records]
@@ -301,9 +306,7 @@ def test_a_recording_without_memory_leaves_smaller_ones_to_be_made(
         return layers(hidden, positions, batch)
 
     replayed = device.recorded(step, layers.caches[0])
-    for seed, starts in enumerate([[5, 9], [6], [7], [6, 10]]):
-        arguments = step_of(starts, seed)
-        torch.testing.assert_close(replayed(*arguments), twin(*arguments), **CLOSE)
+    check_alike(replayed, twin, [[5, 9], [6], [7], [6, 10]])
     assert {size.rows for size in replayed._recordings} == {1}
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("no memory to record decoding steps of 2 rows and 8 blocks")
@@ -393,8 +396,6 @@ def test_a_version_that_writes_by_atb_runs_its_steps_one_by_one(
         device = old.device(records=True)
         layers, twin = Layers(device), Layers(Device())
         replayed = device.recorded(layers, layers.caches[0])
-        for seed, starts in enumerate(STEPS[:2]):
-            arguments = step_of(starts, seed)
-            torch.testing.assert_close(replayed(*arguments), twin(*arguments), **CLOSE)
+        check_alike(replayed, twin, STEPS[:2])
     (said,) = [record.getMessage() for record in caplog.records]
     assert "one by one: atb._npu_reshape_and_cache, an operator of ATB, is not permitted" in said
